@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint unit bench clean
+
+help:  ## print every target with its sentence
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints/requirements.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/requirements.txt -e '.[cpu,dev]'
+	touch $(READY)
+
+demo: $(READY)  ## draw phantom radiographs and run the whole path on them; ends with a gallery
+	$(BIN)/python -m jobs.phantom --config jobs/configs/demo.yaml
+	$(BIN)/python -m jobs.pipeline --config jobs/configs/demo.yaml
+
+test: lint  ## install what is needed, lint, type-check, check import direction, run every test
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## formatting, lint, types, import direction
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(READY)  ## the tests that need no Ray, in seconds
+	$(BIN)/python -m pytest tests/unit -n 2
+
+clean:  ## remove what runs wrote, but not the virtual environment
+	rm -rf demo workspace benchmarks/results

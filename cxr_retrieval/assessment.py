@@ -1,0 +1,275 @@
+"""Evaluating a model on a corpus: its embeddings against every gallery and the floors, as one artifact.
+
+Queries are images with a finding of held-out patients. Galleries: *all* (every held-out image), *findings* (those with
+a finding), *same_view* (all, of the query's view), *archive* (the images that were trained on: what a deployment
+searches).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cxr_retrieval import storage
+from cxr_retrieval.artifacts import Artifact, Draft, find
+from cxr_retrieval.config import EvaluationSettings
+from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
+from cxr_retrieval.corpus.splits import TRAIN
+from cxr_retrieval.embedding.stream import read_part
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.evaluation.localisation import centred_crop, crop_hits
+from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
+from cxr_retrieval.evaluation.tables import compare, per_finding, summarise
+from cxr_retrieval.network.progressive import Output, embeddings
+from cxr_retrieval.report.evaluation import write_evaluation
+from cxr_retrieval.training.model import Model
+
+KIND = "evaluation"
+EVALUATION_FILE, REPORT_FILE = "evaluation.json", "evaluation.html"
+PIXEL_SIDE = 32
+COLUMNS = ["patient_id", "view", "sex", "age_years", "findings", "unknown", "boxes", "pixels", "split"]
+METADATA = {"view": ("PA", "AP"), "sex": ("M", "F")}
+MIDDLE_AGE_YEARS, AGE_STEP_YEARS = 50.0, 20.0
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one split: what the network said of them, labels, patients, views, and the floors' vectors."""
+
+    z_PSND: Tensor
+    joint_PNC: Tensor
+    crop_N4: np.ndarray
+    labels_NC: Tensor
+    patients: list[str]
+    views: list[str | None]
+    pixels_NE: Tensor
+    metadata_NE: Tensor
+    boxes: list[list[dict[str, Any]]]
+
+    def embeddings(self, model: Model) -> dict[str, Tensor]:
+        """Every named embedding [N, ...], centred and of unit length."""
+        empty = self.z_PSND.new_zeros(0)
+        return embeddings(Output(self.z_PSND, empty, self.joint_PNC, empty, empty), model.centring)
+
+
+def evaluate(
+    settings: EvaluationSettings, workspace: str, model_uri: str, corpus: Corpus, embedded: Artifact
+) -> tuple[Artifact, bool]:
+    """The evaluation of a model on a corpus, and whether anything had to be done.
+
+    Raises UserError where no held-out image has a finding.
+    """
+    draft = Draft("", KIND, settings.model_dump(), (embedded.input_id,))
+    folder = storage.join(workspace, "reports", "evaluation", draft.input_id)
+    draft = Draft(folder, KIND, draft.settings, draft.inputs)
+    done = find(draft.uri)
+    if done:
+        return done, False
+    draft.begin()
+    model = Model.open(model_uri)
+    queries = read_images(embedded, corpus, model, settings.split)
+    if not (queries.labels_NC == 1).any():
+        raise UserError(
+            f"{corpus.artifact.uri}: no image of the {settings.split} split has a finding, nothing to retrieve"
+        )
+    trained_on = corpus.artifact.manifest["splits"][TRAIN]["images"] > 0
+    archive = read_images(embedded, corpus, model, TRAIN) if trained_on else None
+    figures = assess(queries, archive, model, settings)
+    figures |= {"corpus": corpus.artifact.input_id, "model": embedded.manifest["inputs"][0], "split": settings.split}
+    files = [
+        draft.write(EVALUATION_FILE, json.dumps(figures, indent=1).encode()),
+        draft.write(REPORT_FILE, write_evaluation(figures).encode()),
+    ]
+    counts = {"images": len(queries.patients), "queries": figures["queries"]}
+    return draft.finish(files, counts), True
+
+
+def read_images(embedded: Artifact, corpus: Corpus, model: Model, split: str) -> Images:
+    """All images of one split, part by part; prepared pixels are reduced at once and not kept."""
+    parts = []
+    for number in range(len(corpus.files)):
+        part = read_part(embedded, corpus, number, model, COLUMNS)
+        mine = np.flatnonzero(np.asarray(part.facts["split"].to_pylist(), dtype=object) == split)
+        if len(mine):
+            facts = part.facts.take(pa.array(mine))
+            parts.append(
+                (
+                    part.z_PSND[:, :, mine],
+                    part.joint_PNC[:, mine],
+                    part.crop_N4[mine],
+                    torch.as_tensor(labels_of(facts)),
+                    _reduced(pixels_of(facts, corpus.recipe.size)),
+                    facts.drop_columns(["pixels"]),
+                )
+            )
+    if not parts:
+        raise UserError(f"{corpus.artifact.uri} has no image in its {split} split")
+    z, joint, crop, labels, pixels, tables = zip(*parts, strict=True)
+    facts = pa.concat_tables(tables)
+    return Images(
+        torch.cat(z, dim=2),
+        torch.cat(joint, dim=1),
+        np.concatenate(crop),
+        torch.cat(labels),
+        facts["patient_id"].to_pylist(),
+        facts["view"].to_pylist(),
+        torch.as_tensor(np.concatenate(pixels)),
+        _metadata(facts),
+        facts["boxes"].to_pylist(),
+    )
+
+
+def assess(queries: Images, archive: Images | None, model: Model, settings: EvaluationSettings) -> dict[str, Any]:
+    """Every figure of section "Evaluation" for every embedding, ready for JSON; shares are in 0 to 1."""
+    every = queries if archive is None else _joined(queries, archive)
+    patients = _codes(every.patients)
+    views = _codes([view or "" for view in every.views])
+    count = len(queries.patients)
+    named = queries.embeddings(model)
+    named_archive = archive.embeddings(model) if archive else {}
+    centre = (archive or queries).pixels_NE.mean(0)
+    named["pixels"] = F.normalize(queries.pixels_NE - centre, dim=1)
+    named["metadata"] = F.normalize(queries.metadata_NE, dim=1)
+    if archive:
+        named_archive["pixels"] = F.normalize(archive.pixels_NE - centre, dim=1)
+        named_archive["metadata"] = F.normalize(archive.metadata_NE, dim=1)
+
+    labels = queries.labels_NC
+    asked = (labels == 1).any(1)
+    own, own_views = patients[:count], views[:count]
+    place = torch.arange(count)
+
+    def ranked(name: str, gallery: str) -> QueryFigures:
+        vectors, ask = named[name], (named[name][asked], labels[asked], own[asked])
+        if gallery == "archive":
+            assert archive is not None
+            return retrieve(ask[0], named_archive[name], ask[1], archive.labels_NC, ask[2], patients[count:])
+        if gallery == "findings":
+            inside = torch.cumsum(asked, 0) - 1
+            return retrieve(
+                ask[0], vectors[asked], ask[1], labels[asked], ask[2], own[asked], query_positions_Q=inside[asked]
+            )
+        same_view = gallery == "same_view"
+        return retrieve(
+            *(ask[0], vectors, ask[1], labels, ask[2], own),
+            query_positions_Q=place[asked],
+            query_groups_Q=own_views[asked] if same_view else None,
+            gallery_groups_G=own_views if same_view else None,
+        )
+
+    galleries = ["all", "findings", "same_view"] + (["archive"] if archive else [])
+    figures = {name: {gallery: ranked(name, gallery) for gallery in galleries} for name in named}
+    tables = {
+        name: {gallery: summarise(found, own[asked], draws=settings.draws) for gallery, found in by_gallery.items()}
+        for name, by_gallery in figures.items()
+    }
+    floors = ("pixels", "metadata")
+    chosen = figures[model.chosen]
+    return {
+        "queries": int(asked.sum()),
+        "patients": len(set(queries.patients)),
+        "images": count,
+        "chosen": model.chosen,
+        "embeddings": {name: table for name, table in tables.items() if name not in floors},
+        "floors": {name: tables[name] for name in floors},
+        "chosen_minus_floor": {
+            name: {
+                gallery: compare(chosen[gallery], figures[name][gallery], own[asked], draws=settings.draws)
+                for gallery in galleries
+            }
+            for name in floors
+        },
+        "per_finding": {
+            name: _by_finding(figures[name]["all"], labels[asked]) for name in tables if name not in floors
+        },
+        "same_patient_nearest": {name: tables[name]["all"]["same_patient_nearest"] for name in (model.chosen, *floors)},
+        **_localisation(queries, model.recipe.size),
+    }
+
+
+def _by_finding(figures: QueryFigures, labels_QC: Tensor) -> dict[str, Any]:
+    found = per_finding(figures, labels_QC)
+    return {
+        name: {
+            "support": int(found.support[index]),
+            "recall_at_8": float(found.recall[index, -1]),
+            "precision_at_8": float(found.precision[index, -1]),
+            "map": float(found.ap[index]),
+        }
+        for index, name in enumerate(FINDINGS)
+        if found.support[index] > 0
+    }
+
+
+def _localisation(images: Images, size: int) -> dict[str, Any]:
+    """How often the crop hits an annotated box, and how often a centred crop of the same size does."""
+    pairs = [(box, images.crop_N4[n]) for n, boxes in enumerate(images.boxes) for box in boxes]
+    if not pairs:
+        return {}
+    boxes = torch.tensor([[box[side] for side in "xywh"] for box, _ in pairs], dtype=torch.float64)
+    crops = torch.as_tensor(np.stack([crop for _, crop in pairs])).double()
+    found, control = crop_hits(boxes, crops), crop_hits(boxes, centred_crop(crops, size))
+    return {
+        "localisation": {
+            "boxes": len(pairs),
+            "crop": {name: float(value.double().mean()) for name, value in found.items()},
+            "centred_crop": {name: float(value.double().mean()) for name, value in control.items()},
+        }
+    }
+
+
+def _joined(a: Images, b: Images) -> Images:
+    return Images(
+        torch.cat([a.z_PSND, b.z_PSND], dim=2),
+        torch.cat([a.joint_PNC, b.joint_PNC], dim=1),
+        np.concatenate([a.crop_N4, b.crop_N4]),
+        torch.cat([a.labels_NC, b.labels_NC]),
+        a.patients + b.patients,
+        a.views + b.views,
+        torch.cat([a.pixels_NE, b.pixels_NE]),
+        torch.cat([a.metadata_NE, b.metadata_NE]),
+        a.boxes + b.boxes,
+    )
+
+
+def _codes(names: list[str]) -> Tensor:
+    return torch.as_tensor(np.unique(names, return_inverse=True)[1])
+
+
+def _reduced(pixels_NHW: np.ndarray) -> np.ndarray:
+    """The floor of pixels: 32 x 32 grey values, float32 [N, 1024]."""
+    small = [cv2.resize(pixels, (PIXEL_SIDE, PIXEL_SIDE), interpolation=cv2.INTER_AREA) for pixels in pixels_NHW]
+    return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255.0
+
+
+def _metadata(facts: pa.Table) -> Tensor:
+    """The floor of metadata, float32 [N, 5]: view and sex as unit columns, age in 20 years; 0 where unknown."""
+    columns = [
+        [float(value == kind) for value in facts[name].to_pylist()]
+        for name, kinds in METADATA.items()
+        for kind in kinds
+    ]
+    ages = facts["age_years"].to_pylist()
+    columns.append([0.0 if age is None else (age - MIDDLE_AGE_YEARS) / AGE_STEP_YEARS for age in ages])
+    return torch.tensor(columns, dtype=torch.float32).T.contiguous()
+
+
+def headline(evaluation: Mapping[str, Any], gallery: str = "all") -> list[list[Any]]:
+    """Rows for a person: every embedding and floor with Recall@2/4/6/8, precision@8 and mAP in percent, then chance."""
+
+    def row(name: str, table: Mapping[str, Any], key: str) -> list[Any]:
+        cells = [*table["recall_at"].values(), table["precision_at"]["8"], table["map"]]
+        return [name, *(100.0 * cell[key] for cell in cells)]
+
+    named = evaluation["embeddings"] | evaluation["floors"]
+    rows = [row(name, tables[gallery], "value") for name, tables in named.items()]
+    first = next(iter(named.values()))[gallery]
+    return [*rows, row("chance", first, "chance")]

@@ -1,0 +1,95 @@
+"""The command line that every job shares: settings, help, plan, errors in one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from cxr_retrieval import config, console, storage
+from cxr_retrieval.config import Settings
+from cxr_retrieval.errors import UserError
+
+Job = Callable[[Settings, argparse.Namespace], None]
+
+
+def run(
+    name: str,
+    about: str,
+    job: Job,
+    plan: Job,
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    *,
+    words: str | None = None,
+    implied: Callable[[argparse.Namespace], list[str]] | None = None,
+) -> None:
+    """Parse the command line, then run `job` (or `plan` under --plan). Ends the process with its exit status.
+
+    `words` names what may stand on the command line beside settings (it arrives as `options.rest`); `implied` turns a
+    job's own options into settings.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=settings_help(),
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that win over the files")
+    if words:
+        parser.usage = f"%(prog)s [options] {words.upper()}... [section.key=value]..."
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML settings; later files win")
+    parser.add_argument("--plan", action="store_true", help="say what would run, and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the settings in force as YAML, and stop")
+    if arguments:
+        arguments(parser)
+    options = parser.parse_intermixed_args()
+    try:
+        keys = [word for word in options.settings if "=" in word]
+        options.rest = [word for word in options.settings if "=" not in word]
+        if options.rest and words is None:
+            raise UserError(f"cannot read {options.rest[0]!r} from {config.COMMAND_LINE}: write section.key=value")
+        settings = config.load_settings(options.config, keys + (implied(options) if implied else []))
+        settings = settings.model_copy(update={"workspace": storage.canonical(settings.workspace)})
+        if options.print_config:
+            console.out.print(config.dump_settings(settings), end="", markup=False)
+            return
+        (plan if options.plan else job)(settings, options)
+    except KeyboardInterrupt:
+        console.say("stopped; run the same command again to go on")
+        sys.exit(130)
+    except Exception as error:
+        mendable = user_error_in(error)
+        if mendable is None:
+            raise  # a bug: its traceback is what helps
+        console.say(f"error: {mendable}")
+        sys.exit(1)
+
+
+def settings_help() -> str:
+    """Every setting with its meaning, type, range and default, for --help."""
+    lines = ["settings:"]
+    for key, field in config.settings_fields():
+        bounds = config.describe_range(field)
+        default = "null" if field.default is None else field.default
+        lines.append(
+            f"  {key}  ({config.describe_type(field.annotation)}{', ' + bounds if bounds else ''}; default {default})"
+        )
+        lines.append(f"      {field.description}")
+    return "\n".join(lines).replace("%", "%%")
+
+
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The UserError that an exception is or was caused by, also through Ray's wrappers; None if it is a bug."""
+    seen: set[int] = set()
+    waiting: list[Any] = [error]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        inner = getattr(current, "cause", None)  # where Ray's wrappers keep it
+        if isinstance(current, UserError) and inner is None:
+            return current
+        # Ray's double of a UserError has a traceback for its text: its cause is what to show.
+        waiting += [current.__cause__, inner]
+        waiting += list(getattr(current, "worker_failures", {}).values())
+    return None

@@ -1,0 +1,310 @@
+"""Every setting of the system: one frozen schema, read from YAML files and `section.key=value` words.
+
+Later files win over earlier ones, and words on the command line win over files. Whatever is wrong is refused in one
+line that names the key, where it was written and the nearest key that exists, before anything starts.
+"""
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cxr_retrieval.errors import UserError
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # for names that become parts of a path
+COMMAND_LINE = "the command line"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class CorpusSettings(Section):
+    archive: str | None = Field(None, description="folder or s3:// prefix that holds the archive")
+    name: str = Field("chest", pattern=NAME, description="name of the prepared corpus in the workspace")
+    format: Literal["nih"] = Field("nih", description="layout of the archive: nih = ChestX-ray14")
+    size: int = Field(256, ge=32, le=1024, description="side of a prepared image in pixels")
+    fit: Literal["letterbox", "stretch"] = Field("letterbox", description="how an image that is not square is fitted")
+    box_frame: int = Field(1024, ge=1, description="side in pixels of the frame that the archive's boxes are given in")
+    max_pixels: int = Field(100_000_000, ge=1, description="larger images are quarantined before they are decoded")
+    min_side: int = Field(32, ge=1, description="images with a shorter side in pixels are quarantined")
+    max_quarantined: float = Field(0.02, ge=0, le=1, description="share of quarantined images that fails the job")
+    views: list[str] | None = Field(None, description="keep only these views, e.g. [PA, AP]; null keeps all")
+    split: Literal["hash", "nih_lists", "all_test"] = Field(
+        "hash",
+        description="hash: patients by salted hash; nih_lists: NIH's official lists; all_test: everything is test",
+    )
+    split_seed: int = Field(0, ge=0, description="salt of the patient hash")
+    validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of patients held out for choosing")
+    test_share: float = Field(0.2, gt=0, lt=0.8, description="share of patients held out for testing (split = hash)")
+    partition_images: int = Field(1024, ge=8, le=65536, description="images of one partition, and so of one shard")
+    row_group_images: int = Field(128, ge=8, le=256, description="images of one Parquet row group")
+
+
+class PhantomSettings(Section):
+    images: int = Field(600, ge=1, description="radiographs to draw")
+    size: int = Field(512, ge=128, le=2048, description="side of a drawn radiograph in pixels")
+    seed: int = Field(0, ge=0, description="seed of the patients' anatomy and findings")
+    out: str | None = Field(None, description="folder or s3:// prefix that the archive is written to")
+
+
+class NetworkSettings(Section):
+    backbone: str = Field("resnet18_half", description="name of the backbone; see docs/settings or an error's list")
+    weights: str | None = Field(None, description="safetensors file (local or s3://) with the backbone's weights")
+    normalisation: Literal["group", "batch", "frozen_batch"] = Field(
+        "group", description="group norm, per-worker batch norm (synchronised on GPUs), or frozen batch statistics"
+    )
+    steps: int = Field(3, ge=1, le=4, description="progressive steps: the last stages of the backbone")
+    dimensions: int = Field(128, ge=8, le=1024, description="dimensions of each step's embedding")
+    crop_threshold: float = Field(
+        0.5, gt=0, lt=1, description="crop where the heat map exceeds this share of its maximum"
+    )
+    whole_side: int | None = Field(None, ge=32, le=1024, description="side in pixels that the whole image is seen at")
+    crop_side: int | None = Field(None, ge=32, le=1024, description="side in pixels that the crop is seen at")
+    crop_minimum: float = Field(0.4, gt=0, le=1, description="shortest side of the crop as a share of the image's side")
+
+
+class LossSettings(Section):
+    form: Literal["margin", "softmax"] = Field("softmax", description="form of CCLoss")
+    margin: float = Field(1.4, gt=0, le=2, description="distance that other findings' centres are pushed to (margin)")
+    negative_weight: float = Field(1.0, ge=0, description="weight of the push against the pull (margin)")
+    temperature: float = Field(0.1, gt=0, le=10, description="temperature (softmax)")
+    centre_rate: float = Field(0.5, gt=0, le=1, description="share of the way that a centre moves in one update")
+    no_finding: Literal["center", "negatives_only", "ignore"] = Field(
+        "center", description="No Finding images: a centre of their own, negatives of every centre, or left out"
+    )
+    contrastive_weight: float = Field(1.0, ge=0, description="weight of CCLoss in the sum")
+    classification_weight: float = Field(1.0, ge=0, description="weight of the multi-label cross-entropy in the sum")
+    smoothing: float = Field(0.05, ge=0, lt=0.5, description="label smoothing of the cross-entropy")
+    class_balance: float = Field(0.5, ge=0, le=1, description="power of a finding's inverse frequency in its weight")
+
+
+class TrainingSettings(Section):
+    epochs: int = Field(30, ge=1, description="passes over the training split")
+    batch_size: int = Field(64, ge=2, description="images of one optimizer step, over all workers")
+    accumulation: int = Field(1, ge=1, description="micro-batches that a worker adds up to one optimizer step")
+    workers: int = Field(1, ge=1, description="Ray Train workers")
+    gpu: bool = Field(False, description="give each worker a GPU")
+    cpus_per_worker: float = Field(0.5, gt=0, description="logical CPUs of a worker; the rest feeds Ray Data")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware has it, else float32"
+    )
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate (AdamW, warm-up, cosine)")
+    weight_decay: float = Field(0.05, ge=0, le=1, description="decoupled weight decay")
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps that warms up")
+    shallow_share: float = Field(
+        0.3, ge=0, le=1, description="share of the steps until the deepest step has full weight"
+    )
+    crop_from: float = Field(0.3, ge=0, lt=1, description="share of the steps after which the crop is seen too")
+    jigsaw: bool = Field(False, description="shuffle patches for the shallow steps while they lead")
+    augment: bool = Field(
+        True, description="small rotations, shifts, scalings and exposure changes; never a mirror image"
+    )
+    shuffle_images: int = Field(4096, ge=64, description="images among which the order is fully random")
+    lanes: int = Field(4, ge=1, le=1024, description="data streams of one optimizer step; a multiple of the workers")
+    checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints inside an epoch")
+    max_failures: int = Field(3, ge=0, description="worker failures that a run survives")
+
+
+class EvaluationSettings(Section):
+    draws: int = Field(2000, ge=100, description="bootstrap draws over patients")
+    split: Literal["test", "validation"] = Field("test", description="whose images are the queries")
+
+
+class EmbeddingSettings(Section):
+    batch_size: int = Field(64, ge=1, description="images of one forward pass")
+    workers: int | None = Field(None, ge=1, description="model-holding actors; null: one per GPU, else per CPU")
+
+
+class IndexSettings(Section):
+    name: str = Field("chest", pattern=NAME, description="name of the index in the workspace")
+    embedding: str | None = Field(None, description="embedding to index; null: the one that validation chose")
+    shard_rows: int = Field(1_000_000, ge=1, description="most rows of one shard")
+    recall_target: float = Field(
+        0.95, gt=0, le=1, description="recall@10 against exact search that the proof must reach"
+    )
+    exact_rows: int = Field(200_000, ge=1, description="up to this many rows the index is exact (flat)")
+    proof_queries: int = Field(500, ge=1, description="held-out queries of the proof")
+
+
+class PublishSettings(Section):
+    to: str | None = Field(None, description="folder or s3:// prefix of the published index; null: in the workspace")
+    alias: str = Field("latest", pattern=NAME, description="alias that is moved to the new version")
+
+
+class SearchSettings(Section):
+    k: int = Field(8, ge=1, le=1000, description="hits of one query")
+    queries: int = Field(6, ge=1, le=100, description="test images that the pipeline searches with")
+    exclude_own_patient: bool = Field(True, description="leave out the query's own patient")
+
+
+class PrivacySettings(Section):
+    pseudonymise: bool = Field(
+        True, description="outside the corpus, know patients, images and sources by keyed HMAC only"
+    )
+    key_file: str | None = Field(None, description="file that holds the key; else the variable CXR_PRIVACY_KEY")
+
+
+class Settings(Section):
+    workspace: str = Field("./workspace", description="folder or s3:// prefix of everything that jobs write")
+    model: str | None = Field(None, description="URI of a model artifact; null: the one that these settings train")
+    seed: int = Field(0, ge=0, description="seed of initial weights, order and augmentation")
+    corpus: CorpusSettings = CorpusSettings()
+    phantom: PhantomSettings = PhantomSettings()
+    network: NetworkSettings = NetworkSettings()
+    losses: LossSettings = LossSettings()
+    training: TrainingSettings = TrainingSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    index: IndexSettings = IndexSettings()
+    publish: PublishSettings = PublishSettings()
+    search: SearchSettings = SearchSettings()
+    privacy: PrivacySettings = PrivacySettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        corpus, training = self.corpus, self.training
+        if corpus.split == "hash" and corpus.validation_share + corpus.test_share >= 0.9:
+            raise ValueError(
+                "corpus.validation_share + corpus.test_share leave under a tenth of the patients to train on"
+            )
+        if training.lanes % training.workers:
+            raise ValueError(
+                f"training.lanes={training.lanes} is not a multiple of training.workers={training.workers}"
+            )
+        if training.batch_size % (training.lanes * training.accumulation):
+            raise ValueError(
+                f"training.batch_size={training.batch_size} is not a multiple of training.lanes={training.lanes}"
+                f" x training.accumulation={training.accumulation}"
+            )
+        return self
+
+
+def load_settings(files: Sequence[str] = (), words: Sequence[str] = ()) -> Settings:
+    """Settings from YAML `files` (later ones win) and `section.key=value` `words` (they win over files).
+
+    Raises UserError, one line, for a file that cannot be read, a key that does not exist (with the nearest one that
+    does), a value of the wrong type or out of range.
+    """
+    values: dict[str, tuple[Any, str]] = {}
+    for file in files:
+        values.update({key: (value, file) for key, value in _flat(_read_yaml(file))})
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read {word!r} from {COMMAND_LINE}: write section.key=value")
+        values[key.strip()] = (_parse(text, word), COMMAND_LINE)
+    return validate(values)
+
+
+def validate(values: Mapping[str, tuple[Any, str]]) -> Settings:
+    """Settings from dotted keys, each with its value and where it was written. Raises UserError as `load_settings`."""
+    known = {key for key, _ in settings_fields()}
+    tree: dict[str, Any] = {}
+    for key, (value, origin) in values.items():
+        if key not in known:
+            raise UserError(f"unknown setting {key!r} in {origin}: did you mean {_nearest(key, known)!r}?")
+        *sections, name = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[name] = value
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        message = first["msg"].removeprefix("Value error, ")
+        if key not in values:  # a rule between settings: its message names the keys
+            raise UserError(message) from None
+        value, origin = values[key]
+        raise UserError(f"setting {key}={value!r} in {origin}: {message[0].lower()}{message[1:]}") from None
+
+
+def settings_fields() -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its pydantic field, in the order of the schema."""
+    for name, field in Settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from ((f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items())
+        else:
+            yield name, field
+
+
+def describe_type(annotation: Any) -> str:
+    """A field's type in a user's words: `int`, `text`, `margin | softmax`."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " | ".join("null" if part is type(None) else describe_type(part) for part in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of {describe_type(get_args(annotation)[0])}"
+    return {str: "text", int: "int", float: "number", bool: "true | false"}.get(annotation, str(annotation))
+
+
+def describe_range(field: Any) -> str:
+    """A field's bounds in a user's words: `>= 1, <= 4`."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "matches"}
+    return ", ".join(
+        f"{sign} {getattr(rule, name)}"
+        for rule in field.metadata
+        for name, sign in signs.items()
+        if getattr(rule, name, None) is not None
+    )
+
+
+def dump_settings(settings: Settings) -> str:
+    """The settings as YAML that `load_settings` reads back to the same settings."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {file} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {file} is not YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {file} must hold sections with settings, not a {type(tree).__name__}")
+    return tree
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif not (isinstance(value, Mapping) or (value is None and not prefix and key in _sections())):
+            yield f"{prefix}{key}", value
+
+
+def _sections() -> set[str]:
+    return {key.split(".")[0] for key, _ in settings_fields() if "." in key}
+
+
+def _parse(text: str, word: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"cannot read {word!r} from {COMMAND_LINE}: the value is not YAML") from None
+    # YAML 1.1 reads 1e-3 as text; a person means the number.
+    if isinstance(value, str):
+        try:
+            return float(value) if value[:1] in "+-.0123456789" else value
+        except ValueError:
+            return value
+    return value
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    """The key that a user most likely meant: the same last word in another section, else the closest spelling."""
+    name = key.rpartition(".")[2]
+    same = sorted(full for full in known if full.rpartition(".")[2] == name)
+    return (same or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0))[0]

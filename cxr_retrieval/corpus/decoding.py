@@ -1,0 +1,147 @@
+"""From a file's bytes to prepared pixels, by a recipe whose id follows the model and the index."""
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+VERSION = 1  # raise it with every change that alters a prepared pixel
+FORMATS = ("PNG", "JPEG")
+GREY_8, GREY_16 = ("L", "1", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"), ("I;16", "I;16B", "I;16L", "I")
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before a pixel is decoded
+
+
+class RejectedImage(Exception):
+    """An image that cannot be prepared: a reason (one word, counted) and the text of what was found."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(f"{reason}: {text}")
+        self.reason, self.text = reason, text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an image becomes prepared pixels. Two images are comparable only under one recipe.
+
+    An 8-bit image keeps its grey values, colour becomes luminance, and a 16-bit image is windowed from its lowest to
+    its highest value. It is then reduced by pixel area (enlarged linearly) to `size` x `size`: `letterbox` keeps the
+    aspect and pads with black, `stretch` does not. The network sees (value / 255 - mean) / std.
+    """
+
+    size: int
+    fit: str
+    mean: float = 0.5
+    std: float = 0.25
+    window: str = "8-bit as it is, 16-bit from minimum to maximum"
+    resampling: str = "area"
+    version: int = VERSION
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Recipe":
+        return cls(**value)
+
+    def placement(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Scale x, scale y, left, top: prepared x = source x * scale x + left (source of `width` x `height` pixels)."""
+        if self.fit == "stretch":
+            return self.size / width, self.size / height, 0.0, 0.0
+        scaled_width, scaled_height = self._scaled(width, height)
+        left, top = (self.size - scaled_width) // 2, (self.size - scaled_height) // 2
+        return scaled_width / width, scaled_height / height, float(left), float(top)
+
+    def to_prepared(self, box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, ...]:
+        """A box (x, y, w, h) of the source image in prepared pixels."""
+        scale_x, scale_y, left, top = self.placement(width, height)
+        x, y, w, h = box
+        return x * scale_x + left, y * scale_y + top, w * scale_x, h * scale_y
+
+    def to_source(self, box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, ...]:
+        """A box (x, y, w, h) of the prepared image in source pixels."""
+        scale_x, scale_y, left, top = self.placement(width, height)
+        x, y, w, h = box
+        return (x - left) / scale_x, (y - top) / scale_y, w / scale_x, h / scale_y
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        scale = self.size / max(width, height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    def resize(self, grey_HW: np.ndarray) -> np.ndarray:
+        """Prepared pixels `uint8 [size, size]` of an 8-bit grey image `[H, W]`."""
+        height, width = grey_HW.shape
+        target = (self.size, self.size) if self.fit == "stretch" else self._scaled(width, height)
+        if target != (width, height):
+            shrinks = target[0] < width or target[1] < height
+            grey_HW = cv2.resize(grey_HW, target, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        if grey_HW.shape == (self.size, self.size):
+            return np.ascontiguousarray(grey_HW)
+        canvas = np.zeros((self.size, self.size), np.uint8)
+        left, top = (self.size - target[0]) // 2, (self.size - target[1]) // 2
+        canvas[top : top + target[1], left : left + target[0]] = grey_HW
+        return canvas
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before or after decoding: sides in pixels, area in pixels."""
+
+    min_side: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """Prepared pixels `uint8 [size, size]` and the size of the source image in pixels."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
+    """Decode a PNG or JPEG. Raises RejectedImage with the reason for whatever cannot be prepared."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        found = "an empty file" if not data else f"{len(data)} bytes that begin with {data[:8]!r}"
+        raise RejectedImage("not_an_image", f"neither PNG nor JPEG: {found}") from None
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+        raise RejectedImage("damaged", str(error)) from None
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise RejectedImage("too_large", f"{width} x {height} pixels, more than {limits.max_pixels:,}")
+    if min(width, height) < limits.min_side:
+        raise RejectedImage("too_small", f"{width} x {height} pixels, a side under {limits.min_side}")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise RejectedImage("unsupported", f"{frames} frames in one file")
+    try:
+        image.load()
+        grey_HW = _grey(image)
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError) as error:
+        raise RejectedImage("damaged", f"{width} x {height} {image.format}: {error}") from None
+    return DecodedImage(recipe.resize(grey_HW), width, height)
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    if image.mode in GREY_16:
+        wide = np.asarray(image).astype(np.float32)
+        low, high = float(wide.min()), float(wide.max())
+        scaled: np.ndarray = np.rint((wide - low) * (255.0 / max(high - low, 1.0))).astype(np.uint8)
+        return scaled
+    if image.mode not in GREY_8:
+        raise RejectedImage("unsupported", f"pixel mode {image.mode}")
+    return np.asarray(image if image.mode == "L" else image.convert("RGB").convert("L"))

@@ -1,0 +1,338 @@
+"""Archive to prepared corpus: partitions of the archive's manifest, decoded by Ray Data, one shard each.
+
+A partition is one row group of the manifest and becomes one part of the corpus (an artifact of its own), written
+whole by one task: a task needs the memory of one partition, and a restart decodes only partitions without a manifest.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from cxr_retrieval import artifacts, storage
+from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.console import Meter
+from cxr_retrieval.corpus.archive import Archive, read_archive, rows_digest
+from cxr_retrieval.corpus.decoding import Limits, Recipe, RejectedImage, decode
+from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.rows import EXCLUSIONS, LABELS, QUARANTINE, corpus_schema
+from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.errors import UserError
+
+KIND, PART_KIND = "corpus", "corpus-part"
+MANIFEST_FILE, ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = (
+    "archive.parquet",
+    "rows.parquet",
+    "quarantine.parquet",
+    "exclusions.parquet",
+)
+READS_AHEAD = 8  # files fetched while one is decoded: hides the latency of object storage
+# Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
+SHAPING = ("size", "fit", "box_frame", "max_pixels", "min_side", "row_group_images")
+
+PARTS_ADD_UP = Equation("archive", ("prepared", "quarantined", "excluded"))
+CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "duplicates"))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Rows `start` to `stop` of the archive's manifest, which become one part of the corpus."""
+
+    number: int
+    start: int
+    stop: int
+
+
+def partitions(rows: int, size: int) -> list[Partition]:
+    """Cut `rows` manifest rows into partitions of `size`, in order."""
+    return [Partition(n, start, min(start + size, rows)) for n, start in enumerate(range(0, rows, size))]
+
+
+def recipe_of(settings: CorpusSettings) -> Recipe:
+    return Recipe(size=settings.size, fit=settings.fit)
+
+
+def prepare(settings: CorpusSettings, workspace: str) -> tuple[Artifact, bool]:
+    """The prepared corpus of an archive, and whether anything had to be done.
+
+    Raises UserError for an archive that cannot be read or where more than `max_quarantined` of the images are bad.
+    """
+    archive = read_archive(settings)
+    folder = storage.join(workspace, "corpora", settings.name)
+    shaping = {name: getattr(settings, name) for name in SHAPING} | {"recipe": recipe_of(settings).id}
+    cuts = partitions(archive.rows.num_rows, settings.partition_images)
+    slices = [archive.rows.slice(cut.start, cut.stop - cut.start) for cut in cuts]
+    parts = [Draft("", PART_KIND, shaping, (rows_digest(rows),)) for rows in slices]
+    parts = [Draft(storage.join(folder, "parts", part.input_id), part.kind, shaping, part.inputs) for part in parts]
+    draft = Draft("", KIND, shaping | {"name": settings.name}, tuple(part.input_id for part in parts))
+    draft = Draft(storage.join(folder, draft.input_id), draft.kind, draft.settings, draft.inputs)
+    done = artifacts.find(draft.uri)
+    if done:
+        return done, False
+    draft.begin()
+    manifest = _write_manifest(draft, slices)
+    finished = _prepare_parts(draft, parts, cuts, settings)
+    return _finish(draft, manifest, finished, archive, settings), True
+
+
+def _write_manifest(draft: Draft, slices: Sequence[pa.Table]) -> FileEntry:
+    with (
+        draft.staged(MANIFEST_FILE) as (local, entry),
+        pq.ParquetWriter(local, slices[0].schema, compression="zstd") as writer,
+    ):
+        for rows in slices:  # one row group a partition: a task reads its own and no other
+            writer.write_table(rows, row_group_size=max(rows.num_rows, 1))
+    return entry.value
+
+
+def _prepare_parts(
+    draft: Draft, parts: Sequence[Draft], cuts: Sequence[Partition], settings: CorpusSettings
+) -> list[Artifact]:
+    found = {part.input_id: artifacts.find(part.uri) for part in parts}
+    missing = [n for n, part in enumerate(parts) if found[part.input_id] is None]
+    images = sum(cuts[n].stop - cuts[n].start for n in missing)
+    total = cuts[-1].stop
+    quarantined = sum(part.counts["quarantined"] for part in found.values() if part)
+    if missing:
+        tasks = [{"group": n, "uri": parts[n].uri} for n in missing]
+        task = _PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(parts[0].settings), settings)
+        results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(task)
+        with Meter("prepare", images) as meter:
+            for result in results.iter_rows():
+                quarantined += result["quarantined"]
+                meter.advance(result["archive"])
+                _check_quarantine(quarantined, total, settings, draft.uri, final=False)
+    _check_quarantine(quarantined, total, settings, draft.uri, final=True)
+    return [found[part.input_id] or artifacts.load(part.uri, PART_KIND) for part in parts]
+
+
+def _check_quarantine(bad: int, total: int, settings: CorpusSettings, uri: str, *, final: bool) -> None:
+    if bad > settings.max_quarantined * total:
+        raise UserError(
+            f"{bad:,} {'' if final else 'so far '}of {total:,} images are quarantined, more than"
+            f" corpus.max_quarantined={settings.max_quarantined:g}: see {QUARANTINE_FILE} in"
+            f" {storage.join(storage.parent(uri), 'parts')}, mend the archive or raise the limit"
+        )
+
+
+class _PartTask:
+    """Prepare one partition. Runs in a Ray Data task: holds plain values only."""
+
+    def __init__(self, manifest_uri: str, shaping: dict[str, Any], settings: CorpusSettings) -> None:
+        self._manifest_uri, self._shaping = manifest_uri, shaping
+        self._settings = settings
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, int]:
+        with storage.arrow_reader(self._manifest_uri) as file:
+            rows = pq.ParquetFile(file).read_row_group(task["group"])
+        part = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
+        return prepare_part(part, rows, self._settings).counts
+
+
+def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artifact:
+    """Decode one partition and write it whole: prepared rows, quarantined rows, counts."""
+    recipe = recipe_of(settings)
+    limits = Limits(settings.min_side, settings.max_pixels)
+    schema = corpus_schema(recipe)
+    prepared: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
+    excluded: Counter[str] = Counter()
+    for row, data in _fetched(rows.to_pylist()):
+        try:
+            if row["reason"]:
+                raise RejectedImage(row["reason"], row["text"])
+            if row["excluded"]:
+                excluded[row["excluded"]] += 1
+                continue
+            if isinstance(data, Exception):
+                raise RejectedImage("unreadable", str(data))
+            prepared.append(_prepared_row(row, data or b"", recipe, limits, settings.box_frame))
+        except RejectedImage as rejected:
+            bad.append({**row, "reason": rejected.reason, "text": rejected.text})
+    with part.staged(ROWS_FILE) as (local, rows_entry):
+        pq.write_table(
+            pa.Table.from_pylist(prepared, schema=schema),
+            local,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=["patient_id", "sex", "view", "split"],
+            row_group_size=settings.row_group_images,
+        )
+    with part.staged(QUARANTINE_FILE) as (local, bad_entry):
+        pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), local, compression="zstd")
+    counts = {
+        "archive": rows.num_rows,
+        "prepared": len(prepared),
+        "quarantined": len(bad),
+        "excluded": excluded.total(),
+    }
+    reasons = dict(Counter(row["reason"] for row in bad))
+    return part.finish(
+        [rows_entry.value, bad_entry.value],
+        counts,
+        [PARTS_ADD_UP],
+        quarantine_reasons=reasons,
+        exclusion_rules=dict(excluded),
+    )
+
+
+def _fetched(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | Exception | None]]:
+    """Each manifest row with its file's bytes, the error of reading them, or None where they are not needed."""
+
+    def fetch(row: dict[str, Any]) -> bytes | Exception | None:
+        if row["reason"] or row["excluded"]:
+            return None
+        try:
+            return storage.read_bytes(row["source_uri"])
+        except (FileNotFoundError, PermissionError) as error:
+            return error
+
+    with ThreadPoolExecutor(READS_AHEAD) as pool:
+        for start in range(0, len(rows), READS_AHEAD):
+            batch = rows[start : start + READS_AHEAD]
+            yield from zip(batch, pool.map(fetch, batch), strict=True)
+
+
+def _prepared_row(row: dict[str, Any], data: bytes, recipe: Recipe, limits: Limits, frame: int) -> dict[str, Any]:
+    image = decode(data, recipe, limits)
+    pixels = image.pixels.tobytes()
+    boxes = []
+    for box in row["boxes"]:
+        in_source = (
+            box["x"] * image.width / frame,
+            box["y"] * image.height / frame,
+            box["w"] * image.width / frame,
+            box["h"] * image.height / frame,
+        )
+        x, y, w, h = recipe.to_prepared(in_source, image.width, image.height)
+        boxes.append({"finding": box["finding"], "x": x, "y": y, "w": w, "h": h})
+    return {
+        "image_id": row["image_id"],
+        **{name: row[name] for name, _ in LABELS},
+        "pixels": pixels,
+        "original_width": image.width,
+        "original_height": image.height,
+        "source_uri": row["source_uri"],
+        "source_sha256": hashlib.sha256(data).digest(),
+        "pixel_sha256": hashlib.sha256(pixels).digest(),
+        "boxes": boxes,
+        "split": row["split"],
+    }
+
+
+def _finish(
+    draft: Draft, manifest: FileEntry, parts: list[Artifact], archive: Archive, settings: CorpusSettings
+) -> Artifact:
+    exclusions = find_duplicates([storage.join(part.uri, ROWS_FILE) for part in parts])
+    with draft.staged(EXCLUSIONS_FILE) as (local, entry):
+        pq.write_table(exclusions, local, compression="zstd")
+    counts = {
+        name: sum(part.counts[name] for part in parts) for name in ("archive", "prepared", "quarantined", "excluded")
+    }
+    counts["duplicates"] = exclusions.num_rows
+    counts["prepared"] -= exclusions.num_rows
+    reasons: Counter[str] = Counter()
+    rules: Counter[str] = Counter()
+    for part in parts:
+        reasons.update(part.manifest["quarantine_reasons"])
+        rules.update(part.manifest["exclusion_rules"])
+    return draft.finish(
+        [manifest, entry.value],
+        counts,
+        [CORPUS_ADDS_UP],
+        parts,
+        archive_uri=storage.canonical(settings.archive or ""),
+        decode_recipe=recipe_of(settings).to_json(),
+        decode_recipe_id=recipe_of(settings).id,
+        label_rows=archive.label_rows,
+        labels_without_image=archive.labels_without_image,
+        label_tables=archive.table_hashes,
+        quarantine_reasons=dict(reasons),
+        exclusion_rules=dict(rules),
+        duplicates_across_patients=pc.sum(pc.invert(exclusions["same_patient"])).as_py() or 0,
+        splits=_split_facts(parts, exclusions),
+    )
+
+
+def find_duplicates(files: Sequence[str]) -> pa.Table:
+    """Rows whose pixels another row has too, over all shards: the lowest image id stays, the others are listed.
+
+    Holds 24 bytes a row: half of the hash (16 bytes) and the row's place (8 bytes).
+    """
+    halves, places = [], []
+    for number, uri in enumerate(files):
+        with storage.arrow_reader(uri) as file:
+            hashes = pq.read_table(file, columns=["pixel_sha256"])["pixel_sha256"].combine_chunks()
+        raw = np.frombuffer(b"".join(value[:16] for value in hashes.to_pylist()), dtype="S16")
+        halves.append(raw)
+        places.append((np.int64(number) << 32) + np.arange(len(raw), dtype=np.int64))
+    half, place = np.concatenate(halves), np.concatenate(places)
+    order = np.argsort(half, kind="stable")
+    same = half[order][1:] == half[order][:-1]
+    suspects = np.zeros(len(half), bool)
+    suspects[order[1:][same]] = suspects[order[:-1][same]] = True
+    groups: dict[bytes, list[tuple[str, int, int, str]]] = {}
+    for number, uri in enumerate(files):
+        local = place[suspects & (place >> 32 == number)] & 0xFFFFFFFF
+        if len(local) == 0:
+            continue
+        with storage.arrow_reader(uri) as file:
+            table = pq.read_table(file, columns=["image_id", "patient_id", "pixel_sha256"]).take(pa.array(local))
+        for row, record in zip(local, table.to_pylist(), strict=True):
+            groups.setdefault(record["pixel_sha256"], []).append(
+                (record["image_id"], number, int(row), record["patient_id"])
+            )
+    rows = [
+        {
+            "part": number,
+            "row": row,
+            "image_id": image_id,
+            "rule": "duplicate",
+            "kept_image_id": group[0][0],
+            "same_patient": patient == group[0][3],
+        }
+        for group in map(sorted, groups.values())
+        for image_id, number, row, patient in group[1:]
+    ]
+    rows.sort(key=lambda row: (row["part"], row["row"]))
+    return pa.Table.from_pylist(rows, schema=EXCLUSIONS)
+
+
+def _split_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, Any]:
+    """Images, patients and findings of each split, and the proof that no patient is in two."""
+    images = dict.fromkeys(SPLITS, 0)
+    findings = {split: dict.fromkeys(FINDINGS, 0) for split in SPLITS}
+    patients: dict[str, set[bytes]] = {split: set() for split in SPLITS}
+    left_out = {(row["part"], row["row"]) for row in exclusions.to_pylist()}
+    for number, part in enumerate(parts):
+        with storage.arrow_reader(storage.join(part.uri, ROWS_FILE)) as file:
+            rows = pq.read_table(file, columns=["patient_id", "split", "findings"]).to_pylist()
+        for index, row in enumerate(rows):
+            if (number, index) in left_out:
+                continue
+            images[row["split"]] += 1
+            patients[row["split"]].add(hashlib.sha256(row["patient_id"].encode()).digest()[:8])
+            for name in row["findings"]:
+                findings[row["split"]][name] += 1
+    shared = [(a, b) for a in SPLITS for b in SPLITS if a < b and patients[a] & patients[b]]
+    if shared:
+        raise artifacts.AccountingError(f"patients in two splits: {shared}")
+    return {
+        split: {"images": images[split], "patients": len(patients[split]), "findings": findings[split]}
+        for split in SPLITS
+    }
+
+
+def schema_recipe(schema: pa.Schema) -> Recipe:
+    """The decode recipe that a shard carries in its schema's metadata."""
+    return Recipe.from_json(json.loads(schema.metadata[b"decode_recipe"]))

@@ -1,0 +1,121 @@
+"""Reading a prepared corpus: rows by split, by place, without what was excluded after it was prepared."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cxr_retrieval import artifacts, storage
+from cxr_retrieval.artifacts import Artifact
+from cxr_retrieval.corpus.decoding import Recipe
+from cxr_retrieval.corpus.findings import label_vector
+from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, KIND, ROWS_FILE
+from cxr_retrieval.errors import UserError
+
+# A row's place: its part, the row group in the part's file, the row in the file. 12 bytes a row.
+PLACE = np.dtype([("part", np.int32), ("group", np.int32), ("row", np.int32)])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A finished corpus that is read in place, locally or on object storage. Small enough to send to a worker."""
+
+    artifact: Artifact
+
+    @classmethod
+    def open(cls, uri: str) -> "Corpus":
+        return cls(artifacts.load(uri, KIND))
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.from_json(self.artifact.manifest["decode_recipe"])
+
+    @property
+    def rows(self) -> int:
+        return self.artifact.counts["prepared"]
+
+    @cached_property
+    def files(self) -> list[str]:
+        return [storage.join(uri, ROWS_FILE) for uri in self.artifact.part_uris]
+
+    @cached_property
+    def excluded(self) -> dict[int, set[int]]:
+        """Rows that no reader sees, by part."""
+        with storage.arrow_reader(storage.join(self.artifact.uri, EXCLUSIONS_FILE)) as file:
+            table = pq.read_table(file, columns=["part", "row"])
+        found: dict[int, set[int]] = {}
+        for part, row in zip(table["part"].to_pylist(), table["row"].to_pylist(), strict=True):
+            found.setdefault(part, set()).add(row)
+        return found
+
+    def places(self, split: str) -> np.ndarray:
+        """Where the rows of a split are: an array of PLACE in the order of the corpus."""
+        found = []
+        for part, uri in enumerate(self.files):
+            with storage.arrow_reader(uri) as file:
+                parquet = pq.ParquetFile(file)
+                sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+                splits = np.asarray(parquet.read(["split"])["split"].to_pylist(), dtype=object)
+            place = np.zeros(len(splits), PLACE)
+            place["part"], place["row"] = part, np.arange(len(splits))
+            place["group"] = np.repeat(np.arange(len(sizes)), sizes)
+            keep = splits == split
+            keep[list(self.excluded.get(part, ()))] = False
+            found.append(place[keep])
+        places = np.concatenate(found)
+        if len(places) == 0:
+            raise UserError(
+                f"{self.artifact.uri} has no image in its {split} split: the archive is too small for the shares"
+            )
+        return places
+
+    def take(self, places: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """The rows at `places` (an array of PLACE), in that order; only the row groups that hold them are read."""
+        tables, origin = [], np.empty(len(places), np.int64)
+        offset = 0
+        for part in np.unique(places["part"]):
+            in_part = places["part"] == part
+            with storage.arrow_reader(self.files[part]) as file:
+                parquet = pq.ParquetFile(file)
+                starts = np.cumsum(
+                    [0] + [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+                )
+                groups = np.unique(places["group"][in_part])
+                tables.append(parquet.read_row_groups(groups.tolist(), columns=list(columns)))
+            lengths = starts[groups + 1] - starts[groups]
+            base = offset + np.cumsum(lengths) - lengths  # where each group read begins in the joined table
+            which = np.searchsorted(groups, places["group"][in_part])
+            origin[in_part] = base[which] + places["row"][in_part] - starts[groups[which]]
+            offset += int(lengths.sum())
+        return pa.concat_tables(tables).take(pa.array(origin))
+
+    def batches(self, part: int, batch_size: int, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows of one part in order, excluded ones left out, at most `batch_size` at a time."""
+        left_out = self.excluded.get(part, set())
+        row = 0
+        with storage.arrow_reader(self.files[part]) as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size, columns=list(columns)):
+                keep = [index for index in range(batch.num_rows) if row + index not in left_out]
+                row += batch.num_rows
+                if keep:
+                    table = pa.Table.from_batches([batch])
+                    yield table if len(keep) == batch.num_rows else table.take(pa.array(keep))
+
+
+def pixels_of(table: pa.Table, size: int) -> np.ndarray:
+    """Pixels of the rows of a table: `uint8 [B, size, size]`, not copied where Arrow holds them in one piece."""
+    column = table["pixels"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks)
+    data = np.frombuffer(column.buffers()[1], np.uint8)
+    start = column.offset * size * size
+    return data[start : start + len(column) * size * size].reshape(len(column), size, size)
+
+
+def labels_of(table: pa.Table) -> np.ndarray:
+    """Labels of the rows of a table with `findings` and `unknown`: `int8 [B, C]`."""
+    pairs = zip(table["findings"].to_pylist(), table["unknown"].to_pylist(), strict=True)
+    return np.stack([label_vector(findings, unknown) for findings, unknown in pairs])

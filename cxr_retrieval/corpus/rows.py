@@ -1,0 +1,72 @@
+"""The row of a prepared corpus and the row of the archive's manifest, as Arrow schemas."""
+
+import json
+
+import pyarrow as pa
+
+from cxr_retrieval.corpus.decoding import Recipe
+
+BOX = pa.struct(
+    [(name, pa.string() if name == "finding" else pa.float32()) for name in ("finding", "x", "y", "w", "h")]
+)
+
+LABELS = [
+    ("patient_id", pa.string()),
+    ("study_id", pa.string()),
+    ("study_date", pa.date32()),
+    ("follow_up", pa.int32()),
+    ("age_years", pa.int16()),
+    ("sex", pa.string()),
+    ("view", pa.string()),
+    ("findings", pa.list_(pa.string())),
+    ("unknown", pa.list_(pa.string())),
+    ("report_text", pa.string()),
+]
+
+# One row per image object of the archive. Where `reason` is set, the image is known to be unusable before it is read.
+ARCHIVE = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source_uri", pa.string()),
+        ("size", pa.int64()),
+        ("reason", pa.string()),
+        ("text", pa.string()),
+        ("excluded", pa.string()),
+        *LABELS,
+        ("boxes", pa.list_(BOX)),
+        ("split", pa.string()),
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [("image_id", pa.string()), ("source_uri", pa.string()), ("reason", pa.string()), ("text", pa.string())]
+)
+
+EXCLUSIONS = pa.schema(
+    [
+        ("part", pa.int32()),
+        ("row", pa.int32()),
+        ("image_id", pa.string()),
+        ("rule", pa.string()),
+        ("kept_image_id", pa.string()),
+        ("same_patient", pa.bool_()),
+    ]
+)
+
+
+def corpus_schema(recipe: Recipe) -> pa.Schema:
+    """Schema of a shard; pixels are `uint8 [size, size]`, boxes are in prepared pixels."""
+    fields = [
+        ("image_id", pa.string()),
+        *LABELS,
+        ("pixels", pa.binary(recipe.size * recipe.size)),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("source_uri", pa.string()),
+        ("source_sha256", pa.binary(32)),
+        ("pixel_sha256", pa.binary(32)),
+        ("boxes", pa.list_(BOX)),
+        ("split", pa.string()),
+    ]
+    shape = json.dumps([recipe.size, recipe.size])
+    return pa.schema(fields, metadata={"pixels_shape": shape, "decode_recipe": json.dumps(recipe.to_json())})

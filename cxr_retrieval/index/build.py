@@ -1,0 +1,309 @@
+"""Building a sharded index from embeddings: shards in parallel on Ray, one shared quantizer, proven before it is done.
+
+A shard is a contiguous range of embedded rows, so no shuffle is needed and a task holds one shard at the most.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from cxr_retrieval import artifacts, storage
+from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
+from cxr_retrieval.config import IndexSettings
+from cxr_retrieval.console import Meter
+from cxr_retrieval.corpus.preparation import ROWS_FILE
+from cxr_retrieval.corpus.reading import Corpus, pixels_of
+from cxr_retrieval.embedding.stream import read_part
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.plan import IndexPlan, Shard, plan_index
+from cxr_retrieval.index.proof import prove
+from cxr_retrieval.index.shards import INDEX_FILE, shard_files
+from cxr_retrieval.network.progressive import Output, embeddings
+from cxr_retrieval.privacy import Pseudonyms, row_id
+from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
+
+KIND = "index"
+ADDS_UP = Equation("embedded", ("indexed", "id_collisions"))
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY, THUMBNAIL_GROUP = 256, 85, 64
+FACTS = [
+    "patient_id",
+    "study_date",
+    "view",
+    "sex",
+    "age_years",
+    "findings",
+    "unknown",
+    "source_uri",
+    "pixel_sha256",
+    "split",
+]
+SIDECAR = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("image_id", pa.string()),
+        ("patient", pa.string()),
+        ("study_date", pa.date32()),
+        ("view", pa.string()),
+        ("sex", pa.string()),
+        ("age_years", pa.int16()),
+        ("findings", pa.list_(pa.string())),
+        ("unknown", pa.list_(pa.string())),
+        ("crop", pa.list_(pa.int32(), 4)),
+        ("source", pa.string()),
+        ("pixel_sha256", pa.binary(32)),
+        ("held_out", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an index is built from. Small enough to send to a worker; everything heavy is read where it is needed."""
+
+    corpus: Corpus
+    embeddings: Artifact
+    model_uri: str
+    embedding: str
+
+    def part_rows(self) -> list[int]:
+        """Rows of every part, duplicates left out."""
+        parts = self.embeddings.manifest["parts"]
+        return [part["counts"]["embedded"] - len(self.corpus.excluded.get(n, ())) for n, part in enumerate(parts)]
+
+
+def index_draft(settings: IndexSettings, workspace: str, source: Source, pseudonyms: Pseudonyms) -> Draft:
+    """The index that would be built: its identity and its place."""
+    shaping = {
+        "embedding": source.embedding,
+        "pseudonymised": pseudonyms.key_id,
+        **settings.model_dump(exclude={"name", "embedding"}),
+    }
+    draft = Draft("", KIND, shaping, (source.embeddings.input_id,))
+    folder = storage.join(workspace, "indexes", settings.name, "builds", draft.input_id)
+    return Draft(folder, KIND, shaping, draft.inputs)
+
+
+def build_index(
+    settings: IndexSettings, workspace: str, source: Source, pseudonyms: Pseudonyms
+) -> tuple[Artifact, bool]:
+    """The index of an embedded corpus, and whether anything had to be done.
+
+    Raises UserError when its recall against exact search stays below the target.
+    """
+    draft = index_draft(settings, workspace, source, pseudonyms)
+    done = artifacts.find(draft.uri)
+    if done:
+        return done, False
+    draft.begin()
+    model = Model.open(source.model_uri)
+    rows = sum(source.part_rows())
+    dimensions = _dimensions(model, source.embedding)
+    plan = plan_index(rows, dimensions, settings.shard_rows, settings.exact_rows)
+    collisions = find_collisions(source, pseudonyms)
+    quantizer = ray.put(_train_quantizer(plan, source, model))
+    build = ray.remote(max_retries=3)(_build_shard)
+    waiting = [build.remote(draft, shard, plan, source, pseudonyms, collisions, quantizer) for shard in plan.shards]
+    results: list[_Built] = []
+    with Meter("index", rows, "rows") as meter:
+        while waiting:
+            (ready,), waiting = ray.wait(waiting, num_returns=1)
+            results.append(ray.get(ready))
+            meter.advance(results[-1].rows)
+    files = [entry for result in results for entry in result.files]
+    indexed = sum(result.rows for result in results)
+    facts = _facts(plan, source, model, pseudonyms, indexed)
+    files += [draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)]
+    proof = prove(draft.uri, facts, files, settings)
+    facts |= {"probes": proof.probes, "proof": asdict(proof)}
+    files.append(draft.write(INDEX_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()))
+    counts = {"embedded": rows, "indexed": indexed, "id_collisions": rows - indexed}
+    return draft.finish(
+        files, counts, [ADDS_UP], recall=proof.recall, shards=len(plan.shards), factory=plan.factory
+    ), True
+
+
+def _facts(plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms, rows: int) -> dict[str, Any]:
+    return {
+        "embedding": source.embedding,
+        "dimensions": plan.dimensions,
+        "rows": rows,
+        "shards": len(plan.shards),
+        "factory": plan.factory,
+        "lists": plan.lists,
+        "findings": model.findings,
+        "decode_recipe": model.recipe.to_json(),
+        "decode_recipe_id": model.recipe.id,
+        "corpus": source.corpus.artifact.input_id,
+        "model": source.embeddings.manifest["inputs"][0],
+        "pseudonymised": pseudonyms.key is not None,
+    }
+
+
+def _model_file(uri: str, name: str) -> bytes:
+    return artifacts.load(uri, "model").read(name)
+
+
+def _dimensions(model: Model, embedding: str) -> int:
+    if embedding not in model.embedding_names:
+        raise UserError(f"index.embedding={embedding!r} is none of the model's: {', '.join(model.embedding_names)}")
+    return int(model.centring[embedding].shape[0])
+
+
+def _vectors(source: Source, model: Model, part: int, columns: list[str]) -> tuple[np.ndarray, np.ndarray, pa.Table]:
+    """Unit vectors float16 [N, D], crops [N, 4] and facts of one part."""
+    embedded = read_part(source.embeddings, source.corpus, part, model, columns)
+    empty = embedded.z_PSND.new_zeros(0)
+    output = Output(embedded.z_PSND, empty, embedded.joint_PNC, empty, empty)
+    vectors = embeddings(output, model.centring)[source.embedding].numpy()
+    return vectors.astype(np.float16), embedded.crop_N4, embedded.facts
+
+
+def _overlaps(sizes: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(part, first, last) of the parts that hold rows `start` to `stop`, rows numbered inside the part."""
+    offset = 0
+    for part, size in enumerate(sizes):
+        first, last = max(start - offset, 0), min(stop - offset, size)
+        if first < last:
+            yield part, first, last
+        offset += size
+
+
+def _train_quantizer(plan: IndexPlan, source: Source, model: Model) -> np.ndarray | None:
+    """Centroids [lists, D] of the coarse quantizer, trained once on an even sample; None for a flat index."""
+    if not plan.lists:
+        return None
+    stride = max(1, plan.rows // plan.training_rows)
+    sample = []
+    offset = 0
+    for part, size in enumerate(source.part_rows()):
+        vectors, _, _ = _vectors(source, model, part, [])
+        sample.append(vectors[(-offset) % stride :: stride].astype(np.float32))
+        offset += size
+    clustering = faiss.Kmeans(plan.dimensions, plan.lists, seed=0, niter=10)
+    clustering.train(np.concatenate(sample))
+    return np.asarray(clustering.centroids)
+
+
+def find_collisions(source: Source, pseudonyms: Pseudonyms) -> list[int]:
+    """Embedded rows whose id an earlier row has already: they are left out of the index and counted.
+
+    Holds 8 bytes a row. With 63 bits one collision is to be expected among some four thousand million images.
+    """
+    ids = []
+    for part, uri in enumerate(source.corpus.files):
+        with storage.arrow_reader(uri) as file:
+            names = pq.read_table(file, columns=["image_id"])["image_id"].to_pylist()
+        left_out = source.corpus.excluded.get(part, set())
+        kept = (name for row, name in enumerate(names) if row not in left_out)
+        ids.append(np.fromiter((row_id(pseudonyms.name("image", name)) for name in kept), np.int64))
+    every = np.concatenate(ids)
+    _, first = np.unique(every, return_index=True)
+    later: list[int] = np.setdiff1d(np.arange(len(every)), first).tolist()
+    return later
+
+
+@dataclass(frozen=True)
+class _Built:
+    rows: int
+    files: list[FileEntry]
+
+
+def _build_shard(
+    draft: Draft,
+    shard: Shard,
+    plan: IndexPlan,
+    source: Source,
+    pseudonyms: Pseudonyms,
+    collisions: list[int],
+    centroids: np.ndarray | None,
+) -> _Built:
+    """Build one shard and write its four files. Runs in a Ray task."""
+    model = Model.open(source.model_uri)
+    vectors, sidecars, thumbnails = [], [], []
+    for part, first, last in _overlaps(source.part_rows(), shard.start, shard.stop):
+        vectors_ND, crops_N4, facts = _vectors(source, model, part, FACTS)
+        vectors.append(vectors_ND[first:last])
+        sidecars.append(_sidecar(facts.slice(first, last - first), crops_N4[first:last], pseudonyms))
+        thumbnails.append(_thumbnails(source.corpus, part, first, last))
+    rows_ND, sidecar, pictures = np.concatenate(vectors), pa.concat_tables(sidecars), pa.concat_tables(thumbnails)
+    dropped = [row - shard.start for row in collisions if shard.start <= row < shard.stop]
+    if dropped:
+        kept = np.setdiff1d(np.arange(len(rows_ND)), dropped)
+        rows_ND, sidecar, pictures = rows_ND[kept], sidecar.take(kept), pictures.take(kept)
+    paths = shard_files(shard.number)
+    array = io.BytesIO()
+    np.save(array, rows_ND, allow_pickle=False)
+    files = [draft.write(paths["rows"], array.getvalue())]
+    with draft.staged(paths["faiss"]) as (local, entry):
+        faiss.write_index(_faiss_index(plan, rows_ND.astype(np.float32), centroids), str(local))
+    files.append(entry.value)
+    for kind, table, group in (("sidecar", sidecar, None), ("thumbnails", pictures, THUMBNAIL_GROUP)):
+        with draft.staged(paths[kind]) as (local, entry):
+            pq.write_table(table, local, compression="zstd", row_group_size=group)
+        files.append(entry.value)
+    return _Built(len(rows_ND), files)
+
+
+def _faiss_index(plan: IndexPlan, vectors_ND: np.ndarray, centroids: np.ndarray | None) -> Any:
+    flat = faiss.IndexFlatL2(plan.dimensions)
+    if centroids is None:
+        flat.add(vectors_ND)
+        return flat
+    flat.add(centroids)
+    index = faiss.IndexIVFFlat(flat, plan.dimensions, plan.lists, faiss.METRIC_L2)
+    index.is_trained = True  # the quantizer already holds the centroids that all shards share
+    index.add(vectors_ND)
+    return index
+
+
+def _sidecar(facts: pa.Table, crops_N4: np.ndarray, pseudonyms: Pseudonyms) -> pa.Table:
+    """What a hit shows and a filter needs, with names as they may be known outside the corpus."""
+    images = [pseudonyms.name("image", name) for name in facts["image_id"].to_pylist()]
+    columns = {
+        "id": [row_id(name) for name in images],
+        "image_id": images,
+        "patient": [pseudonyms.name("patient", name) for name in facts["patient_id"].to_pylist()],
+        "crop": crops_N4.tolist(),
+        "source": [pseudonyms.name("source", name) for name in facts["source_uri"].to_pylist()],
+        "held_out": [split != "train" for split in facts["split"].to_pylist()],
+    }
+    arrays = [
+        pa.array(columns[field.name], field.type)
+        if field.name in columns
+        else facts[field.name].combine_chunks().cast(field.type)
+        for field in SIDECAR
+    ]
+    return pa.Table.from_arrays(arrays, schema=SIDECAR)
+
+
+def _thumbnails(corpus: Corpus, part: int, first: int, last: int) -> pa.Table:
+    """JPEGs of rows `first` to `last` of a part, duplicates left out, at most 256 pixels a side."""
+    left_out = corpus.excluded.get(part, set())
+    found: list[bytes] = []
+    row = seen = 0
+    with storage.arrow_reader(storage.join(corpus.artifact.part_uris[part], ROWS_FILE)) as file:
+        for batch in pq.ParquetFile(file).iter_batches(THUMBNAIL_GROUP, columns=["pixels"]):
+            for pixels in pixels_of(pa.Table.from_batches([batch]), corpus.recipe.size):
+                if row not in left_out:
+                    if first <= seen < last:
+                        found.append(_jpeg(pixels))
+                    seen += 1
+                row += 1
+    return pa.table({"jpeg": pa.array(found, pa.binary())})
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    if max(pixels.shape) > THUMBNAIL_SIDE:
+        pixels = cv2.resize(pixels, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
+    done, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, THUMBNAIL_QUALITY])
+    assert done, "an 8-bit grey image always encodes"
+    return bytes(data)

@@ -1,0 +1,417 @@
+"""Published versions of an index on a folder or on S3: immutable objects, manifests that name them, aliases that move.
+
+    TO/objects/<sha256>             a file of one or more versions
+    TO/versions/<version-id>.json   which files a version has, and its facts
+    TO/aliases/<alias>.json         which version readers of that alias get
+
+Objects first, then the manifest, then one conditional write of the alias: a publish that is killed anywhere leaves the
+old alias serving, and running it again finishes it. Nothing is ever deleted here. What is read back is hostile input:
+its size is limited, its form is checked, a manifest must hash to the id that names it, and so must every object.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import re
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+
+from cxr_retrieval import storage
+from cxr_retrieval.artifacts import Artifact, CorruptArtifact, FileEntry
+from cxr_retrieval.config import NAME
+from cxr_retrieval.console import Meter
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index import cache as cached
+
+OBJECTS, VERSIONS, ALIASES = "objects", "versions", "aliases"
+DEFAULT_ALIAS = "latest"
+VERSION_ID = r"^[0-9a-f]{20}$"
+SHA256 = r"^[0-9a-f]{64}$"
+FILE_PATH = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"  # relative, and no part begins with a dot
+MANIFEST_LIMIT = 64 << 20
+ALIAS_LIMIT = 64 << 10
+PUBLISH_AGAIN = "publish that version again, after moving the damaged file away if there is one"
+BUILD_AGAIN = "move the build's folder away and build the index again"
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Alias(_Stored):
+    """What an alias points to: `generation` counts its moves, `publish_id` tells whose move the last one was."""
+
+    version: str = Field(pattern=VERSION_ID)
+    predecessor: str | None = Field(pattern=VERSION_ID)
+    generation: int = Field(ge=1)
+    publish_id: str = Field(pattern=r"^[0-9a-f]{32}$")
+    moved_at: str = Field(max_length=40)
+
+
+class _File(_Stored):
+    path: str = Field(pattern=FILE_PATH, max_length=512)
+    size: int = Field(ge=0, lt=1 << 50)
+    sha256: str = Field(pattern=SHA256)
+
+
+class _Manifest(_Stored):
+    schema_version: Literal[1]
+    facts: dict[str, Any]
+    files: list[_File]
+    _id: str = PrivateAttr()
+
+    @field_validator("files")
+    @classmethod
+    def _once(cls, files: list[_File]) -> list[_File]:
+        twice = [path for path, count in Counter(file.path for file in files).items() if count > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is listed twice")
+        return files
+
+    def model_post_init(self, _context: Any) -> None:
+        # Here, and not on demand, so that facts nested too deeply are refused with everything else that does not fit.
+        content = {"files": {file.path: file.sha256 for file in self.files}, "facts": self.facts}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        self._id = hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+
+StoredModel = TypeVar("StoredModel", bound=_Stored)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One published version: its files by path, and the facts of the build that it came from."""
+
+    to: str
+    id: str
+    files: Mapping[str, FileEntry]
+    facts: Mapping[str, Any]
+
+    @property
+    def objects(self) -> list[FileEntry]:
+        """One entry for each distinct object."""
+        return list({entry.sha256: entry for entry in self.files.values()}.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.objects)
+
+    def object_uri(self, entry: FileEntry) -> str:
+        return storage.join(self.to, OBJECTS, entry.sha256)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a publish did. `moved` is False when the alias pointed to the version already: there was nothing to do."""
+
+    version: str
+    alias: str
+    generation: int
+    uploaded: int
+    reused: int
+    bytes: int
+    moved: bool
+
+
+@dataclass(frozen=True)
+class OpenVersion:
+    """A version whose files are on this machine and were verified."""
+
+    version: Version
+    paths: Mapping[str, Path]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self.version.facts
+
+    def path(self, name: str) -> Path:
+        """The local path of a file of the version. The path itself has no ending that would tell its format."""
+        if name not in self.paths:
+            raise UserError(f"{self.version.to}: version {self.version.id} has no file {name!r}; publish it again")
+        return self.paths[name]
+
+
+def publish(build: Artifact, to: str, alias: str, meter: Meter | None = None) -> Published:
+    """Upload what `to` lacks of a built index, write its version manifest and move the alias to it.
+
+    The same build always gives the same version. Whoever moves the alias first after it was read here wins; the other
+    gets a UserError, and its version stands complete beside the winner's. `meter` counts bytes.
+    """
+    to = storage.canonical(to)
+    _check_alias(alias)
+    version, manifest = _version_of(build, to)
+    seen = _read_alias(to, alias)  # before the upload, so that nothing which happens meanwhile is overwritten
+    present = _listing(storage.join(to, OBJECTS))
+    missing = [entry for entry in version.objects if entry.sha256 not in present]
+    uploaded = uploaded_bytes = 0
+    if meter:
+        meter.advance(sum(entry.size for entry in version.objects) - sum(entry.size for entry in missing), "reused")
+    sources = {entry.sha256: storage.join(build.uri, path) for path, entry in version.files.items()}
+    for entry, ours in cached.in_parallel(lambda entry: _upload(sources[entry.sha256], entry, version), missing):
+        uploaded += ours
+        uploaded_bytes += entry.size if ours else 0
+        if meter:
+            meter.advance(entry.size)
+    _write_manifest(version, manifest)
+    _check_objects(version)
+    generation, moved = _move_alias(to, alias, version.id, *seen)
+    reused = len(version.objects) - uploaded
+    return Published(version.id, alias, generation, uploaded, reused, uploaded_bytes, moved)
+
+
+def list_versions(to: str) -> list[str]:
+    """The ids of all versions at `to`, in the order of their ids."""
+    names = (path.removesuffix(".json") for path in _listing(storage.join(storage.canonical(to), VERSIONS)))
+    return [name for name in names if re.fullmatch(VERSION_ID, name)]
+
+
+def list_aliases(to: str) -> dict[str, Alias]:
+    """All aliases at `to` by name, with what they point to."""
+    to = storage.canonical(to)
+    aliases = {name: _read_alias(to, name)[0] for name in _alias_names(to)}
+    return {name: alias for name, alias in aliases.items() if alias}
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """`URI@name` as URI and name of an alias or version; without a name it is the alias `latest`.
+
+    Only an `@` behind the last `/` parts them, so folders above may have one; a last folder with one needs `@name`.
+    """
+    folder, slash, last = reference.rpartition("/")
+    base, at, name = last.rpartition("@")
+    if not at:
+        return reference, DEFAULT_ALIAS
+    uri = folder + slash + base
+    if not uri.strip("/") or not re.fullmatch(NAME, name):
+        raise UserError(f"cannot read {reference!r}: write URI@alias or URI@version")
+    return uri, name
+
+
+def resolve(to: str, name: str) -> Version:
+    """The version that an alias points to, or the one with that id.
+
+    Raises UserError, naming the aliases that exist, when there is neither; CorruptArtifact for a damaged manifest.
+    """
+    to = storage.canonical(to)
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{name!r} is not a name of an alias or version; {_known(to)}")
+    wanted, by_alias = name, not re.fullmatch(VERSION_ID, name)
+    if by_alias:
+        alias = _read_alias(to, name)[0]
+        if alias is None:
+            raise UserError(f"{to}: there is no alias {name!r}; {_known(to)}")
+        wanted = alias.version
+    uri = _version_uri(to, wanted)
+    try:
+        manifest = _parsed(_Manifest, uri, cached.read_limited(uri, MANIFEST_LIMIT, PUBLISH_AGAIN))
+    except FileNotFoundError:
+        if by_alias:
+            message = f"{uri}: the manifest that alias {name!r} points to is missing; publish that version again"
+            raise CorruptArtifact(message) from None
+        raise UserError(f"{to}: there is no version {wanted}; {_known(to)}") from None
+    if manifest.id != wanted:
+        raise CorruptArtifact(f"{uri}: the content is not that of version {wanted}; {PUBLISH_AGAIN}")
+    return _version(to, manifest)
+
+
+def open_version(reference: str, cache: str | None = None, meter: Meter | None = None) -> OpenVersion:
+    """Verify every file of the version that `URI@name` refers to, fetching it first where the index is on S3.
+
+    Local objects are used in place, remote ones are kept in the cache folder (`cache`, else the variable CXR_CACHE,
+    else one in the home folder). `meter` counts bytes. Raises CorruptArtifact before anybody reads a damaged file.
+    """
+    version = resolve(*split_reference(reference))
+    folder = cached.cache_folder(cache)
+    paths: dict[str, Path] = {}
+    for entry, path in cached.in_parallel(
+        lambda entry: cached.verified(version.object_uri(entry), entry, folder, PUBLISH_AGAIN), version.objects
+    ):
+        paths[entry.sha256] = path
+        if meter:
+            meter.advance(entry.size)
+    return OpenVersion(version, {name: paths[entry.sha256] for name, entry in version.files.items()})
+
+
+def verify(to: str, version: str) -> list[str]:
+    """Hash every object of a version (an id or an alias) again; a line for each that is missing or damaged."""
+
+    def problem(entry: FileEntry) -> str | None:
+        uri = found.object_uri(entry)
+        try:
+            size, digest = cached.measure(uri, PUBLISH_AGAIN)
+        except CorruptArtifact as error:
+            return str(error)
+        if size != entry.size:
+            return f"{uri}: {size:,} bytes instead of {entry.size:,}; {PUBLISH_AGAIN}"
+        return None if digest == entry.sha256 else f"{uri}: the bytes hash to {digest}; {PUBLISH_AGAIN}"
+
+    found = resolve(to, version)
+    return sorted(text for _, text in cached.in_parallel(problem, found.objects) if text)
+
+
+def _version_of(build: Artifact, to: str) -> tuple[Version, bytes]:
+    """The version that a build gives, and its manifest's bytes: both depend on nothing but the build."""
+    if build.manifest["parts"]:
+        raise ValueError("an index with parts cannot be published: a version names files of its own only")
+    facts = {key: value for key, value in build.manifest.items() if key not in ("files", "parts")}
+    files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in build.files]
+    data = _json({"schema_version": 1, "facts": facts, "files": files})
+    if len(data) > MANIFEST_LIMIT:
+        raise UserError(f"{build.uri}: its manifest is over {MANIFEST_LIMIT >> 20} MB; use larger index.shard_rows")
+    return _version(to, _parsed(_Manifest, build.uri, data)), data
+
+
+def _version(to: str, manifest: _Manifest) -> Version:
+    files = {file.path: FileEntry(file.path, file.size, file.sha256) for file in manifest.files}
+    return Version(to, manifest.id, files, manifest.facts)
+
+
+def _upload(source: str, entry: FileEntry, version: Version) -> bool:
+    """Create one object from a checked local file; False if somebody else created it meanwhile."""
+    with contextlib.ExitStack() as stack:
+        if storage.is_s3(source):
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cxr-"))) / entry.sha256
+            cached.fetch(source, entry, path, BUILD_AGAIN)
+        else:
+            path = Path(source)
+            try:
+                digest = storage.sha256(path)
+            except FileNotFoundError:
+                raise CorruptArtifact(f"{source}: the file is missing; {BUILD_AGAIN}") from None
+            if digest != entry.sha256:
+                raise CorruptArtifact(f"{source}: the bytes are not those of the build's manifest; {BUILD_AGAIN}")
+        return storage.create(version.object_uri(entry), path)
+
+
+def _write_manifest(version: Version, data: bytes) -> None:
+    uri = _version_uri(version.to, version.id)
+    with tempfile.TemporaryDirectory(prefix="cxr-") as folder:
+        path = Path(folder) / "manifest.json"
+        path.write_bytes(data)
+        if not storage.create(uri, path) and cached.read_limited(uri, MANIFEST_LIMIT, PUBLISH_AGAIN) != data:
+            raise CorruptArtifact(f"{uri}: another manifest stands there; move it away and publish again")
+
+
+def _check_objects(version: Version) -> None:
+    """Every object is there with its size: an uploader that was wrong about that must not get the alias."""
+    present = _listing(storage.join(version.to, OBJECTS))
+    for entry in version.objects:
+        if entry.sha256 not in present:
+            raise CorruptArtifact(f"{version.object_uri(entry)}: gone since it was uploaded; publish again")
+        if present[entry.sha256] != entry.size:
+            found = f"{present[entry.sha256]:,} bytes instead of {entry.size:,}"
+            raise CorruptArtifact(f"{version.object_uri(entry)}: {found}; move it away and publish again")
+
+
+def _move_alias(to: str, alias: str, version: str, old: Alias | None, tag: str | None) -> tuple[int, bool]:
+    """Point the alias to `version` if it still has `tag`: the generation, and whether anything had to be done."""
+    if old and old.version == version:
+        return old.generation, False
+    new = Alias(
+        version=version,
+        predecessor=old.version if old else None,
+        generation=old.generation + 1 if old else 1,
+        publish_id=secrets.token_hex(16),
+        moved_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    try:
+        if storage.replace(_alias_uri(to, alias), _json(new.model_dump()), tag):
+            return new.generation, True
+    except Exception:
+        # The answer is lost, not the write: only what is stored tells whether it was done.
+        found = _read_alias(to, alias)[0]
+        if found is None or found.publish_id != new.publish_id:
+            raise
+        return new.generation, True
+    # A request that was sent twice is refused the second time: then the first was ours.
+    winner = _read_alias(to, alias)[0]
+    if winner and winner.publish_id == new.publish_id:
+        return new.generation, True
+    if winner and winner.version == version:
+        return winner.generation, False
+    state = (
+        f"it serves version {winner.version} (generation {winner.generation}, publish {winner.publish_id[:8]},"
+        f" {winner.moved_at})"
+        if winner
+        else "it was removed"
+    )
+    raise UserError(
+        f"{to}: somebody else moved alias {alias!r} during this publish: {state}; version {version} is complete"
+        " beside it: publish again to put it in front, or leave it"
+    )
+
+
+def _read_alias(to: str, alias: str) -> tuple[Alias | None, str | None]:
+    """An alias and the tag for `storage.replace`; both None while there is none."""
+    uri = _alias_uri(to, alias)
+    found = storage.read_tagged(uri)
+    if found is None:
+        return None, None
+    if len(found[0]) > ALIAS_LIMIT:
+        raise CorruptArtifact(f"{uri}: too large for an alias; move it away and publish again")
+    return _parsed(Alias, uri, found[0]), found[1]
+
+
+def _parsed(model: type[StoredModel], uri: str, data: bytes) -> StoredModel:
+    """A stored document, checked. Raises CorruptArtifact, one line, for whatever does not fit."""
+    try:
+        return model.model_validate(json.loads(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+    except (ValueError, RecursionError):
+        reason = "it is not JSON"
+    raise CorruptArtifact(f"{uri}: {reason}; move it away and publish again")
+
+
+def _listing(folder: str) -> dict[str, int]:
+    """Names and sizes of a folder's files: one request for a thousand of them, where asking for each costs one each."""
+    try:
+        return {file.path: file.size for file in storage.list_files(folder)}
+    except FileNotFoundError:
+        return {}  # a folder without files exists on no object storage
+
+
+def _alias_names(to: str) -> Iterator[str]:
+    for path in _listing(storage.join(to, ALIASES)):
+        name = path.removesuffix(".json")
+        if name != path and re.fullmatch(NAME, name):
+            yield name
+
+
+def _check_alias(alias: str) -> None:
+    if not re.fullmatch(NAME, alias) or re.fullmatch(VERSION_ID, alias):
+        raise UserError(
+            f"publish.alias={alias!r}: an alias has letters, digits, '.', '_' and '-', at most 64 and a letter or"
+            " digit first, and does not look like a version id"
+        )
+
+
+def _known(to: str) -> str:
+    names = sorted(_alias_names(to))
+    return f"it has {', '.join(names)}" if names else "nothing is published there: publish first or check the URI"
+
+
+def _version_uri(to: str, version: str) -> str:
+    return storage.join(to, VERSIONS, f"{version}.json")
+
+
+def _alias_uri(to: str, alias: str) -> str:
+    return storage.join(to, ALIASES, f"{alias}.json")
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()

@@ -1,0 +1,1 @@
+"""Backbones, progressive steps, attention crop, the whole network: tensors in, tensors out."""

@@ -1,0 +1,251 @@
+"""An evaluation as one HTML file: plots first, then the tables; every figure beside its chance level and floors."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cxr_retrieval.report.charts import Figure, Forest, Series, forest
+from cxr_retrieval.report.pages import render
+
+GALLERIES = {
+    "findings": "Test images with at least one finding: the protocol of retrieval among diseases.",
+    "all": "Every test image, those without a finding too: what an archive is.",
+    "archive": "The training patients' images: what a deployment searches. The network has seen them.",
+    "same_view": "Test images with the query's own view (PA or AP).",
+}
+FLOORS = {"pixels": "pixels alone", "metadata": "view, sex and age alone"}
+
+_FEW = 20
+_RECALL_CUTOFFS = (2, 4, 6, 8)
+_CUTOFF = 8
+_KINDS = (
+    ("recall_at", "Recall"),
+    ("precision_at", "Precision"),
+    ("ndcg_at", "nDCG"),
+    ("exact_recall_at", "Exact recall"),
+)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A figure of an evaluation table: `key` at a cut-off, or `key` itself."""
+
+    title: str
+    key: str
+    cutoff: str | None = None
+
+    def read(self, table: Mapping[str, Any] | None) -> Figure:
+        cell = (table or {}).get(self.key)
+        if self.cutoff is not None:
+            cell = (cell or {}).get(self.cutoff)
+        return _figure(cell)
+
+
+_PRECISION = _Column(f"Precision@{_CUTOFF}", "precision_at", str(_CUTOFF))
+_MAP = _Column("mAP", "map")
+_RECALLS = tuple(_Column(f"Recall@{cutoff}", "recall_at", str(cutoff)) for cutoff in _RECALL_CUTOFFS)
+
+
+def write_evaluation(evaluation: Mapping[str, Any]) -> str:
+    """HTML text of one offline file about an evaluation, given as the content of its `evaluation.json`.
+
+    Only `embeddings` is needed: {embedding: {gallery: table}}, a table as `evaluation.tables.summarise` gives it.
+    `floors` has the same shape; `chosen` names the embedding that the model recommends. Sections whose keys are
+    absent (`per_finding`, `localisation`, `same_patient_nearest`) are left out, and so are figures without a value.
+    """
+    embeddings: Mapping[str, Any] = evaluation["embeddings"]
+    floors: Mapping[str, Any] = evaluation.get("floors") or {}
+    chosen = evaluation.get("chosen")
+    galleries = _galleries([*embeddings.values(), *floors.values()])
+    return render(
+        "evaluation.html.j2",
+        title="Retrieval evaluation",
+        facts=[
+            ("Queries", evaluation.get("queries")),
+            ("Patients", evaluation.get("patients")),
+            ("Chosen embedding", chosen),
+            ("Corpus", evaluation.get("corpus")),
+            ("Model", evaluation.get("model")),
+            ("Created", evaluation.get("created")),
+        ],
+        galleries=[_gallery(name, embeddings, floors, chosen) for name in galleries],
+        per_finding=_per_finding(evaluation.get("per_finding") or {}, chosen),
+        few=_FEW,
+        localisation=_lines(evaluation.get("localisation")),
+        same_patient=_lines(evaluation.get("same_patient_nearest")),
+    )
+
+
+def _galleries(tables: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Gallery names, the known ones first and in our order."""
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    order = list(GALLERIES)
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _gallery(name: str, embeddings: Mapping[str, Any], floors: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:
+    own = {embedding: tables[name] for embedding, tables in embeddings.items() if tables.get(name)}
+    own_floors = {floor: tables[name] for floor, tables in floors.items() if tables.get(name)}
+    columns = _columns([*own.values(), *own_floors.values()])
+    rows = _series(own, own_floors, columns, chosen)
+    return {
+        "name": name.replace("_", " "),
+        "meaning": GALLERIES.get(name),
+        "counts": _counts([*own.values(), *own_floors.values()]),
+        "recall": _plot(own, own_floors, _RECALLS, chosen),
+        "decisive": _plot(own, own_floors, (_PRECISION, _MAP), chosen),
+        "verdicts": _verdicts(own, own_floors, chosen),
+        "columns": columns,
+        "rows": rows,
+        "chance": _common_chance(rows, len(columns)),
+    }
+
+
+def _columns(tables: Sequence[Mapping[str, Any]]) -> list[_Column]:
+    """Recall at every cut-off, the other figures at 8 (or at the largest there is), then mAP."""
+    columns = []
+    for key, title in _KINDS:
+        cutoffs = sorted({cutoff for table in tables for cutoff in table.get(key) or {}}, key=int)
+        if key != "recall_at":
+            cutoffs = [str(_CUTOFF)] if str(_CUTOFF) in cutoffs else cutoffs[-1:]
+        columns += [_Column(f"{title}@{cutoff}", key, cutoff) for cutoff in cutoffs]
+        if key == "precision_at" and any(table.get("map") for table in tables):
+            columns.append(_MAP)
+    return columns
+
+
+def _series(
+    embeddings: Mapping[str, Any], floors: Mapping[str, Any], columns: Sequence[_Column], chosen: str | None
+) -> list[Series]:
+    """One row an embedding, then one a floor."""
+
+    def figures(table: Mapping[str, Any]) -> tuple[Figure, ...]:
+        return tuple(column.read(table) for column in columns)
+
+    rows = [Series(name, figures(table), chosen=name == chosen) for name, table in embeddings.items()]
+    return rows + [Series(FLOORS.get(name, name), figures(table), floor=True) for name, table in floors.items()]
+
+
+def _common_chance(rows: Sequence[Series], columns: int) -> list[float | None] | None:
+    """The chance level of each column where all rows agree on it; None where some row has its own."""
+    common: list[float | None] = []
+    for column in range(columns):
+        levels = [level for row in rows if (level := row.figures[column].chance) is not None]
+        if levels and max(levels) - min(levels) > 5e-4:
+            return None
+        common.append(levels[0] if levels else None)
+    return common
+
+
+def _counts(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How many queries and candidates, as a range where embeddings differ."""
+    named = (
+        ("queries", "queries"),
+        ("queries left out: nothing relevant to find", "excluded_queries"),
+        ("candidates a query, on average", "candidates_mean"),
+    )
+    counts = []
+    for text, key in named:
+        numbers = [number for table in tables if (number := _number(table.get(key))) is not None]
+        if numbers:
+            low, high = f"{min(numbers):,.0f}", f"{max(numbers):,.0f}"
+            counts.append((text, low if low == high else f"{low} to {high}"))
+    return counts
+
+
+def _plot(
+    embeddings: Mapping[str, Any],
+    floors: Mapping[str, Any],
+    columns: Sequence[_Column],
+    chosen: str | None,
+) -> Forest | None:
+    tables = [*embeddings.values(), *floors.values()]
+    shown = [column for column in columns if any(column.read(table).value is not None for table in tables)]
+    if not shown:
+        return None
+    return forest(_series(embeddings, floors, shown, chosen), [column.title for column in shown])
+
+
+def _verdicts(embeddings: Mapping[str, Any], floors: Mapping[str, Any], chosen: str | None) -> list[dict[str, Any]]:
+    """The chosen embedding's deciding figures, each held against the strongest thing that knows no disease."""
+    verdicts = []
+    for column in (_PRECISION, _MAP, _RECALLS[-1]):
+        figure = column.read(embeddings.get(chosen or ""))
+        if figure.value is None:
+            continue
+        rivals = {FLOORS.get(name, name): column.read(table).value for name, table in floors.items()}
+        rivals["chance"] = figure.chance
+        known = {name: value for name, value in rivals.items() if value is not None}
+        best = max(known, key=lambda name: known[name], default=None)
+        verdicts.append(
+            {
+                "title": column.title,
+                "figure": figure,
+                "best": best,
+                "best_value": known[best] if best else None,
+                "standing": _standing(figure, known[best]) if best else None,
+            }
+        )
+    return verdicts
+
+
+def _standing(figure: Figure, rival: float) -> str:
+    if figure.low is None or figure.high is None:
+        return "no interval"
+    return "above" if figure.low > rival else "below" if figure.high < rival else "level"
+
+
+def _per_finding(per_finding: Mapping[str, Any], chosen: str | None) -> list[dict[str, Any]]:
+    """One table an embedding, the chosen one first; findings by falling support, with their macro means."""
+    names = sorted(per_finding, key=lambda name: name != chosen)
+    keys = ("recall_at_8", "precision_at_8", "map")
+    tables = []
+    for name in names:
+        rows = [
+            {
+                "finding": finding,
+                "support": int(_number(figures.get("support")) or 0),
+                "figures": [_figure(figures.get(key)) for key in keys],
+            }
+            for finding, figures in per_finding[name].items()
+        ]
+        rows.sort(key=lambda row: -row["support"])
+        macro = [_mean(row["figures"][column].value for row in rows) for column in range(len(keys))]
+        tables.append({"embedding": name, "chosen": name == chosen, "rows": rows, "macro": macro})
+    return tables
+
+
+def _lines(tree: Any, path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """The leaves of a nested table with their path: figures as they are, whole numbers as counts beside them."""
+    if not isinstance(tree, Mapping):
+        number = _number(tree)
+        return [] if number is None else [{"path": path, "figure": Figure(number), "count": None}]
+    if "value" in tree:
+        count = next((tree[key] for key in ("queries", "boxes", "pairs", "images") if tree.get(key) is not None), None)
+        figure = _figure(tree)
+        return [] if figure.value is None else [{"path": path, "figure": figure, "count": count}]
+    lines = []
+    for key, branch in tree.items():
+        if isinstance(branch, int) and not isinstance(branch, bool):
+            lines.append({"path": (*path, str(key)), "figure": None, "count": branch})
+        else:
+            lines += _lines(branch, (*path, str(key)))
+    return lines
+
+
+def _figure(cell: Any) -> Figure:
+    if isinstance(cell, Mapping):
+        return Figure(*(_number(cell.get(key)) for key in ("value", "low", "high", "chance")))
+    return Figure(_number(cell))
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

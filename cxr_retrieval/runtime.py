@@ -1,0 +1,35 @@
+"""Starting or joining Ray, quietly: a job's own lines are what a person reads."""
+
+import logging
+import os
+
+import ray
+
+# Set before Ray starts its processes, which inherit them.
+QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names (set under `ray job submit`), else start Ray on this machine."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not ray.is_initialized():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=bool(os.environ.get("RAY_ADDRESS")) or None,
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)

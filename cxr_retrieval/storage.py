@@ -1,0 +1,327 @@
+"""The one door to files: local folders and `s3://` behind the same functions.
+
+Bulk data goes through pyarrow filesystems, conditional writes through boto3 (S3) or a lock file, fsync and rename
+(local), streamed text through smart_open. A write is seen whole or not at all. Nothing is deleted here.
+"""
+
+import base64
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import boto3
+import botocore.exceptions
+import pyarrow as pa
+import pyarrow.fs as pafs
+import smart_open
+
+from cxr_retrieval.errors import UserError
+
+CHUNK = 1 << 20
+CONFLICTS = 6  # tries of one conditional write
+S3 = "s3://"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file: its path relative to the folder that was listed or written to, its URI and its size in bytes."""
+
+    path: str
+    uri: str
+    size: int
+
+
+def canonical(uri: str) -> str:
+    """The URI in its one spelling: `s3://bucket/key`, or an absolute local path, without a trailing slash."""
+    if uri.startswith(S3):
+        return uri.rstrip("/")
+    if "://" in uri and not uri.startswith("file://"):
+        raise UserError(f"{uri}: only local paths, file:// and s3:// are supported")
+    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+
+
+def join(uri: str, *names: str) -> str:
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def parent(uri: str) -> str:
+    return uri.rstrip("/").rpartition("/")[0]
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith(S3)
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """A pyarrow filesystem and the path in it, for readers that take both."""
+    if is_s3(uri):
+        return _s3_filesystem(), uri.removeprefix(S3)
+    return pafs.LocalFileSystem(), canonical(uri)
+
+
+def list_files(uri: str) -> Iterator[StoredFile]:
+    """Every file below `uri`, streamed in the order of its path; names that begin with a dot are left out."""
+    uri = canonical(uri)
+    if not is_s3(uri):
+        yield from _list_local(uri, "")
+        return
+    bucket, prefix = _bucket_key(uri + "/")
+    with _explained(uri):
+        for page in _s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                path = entry["Key"].removeprefix(prefix)
+                if path and not any(name.startswith(".") for name in path.split("/")):
+                    yield StoredFile(path, join(uri, path), entry["Size"])
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file at `uri`."""
+    uri = canonical(uri)
+    if not is_s3(uri):
+        return os.path.isfile(uri)
+    bucket, key = _bucket_key(uri)
+    try:
+        with _explained(uri):
+            _s3_client().head_object(Bucket=bucket, Key=key)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file. Raises FileNotFoundError where there is none."""
+    uri = canonical(uri)
+    if not is_s3(uri):
+        with _explained(uri):
+            return Path(uri).read_bytes()
+    bucket, key = _bucket_key(uri)
+    with _explained(uri):
+        body: bytes = _s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        return body
+
+
+def open_text(uri: str) -> IO[str]:
+    """A text file, streamed and decompressed by its ending (`.gz`). Bytes that are not UTF-8 become U+FFFD."""
+    uri = canonical(uri)
+    with _explained(uri):
+        options = {"client": _s3_client()} if is_s3(uri) else {}
+        stream: IO[str] = smart_open.open(uri, encoding="utf-8-sig", errors="replace", transport_params=options)
+        return stream
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write the whole file at once: a reader sees the old file or the new one, never a part."""
+    with staged(uri) as path:
+        path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def staged(uri: str) -> Iterator[Path]:
+    """A local path to write to; when the block ends without an error the file appears whole at `uri`."""
+    uri = canonical(uri)
+    with _explained(uri):
+        if is_s3(uri):
+            with tempfile.TemporaryDirectory(prefix="cxr-") as folder:
+                path = Path(folder) / "staged"
+                yield path
+                _put(uri, path)
+            return
+        target = Path(uri)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = _temporary_beside(target)
+        try:
+            yield path
+            _fsync(path)
+            os.replace(path, target)
+            _fsync(target.parent)
+        except BaseException:
+            path.unlink(missing_ok=True)  # only the scratch file of this very write
+            raise
+
+
+def create(uri: str, source: Path) -> bool:
+    """Copy the local file `source` to `uri` if nothing is there yet; False if something is (it is left as it is)."""
+    uri = canonical(uri)
+    with _explained(uri):
+        if is_s3(uri):
+            return _put(uri, source, IfNoneMatch="*")
+        target = Path(uri)
+        if target.exists():
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = _temporary_beside(target)
+        try:
+            with source.open("rb") as read, path.open("wb") as written:
+                while chunk := read.read(CHUNK):
+                    written.write(chunk)
+            _fsync(path)
+            os.link(path, target)  # fails if somebody else was first
+            _fsync(target.parent)
+        except FileExistsError:
+            return False
+        finally:
+            path.unlink(missing_ok=True)
+        return True
+
+
+def read_tagged(uri: str) -> tuple[bytes, str] | None:
+    """A file's bytes and the tag that `replace` compares, or None where there is no file."""
+    uri = canonical(uri)
+    try:
+        if not is_s3(uri):
+            data = read_bytes(uri)
+            return data, hashlib.sha256(data).hexdigest()
+        bucket, key = _bucket_key(uri)
+        with _explained(uri):
+            answer = _s3_client().get_object(Bucket=bucket, Key=key)
+            return answer["Body"].read(), answer["ETag"]
+    except FileNotFoundError:
+        return None
+
+
+def replace(uri: str, data: bytes, tag: str | None) -> bool:
+    """Write `data` if the file still has `tag` (None: if there is no file); False if somebody else was first."""
+    uri = canonical(uri)
+    with _explained(uri):
+        if is_s3(uri):
+            condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(data)
+                file.flush()
+                return _put(uri, Path(file.name), **condition)
+        target = Path(uri)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+            current = read_tagged(uri)
+            if (current[1] if current else None) != tag:
+                return False
+            write_bytes(uri, data)
+            return True
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a local file as hexadecimal text."""
+    with _explained(str(path)), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _list_local(folder: str, prefix: str) -> Iterator[StoredFile]:
+    with _explained(folder), os.scandir(folder) as entries:
+        shown = [e for e in entries if not e.name.startswith(".")]
+    # A folder sorts as "name/": the order of whole paths, which is S3's order too.
+    ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir(follow_symlinks=False) else e.name)
+    for entry in ordered:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _list_local(entry.path, f"{prefix}{entry.name}/")
+        elif entry.is_file():
+            yield StoredFile(prefix + entry.name, entry.path, entry.stat().st_size)
+
+
+def _temporary_beside(target: Path) -> Path:
+    path = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    # Not mkstemp: what is published is read by others, as far as the umask lets them.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(uri: str, source: Path, **condition: str) -> bool:
+    bucket, key = _bucket_key(uri)
+    digest = base64.b64encode(bytes.fromhex(sha256(source))).decode()
+    attempt = 0
+    while True:
+        try:
+            with source.open("rb") as body:
+                _s3_client().put_object(Bucket=bucket, Key=key, Body=body, ChecksumSHA256=digest, **condition)
+            return True
+        except botocore.exceptions.ClientError as error:
+            attempt += 1
+            if _status(error) == 412:
+                return False
+            # 409: another conditional write was under way. S3 asks to try again; boto3 does not by itself.
+            if _status(error) != 409 or attempt == CONFLICTS:
+                raise
+            time.sleep(0.1 * 2**attempt)
+
+
+def _bucket_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix(S3).partition("/")
+    return bucket, key
+
+
+def _status(error: botocore.exceptions.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+@cache
+def _s3_client() -> Any:
+    return boto3.client("s3")
+
+
+@cache
+def _s3_filesystem() -> pafs.S3FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = boto3.session.Session().region_name
+    return pafs.S3FileSystem(endpoint_override=endpoint, region=region, force_virtual_addressing=False)
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Turn what a user can mend about storage into one line; FileNotFoundError stays what it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (
+        botocore.exceptions.NoCredentialsError,
+        botocore.exceptions.PartialCredentialsError,
+        botocore.exceptions.ConnectionError,
+        botocore.exceptions.HTTPClientError,
+    ) as error:
+        raise UserError(f"{uri}: {error}; check the AWS_* variables") from error
+    except botocore.exceptions.ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code in ("NoSuchKey", "404"):
+            raise FileNotFoundError(uri) from error
+        raise UserError(
+            f"{uri}: storage answered {code or error}; check bucket, rights and the AWS_* variables"
+        ) from error
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "no space left: free some and run the same command again, it goes on where it stopped",
+            errno.EDQUOT: "disk quota reached: free some space and run the same command again",
+            errno.EACCES: "permission denied: check the folder's rights",
+            errno.EROFS: "the file system is read-only: choose another workspace",
+            errno.EEXIST: "a file stands where a folder is needed: choose another path",
+            errno.ENOTDIR: "a file stands where a folder is needed: choose another path",
+        }
+        if error.errno in remedies:
+            raise UserError(f"{uri}: {remedies[error.errno]}") from error
+        if error.errno is None and "AWS Error" in str(error):  # how pyarrow tells of S3
+            raise UserError(f"{uri}: {error}; check bucket, rights and the AWS_* variables") from error
+        raise
+
+
+def arrow_reader(uri: str) -> pa.NativeFile:
+    """A random-access pyarrow file for Parquet readers. Raises FileNotFoundError where there is none."""
+    files, path = filesystem(uri)
+    with _explained(uri):
+        return files.open_input_file(path)

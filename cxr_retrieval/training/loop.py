@@ -1,0 +1,367 @@
+"""What every Ray Train worker runs: epochs over its lanes, centres, checkpoints, validation, and the final centring.
+
+S steps, P passes, B images, C findings, D dimensions.
+"""
+
+import contextlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint
+from torch import Tensor, nn
+
+from cxr_retrieval import storage
+from cxr_retrieval.config import Settings
+from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
+from cxr_retrieval.corpus.splits import TRAIN, VALIDATION
+from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
+from cxr_retrieval.losses.centres import Centres
+from cxr_retrieval.losses.targets import centre_targets
+from cxr_retrieval.network.progressive import Output, embeddings, jigsaw, uncentred
+from cxr_retrieval.training.augmentation import augment
+from cxr_retrieval.training.input import Batch, WorkerInput
+from cxr_retrieval.training.model import build_network, normalised
+from cxr_retrieval.training.objective import Objective, gather_centres
+from cxr_retrieval.training.order import Order, group_rows
+
+STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
+CENTRING_IMAGES = 20_000  # the training mean is taken over at most so many images
+PROGRESS_EVERY_S = 2.0
+SKIPPED_LIMIT = 20  # optimizer steps in a row without a finite gradient that end the run
+JIGSAW_PATCHES = 4
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a worker needs to know; plain values, small, the same for every worker."""
+
+    settings: Settings
+    corpus: Corpus
+    progress_uri: str
+
+
+@dataclass
+class RunState:
+    """Where the run stands. All of it is in a checkpoint, and nothing else is needed to go on from one."""
+
+    step: int = 0
+    best_map: float = -1.0
+    best_epoch: int = -1
+    best_network: dict[str, Tensor] = field(default_factory=dict)
+    best_centres: Tensor | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    final: dict[str, Any] | None = None
+
+
+def train_worker(config: dict[str, TrainJob]) -> None:
+    """The function that Ray Train runs on every worker."""
+    Worker(config["job"]).run()
+
+
+class Worker:
+    def __init__(self, job: TrainJob) -> None:
+        self.skipped = 0
+        self._told = 0.0
+        self.job, self.settings, self.corpus = job, job.settings, job.corpus
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.recipe = self.corpus.recipe
+        self.autocast = _precision(self.settings.training.precision, self.device)
+        torch.manual_seed(self.settings.seed)
+        training = self.settings.training
+        self.places = self.corpus.places(TRAIN)
+        self.order = Order(
+            group_rows(self.places), self.settings.seed, training.batch_size, training.lanes, training.shuffle_images
+        )
+        self.total_steps = self.order.steps * training.epochs
+        network = build_network(self.settings.network, len(FINDINGS))
+        if self.settings.network.normalisation == "batch" and self.device.type == "cuda" and self.workers > 1:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.model: nn.Module = ray.train.torch.prepare_model(network)  # wrapped by DDP where there are several workers
+        self.network = network
+        self.optimizer = _optimizer(self.model, training.learning_rate, training.weight_decay)
+        labels = torch.as_tensor(labels_of(self.corpus.take(self.places, ["findings", "unknown"])))
+        steps = self.settings.network.steps
+        self.objective = Objective.build(self.settings.losses, labels, steps, training.shallow_share, self.device)
+        self.centres = Centres(
+            tables=2 * steps,
+            classes=centre_targets(labels[:1], self.settings.losses.no_finding).shape[1],
+            dimensions=self.settings.network.dimensions,
+            rate=self.settings.losses.centre_rate,
+            seed=self.settings.seed,
+            device=self.device,
+        )
+        self.state = RunState()
+        self._restore()
+
+    def run(self) -> None:
+        if self.state.final is not None:
+            return  # killed between the last report and the model artifact: the checkpoint holds everything
+        training = self.settings.training
+        batches = self._batches()
+        while self.state.step < self.total_steps:
+            epoch, start = divmod(self.state.step, self.order.steps)
+            sums: dict[str, Tensor] = {}
+            began = time.monotonic()
+            for index in range(start, self.order.steps):
+                parts = self._step(batches)
+                sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
+                self._tell(epoch, index + 1)
+                inside = index + 1 < self.order.steps
+                if inside and self.state.step % training.checkpoint_steps == 0:
+                    self._report({"epoch": epoch, "step": self.state.step})
+            done = self.order.steps - start
+            record = {name: float(value) / done for name, value in sums.items()}
+            record["images_per_second"] = done * training.batch_size / (time.monotonic() - began)
+            self._end_epoch(epoch, record)
+        assert next(batches, None) is None, "the input holds more steps than the plan"
+        self._finish()
+
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """One optimizer step: all micro-batches forward and backward, then weights, then centres."""
+        training = self.settings.training
+        self.model.train()
+        progress = self.state.step / self.total_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.learning_rate * _rate(self.state.step, self.total_steps, training.warmup_share)
+        sums: dict[str, Tensor] = {}
+        crop = progress >= training.crop_from
+        shuffled = training.jigsaw and progress < training.shallow_share and self.state.step % 2 == 1
+        for micro in range(training.accumulation):
+            batch = next(batches)
+            generator = torch.Generator().manual_seed(_seed(self.settings.seed, self.state.step, micro, self.rank))
+            images = normalised(batch.pixels.copy(), self.recipe, self.device)
+            labels = torch.as_tensor(batch.labels).to(self.device)
+            if training.augment:
+                images = augment(images, generator).contiguous(memory_format=torch.channels_last)
+            if shuffled:
+                images = jigsaw(images, JIGSAW_PATCHES, generator)
+            last = micro == training.accumulation - 1
+            with contextlib.nullcontext() if last or self.workers == 1 else self._ddp().no_sync():
+                with self.autocast():
+                    output = Output(*self.model(images, crop=crop))
+                loss, parts = self.objective(output, labels, self.centres, progress, shallow_only=shuffled)
+                (loss / training.accumulation).backward()
+            if not shuffled:
+                gather_centres(output, centre_targets(labels, self.settings.losses.no_finding), self.centres)
+            sums = {name: sums.get(name, 0.0) + value / training.accumulation for name, value in parts.items()}
+        self.centres.reduce()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.centres.apply()
+            self.skipped = 0
+        else:  # the same on every worker, because gradients are averaged before they are measured
+            self.centres.drop()
+            self.skipped += 1
+            if self.skipped > SKIPPED_LIMIT:
+                raise FloatingPointError(
+                    f"no finite gradient in {self.skipped} steps in a row, at step {self.state.step}"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        return sums
+
+    def _batches(self) -> Iterator[Batch]:
+        """This worker's micro-batches from the current step to the last epoch's end."""
+        training = self.settings.training
+        source = WorkerInput(self.corpus, self.places, self.order, self.rank, self.workers)
+        rows = training.batch_size // self.workers // training.accumulation
+        return source.batches(self.state.step, training.epochs, rows)
+
+    def _ddp(self) -> nn.parallel.DistributedDataParallel:
+        assert isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return self.model
+
+    def _end_epoch(self, epoch: int, record: dict[str, Any]) -> None:
+        vectors, labels, patients = self._validation_vectors(None)
+        figures = _figures(vectors, labels, patients)
+        record |= {"epoch": epoch, "validation": {name: _headline(figure) for name, figure in figures.items()}}
+        record["centre_cosine"] = [table.mean_cosine for table in self.centres.geometry()]
+        record["centres_collapsed"] = any(self.centres.collapsed())
+        self.state.history.append(record)
+        best = max(headline["map"] for headline in record["validation"].values())
+        if best > self.state.best_map:
+            self.state.best_map, self.state.best_epoch = best, epoch
+            self.state.best_network = {
+                name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()
+            }
+            self.state.best_centres = self.centres.vectors_TCD.cpu().clone()
+        self._tell(epoch, self.order.steps, force=True)
+        self._report(record)
+
+    def _finish(self) -> None:
+        """With the best weights: the training mean of every embedding, then the choice on validation patients."""
+        self.network.load_state_dict(self.state.best_network)
+        sums: dict[str, Tensor] = {}
+        count = torch.zeros(1, dtype=torch.float64, device=self.device)
+        stride = max(1, len(self.places) // CENTRING_IMAGES)
+        for output, _ in self._embed(self.places[::stride]):
+            for name, vector in uncentred(output).items():
+                sums[name] = sums.get(name, 0.0) + vector.double().sum(0)
+            count += output.z_PSBD.shape[2]
+        for value in (*sums.values(), count):
+            if self.workers > 1:
+                dist.all_reduce(value)
+        centring = {name: (value / count).float() for name, value in sums.items()}
+        vectors, labels, patients = self._validation_vectors(centring)
+        figures = {name: _headline(figure) for name, figure in _figures(vectors, labels, patients).items()}
+        chosen = max(figures, key=lambda name: figures[name]["map"])
+        self.state.final = {
+            "centring": {name: value.cpu() for name, value in centring.items()},
+            "validation": figures,
+            "chosen": chosen,
+            "centring_images": int(count.item()),
+        }
+        self._report({"epoch": self.settings.training.epochs, "chosen": chosen, "validation": figures})
+
+    def _validation_vectors(self, centring: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Named embeddings [V, ...], labels [V, C] and patient codes [V] of all validation images, on every worker.
+
+        Without `centring` the mean of the validation vectors themselves is subtracted: good enough to compare epochs.
+        """
+        places = self.corpus.places(VALIDATION)
+        found: dict[str, list[Tensor]] = {}
+        seen: list[tuple[list[str], np.ndarray]] = []
+        for output, table in self._embed(places):
+            named = uncentred(output) if centring is None else embeddings(output, centring)
+            for name, vector in named.items():
+                found.setdefault(name, []).append(vector.cpu())
+            seen.append((table["patient_id"].to_pylist(), labels_of(table)))
+        mine = ({name: torch.cat(value).numpy() for name, value in found.items()}, seen)
+        shares = [mine]
+        if self.workers > 1:
+            shares = [mine] * self.workers
+            dist.all_gather_object(shares, mine)
+        names = list(next(share[0] for share in shares if share[0]))
+        vectors = {name: torch.as_tensor(np.concatenate([s[0][name] for s in shares if s[0]])) for name in names}
+        if centring is None:
+            vectors = {name: nn.functional.normalize(value - value.mean(0), dim=1) for name, value in vectors.items()}
+        patient_ids = [patient for share in shares for ids, _ in share[1] for patient in ids]
+        labels = np.concatenate([labels for share in shares for _, labels in share[1]])
+        assert len(patient_ids) == len(places), "validation rows were lost between workers"
+        return vectors, torch.as_tensor(labels), torch.as_tensor(np.unique(patient_ids, return_inverse=True)[1])
+
+    def _embed(self, places: np.ndarray) -> Iterator[tuple[Output, Any]]:
+        """This worker's contiguous share of `places` through the network in evaluation mode."""
+        self.model.eval()
+        size = 2 * self.settings.training.batch_size
+        share = np.array_split(places, self.workers)[self.rank]
+        for start in range(0, len(share), size):
+            table = self.corpus.take(share[start : start + size], ["pixels", "patient_id", "findings", "unknown"])
+            with torch.inference_mode(), self.autocast():
+                images = normalised(pixels_of(table, self.recipe.size).copy(), self.recipe, self.device)
+                yield Output(*self.network(images)), table
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        """A barrier: every worker calls it equally often; the first one writes the checkpoint."""
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory(prefix="cxr-checkpoint-") as folder:
+            saved = {
+                "network": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "centres": self.centres.state_dict(),
+                "run": vars(self.state),
+            }
+            torch.save(saved, Path(folder) / STATE_FILE)
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        saved = load_state(checkpoint, self.device)
+        self.network.load_state_dict(saved["network"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.centres.load_state_dict(saved["centres"])
+        self.centres.to(self.device)
+        self.state = RunState(**saved["run"])
+
+    def _tell(self, epoch: int, step: int, *, force: bool = False) -> None:
+        """Say how far the run is, where the driver and another terminal can read it."""
+        now = time.monotonic()
+        if self.rank != 0 or (now - self._told < PROGRESS_EVERY_S and not force):
+            return
+        self._told = now
+        last = self.state.history[-1] if self.state.history else {}
+        facts = {
+            "images": self.state.step * self.settings.training.batch_size,
+            "total_images": self.total_steps * self.settings.training.batch_size,
+            "epoch": epoch + 1,
+            "epochs": self.settings.training.epochs,
+            "step": step,
+            "last_epoch": {name: last[name] for name in ("loss", "validation") if name in last},
+        }
+        storage.write_bytes(self.job.progress_uri, json.dumps(facts).encode())
+
+
+def load_state(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `Worker` saved, with tensors and plain values only."""
+    with checkpoint.as_directory() as folder:
+        saved: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True)
+    return saved
+
+
+def _optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
+    """AdamW; vectors (norms, biases) are not decayed."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    kept = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}], lr=rate
+    )
+
+
+def _rate(step: int, total: int, warmup_share: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine to a hundredth."""
+    warmup = warmup_share * total
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _precision(setting: str, device: torch.device) -> Any:
+    """A factory of autocast contexts. `auto` is bfloat16 only where the hardware computes in it."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    dtype = PRECISIONS["bfloat16" if fast else "float32"] if setting == "auto" else PRECISIONS[setting]
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+def _figures(vectors: Mapping[str, Tensor], labels: Tensor, patients: Tensor) -> dict[str, QueryFigures]:
+    """Retrieval among the given images (gallery *all*) for every named embedding."""
+    query = (labels == 1).any(1)
+    return {
+        name: retrieve(value[query], value, labels[query], labels, patients[query], patients)
+        for name, value in vectors.items()
+    }
+
+
+def _headline(figures: QueryFigures) -> dict[str, float]:
+    """The figures that a log line and the choice need, in 0 to 1; 0 where no query counts."""
+    if len(figures.ap) == 0:
+        return {"map": 0.0, "recall_at_8": 0.0, "precision_at_8": 0.0}
+    return {
+        "map": float(figures.ap.mean()),
+        "recall_at_8": float(figures.recall[:, -1].mean()),
+        "precision_at_8": float(figures.precision[:, -1].mean()),
+    }

@@ -1,0 +1,103 @@
+"""The one sum that training minimises: CCLoss and cross-entropy over steps and passes, weighed by a schedule.
+
+B images, C findings, D dimensions, P passes (whole image, crop), S steps (shallow to deep), T = P * S tables.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cxr_retrieval.config import LossSettings
+from cxr_retrieval.losses.ccloss import cc_loss, multi_label_cross_entropy
+from cxr_retrieval.losses.centres import Centres
+from cxr_retrieval.losses.targets import centre_targets, class_weights, positive_weights
+from cxr_retrieval.network.progressive import Output
+
+LEAST_WEIGHT = 0.1  # of a step that has not had its turn: every parameter keeps a gradient
+
+
+def step_weights(progress: float, steps: int, share: float) -> list[float]:
+    """Weights of the steps [S] at `progress` in [0, 1]: the first is full at once, the last after `share` of training.
+
+    Shallow steps first, as in PMG (Du et al. 2020): step s rises while s / S to (s + 1) / S of `share` goes by.
+    """
+    if share == 0:
+        return [1.0] * steps
+    ramp = [min(1.0, max(0.0, progress / share * steps - (step - 1))) for step in range(steps)]
+    return [max(LEAST_WEIGHT, weight) for weight in ramp]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """CCLoss against `centres` plus multi-label cross-entropy, of every step and pass and of the joint classifier."""
+
+    settings: LossSettings
+    steps: int
+    centre_weights_K: Tensor
+    positive_weights_C: Tensor
+    shallow_share: float
+
+    @classmethod
+    def build(
+        cls, settings: LossSettings, labels_NC: Tensor, steps: int, shallow_share: float, device: torch.device
+    ) -> "Objective":
+        """The weights of rare findings come once, from the labels of the training split, int8 [N, C]."""
+        targets_NK = centre_targets(labels_NC, settings.no_finding)
+        present_C, absent_C = (labels_NC == 1).sum(0), (labels_NC == 0).sum(0)
+        return cls(
+            settings,
+            steps,
+            class_weights((targets_NK == 1).sum(0), settings.class_balance).to(device),
+            positive_weights(present_C, absent_C, settings.class_balance).to(device),
+            shallow_share,
+        )
+
+    def __call__(
+        self, output: Output, labels_BC: Tensor, centres: Centres, progress: float, *, shallow_only: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum, and its parts without gradient for the log.
+
+        `shallow_only` is for shuffled images: a crop of them and the deepest step mean nothing.
+        """
+        loss = self.settings
+        targets_BK = centre_targets(labels_BC, loss.no_finding)
+        weights = step_weights(progress, self.steps, self.shallow_share)
+        total = output.z_PSBD.new_zeros(())
+        sums = {"ccloss": total.clone(), "cross_entropy": total.clone()}
+        scale = 0.0
+        for which in range(len(output.z_PSBD)):
+            for step, weight in enumerate(weights):
+                if shallow_only and (which > 0 or step == self.steps - 1):
+                    weight = 0.0
+                z_BD, logits_BC = output.z_PSBD[which, step], output.logits_PSBC[which, step]
+                contrast = cc_loss(
+                    z_BD,
+                    centres.vectors_TCD[which * self.steps + step],
+                    targets_BK,
+                    self.centre_weights_K,
+                    form=loss.form,
+                    margin=loss.margin,
+                    negative_weight=loss.negative_weight,
+                    temperature=loss.temperature,
+                )
+                entropy = self._entropy(logits_BC, labels_BC)
+                total = total + weight * (loss.contrastive_weight * contrast + loss.classification_weight * entropy)
+                sums["ccloss"] += weight * contrast.detach()
+                sums["cross_entropy"] += weight * entropy.detach()
+                scale += weight
+            joint = 0.0 if shallow_only else weights[-1]
+            total = total + joint * loss.classification_weight * self._entropy(output.joint_PBC[which], labels_BC)
+        parts = {name: value / scale for name, value in sums.items()}
+        return total / scale, {"loss": (total / scale).detach(), **parts}
+
+    def _entropy(self, logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
+        return multi_label_cross_entropy(logits_BC, labels_BC, self.positive_weights_C, self.settings.smoothing)
+
+
+def gather_centres(output: Output, targets_BK: Tensor, centres: Centres) -> None:
+    """Add a micro-batch to the sums of every table of centres."""
+    steps = output.z_PSBD.shape[1]
+    for which in range(len(output.z_PSBD)):
+        for step in range(steps):
+            centres.accumulate(which * steps + step, output.z_PSBD[which, step], targets_BK)

@@ -1,0 +1,145 @@
+"""A training run from its settings to a model artifact, by Ray Train."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cxr_retrieval import artifacts, console, storage
+from cxr_retrieval.artifacts import Artifact, Draft
+from cxr_retrieval.config import Settings
+from cxr_retrieval.corpus.decoding import Recipe
+from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
+from cxr_retrieval.training.model import KIND, MODEL_FILE, write_model
+
+POLL_S = 1.0
+# How a run is executed, not what it computes.
+EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker")
+
+
+def model_draft(settings: Settings, corpus: Corpus) -> Draft:
+    """The model that these settings train on that corpus: its identity and its place."""
+    shaping: dict[str, Any] = {
+        "seed": settings.seed,
+        "network": settings.network.model_dump(),
+        "losses": settings.losses.model_dump(),
+        "training": settings.training.model_dump(exclude=set(EXECUTION)),
+    }
+    draft = Draft("", KIND, shaping, (corpus.artifact.input_id,))
+    return Draft(storage.join(settings.workspace, "models", draft.input_id), KIND, shaping, draft.inputs)
+
+
+def model_of(settings: Settings) -> tuple[Settings, Artifact]:
+    """The finished model that these settings mean, and the settings under which its images are prepared.
+
+    With `model=URI` the archive is decoded by the model's own recipe, and all of it is test data unless `corpus.split`
+    was set. Raises UserError where the model is not there or not finished.
+    """
+    if settings.model is None:
+        corpus, _ = prepare(settings.corpus, settings.workspace)
+        return settings, artifacts.load(model_draft(settings, Corpus(corpus)).uri, KIND)
+    model = artifacts.load(settings.model, KIND)
+    recipe = Recipe.from_json(json.loads(model.read(MODEL_FILE))["decode_recipe"])
+    shaped: dict[str, Any] = {"size": recipe.size, "fit": recipe.fit}
+    if "split" not in settings.corpus.model_fields_set:
+        shaped["split"] = "all_test"
+    return settings.model_copy(update={"corpus": settings.corpus.model_copy(update=shaped)}), model
+
+
+def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
+    """The model artifact, and whether anything had to be done. A run that was killed goes on from its checkpoint."""
+    draft = model_draft(settings, corpus)
+    done = artifacts.find(draft.uri)
+    if done:
+        return done, False
+    draft.begin()
+    training = settings.training
+    runs = storage.join(settings.workspace, "runs")
+    progress_uri = storage.join(runs, draft.input_id, PROGRESS_FILE)
+    filesystem, path = storage.filesystem(runs)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": TrainJob(settings, corpus, progress_uri)},
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=training.gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=draft.input_id,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    with _progress_shown(progress_uri):
+        result = trainer.fit()
+    assert result.checkpoint is not None, "a run that ends has reported its last checkpoint"
+    saved = load_state(result.checkpoint)
+    return _export(draft, settings, corpus, saved["run"]), True
+
+
+def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any]) -> Artifact:
+    final = run["final"]
+    if run["history"][-1]["centres_collapsed"]:
+        console.say(
+            "warning: the centres of a step have collapsed onto one point (mean cosine above 0.9): see model.json"
+        )
+    facts = {
+        "network": settings.network.model_dump(),
+        "findings": list(FINDINGS),
+        "losses": settings.losses.model_dump(),
+        "chosen": final["chosen"],
+        "decode_recipe": corpus.recipe.to_json(),
+        "corpus": corpus.artifact.input_id,
+        "validation": final["validation"],
+        "best_epoch": run["best_epoch"],
+        "history": run["history"],
+    }
+    splits = corpus.artifact.manifest["splits"]
+    counts = {f"{split}_images": splits[split]["images"] for split in SPLITS} | {"steps": run["step"]}
+    return write_model(draft, facts, run["best_network"], final["centring"], run["best_centres"], counts)
+
+
+@contextlib.contextmanager
+def _progress_shown(uri: str) -> Iterator[None]:
+    """Show what the first worker writes about its progress while `fit` blocks this thread."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(uri, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _follow(uri: str, stop: threading.Event) -> None:
+    meter: console.Meter | None = None
+    seen = 0
+    with contextlib.ExitStack() as stack:
+        while True:
+            ended = stop.wait(POLL_S)
+            found = storage.read_tagged(uri)
+            facts = json.loads(found[0]) if found else None
+            if facts and meter is None:
+                seen = facts["images"]  # what an earlier try has done does not count as speed
+                meter = stack.enter_context(console.Meter("train", facts["total_images"] - seen))
+            elif facts and meter and facts["images"] > seen:
+                validation = facts["last_epoch"].get("validation", {})
+                best = max((figures["map"] for figures in validation.values()), default=None)
+                note = f"epoch {facts['epoch']} of {facts['epochs']}"
+                note += f", validation mAP {100 * best:.1f}" if best is not None else ""
+                meter.advance(facts["images"] - seen, note)
+                seen = facts["images"]
+            if ended:
+                return

@@ -1,0 +1,59 @@
+"""Evaluate a model on the held-out patients of a corpus.
+
+  python -m jobs.evaluate --config FILE corpus.archive=DIR                the model that these settings train
+  python -m jobs.evaluate model=URI corpus.archive=DIR                    a finished model on another archive, all of it
+  ray job submit --working-dir . -- python -m jobs.evaluate --config FILE workspace=s3://bucket/prefix
+
+With `model=URI` the archive is prepared by the model's own decode recipe and every image of it is test data, unless
+`corpus.split` says otherwise. Writes `evaluation.json` and `evaluation.html`.
+"""
+
+import argparse
+import json
+
+from cxr_retrieval import command, console, storage
+from cxr_retrieval.artifacts import Artifact
+from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, headline
+from cxr_retrieval.config import Settings
+from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.embedding.stream import embed
+from cxr_retrieval.runtime import start_ray
+from cxr_retrieval.training.run import model_of
+
+
+def run(settings: Settings, _: argparse.Namespace) -> None:
+    start_ray()
+    settings, model = model_of(settings)
+    corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
+    embedded, _worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
+    evaluation, worked = evaluate(settings.evaluation, settings.workspace, model.uri, corpus, embedded)
+    show_evaluation(evaluation, worked)
+
+
+def show_evaluation(evaluation: Artifact, worked: bool) -> None:
+    """Print Recall@k, precision and mAP of every embedding beside floors and chance."""
+    figures = json.loads(evaluation.read(EVALUATION_FILE))
+    state = "" if worked else " (finished before, nothing to do)"
+    for gallery in ("all", "findings"):
+        console.show_table(
+            f"Retrieval among {gallery}, {figures['queries']:,} queries of held-out patients, percent{state}",
+            ["embedding", "Recall@2", "@4", "@6", "@8", "precision@8", "mAP"],
+            headline(figures, gallery),
+        )
+    console.say(f"chosen on validation patients: {figures['chosen']}")
+    console.say(f"report: {storage.join(evaluation.uri, REPORT_FILE)}")
+
+
+def plan(settings: Settings, _: argparse.Namespace) -> None:
+    settings, model = model_of(settings)
+    corpus = prepare(settings.corpus, settings.workspace)[0]
+    console.show_table(
+        "Plan of evaluate",
+        ["images to embed", "shards", "split of the queries", "model"],
+        [[corpus.counts["prepared"], len(corpus.manifest["parts"]), settings.evaluation.split, model.uri]],
+    )
+
+
+if __name__ == "__main__":
+    command.run("evaluate", __doc__, run, plan)

@@ -1,0 +1,50 @@
+"""Prepare an archive of chest X-rays for training.
+
+  python -m jobs.prepare corpus.archive=DIR
+  ray job submit --working-dir . -- python -m jobs.prepare --config FILE workspace=s3://bucket/prefix
+
+Every image is checked and decoded once and written to Parquet shards in WORKSPACE/corpora. What cannot be used is
+quarantined with its reason. Run again, it does only what is missing.
+"""
+
+import argparse
+
+from cxr_retrieval import command, console
+from cxr_retrieval.config import Settings
+from cxr_retrieval.corpus.archive import read_archive
+from cxr_retrieval.corpus.preparation import partitions, prepare
+from cxr_retrieval.runtime import start_ray
+
+
+def run(settings: Settings, _: argparse.Namespace) -> None:
+    start_ray()
+    corpus, worked = prepare(settings.corpus, settings.workspace)
+    counts = corpus.counts
+    console.show_table(
+        "Prepared corpus" if worked else "Prepared corpus (finished before, nothing to do)",
+        ["archive", "prepared", "quarantined", "excluded", "duplicates", "labels without image", "where"],
+        [
+            [
+                *(counts[name] for name in ("archive", "prepared", "quarantined", "excluded", "duplicates")),
+                corpus.manifest["labels_without_image"],
+                corpus.uri,
+            ]
+        ],
+    )
+    for reason, count in sorted(corpus.manifest["quarantine_reasons"].items()):
+        console.say(f"quarantined {count:,}: {reason}")
+
+
+def plan(settings: Settings, _: argparse.Namespace) -> None:
+    archive = read_archive(settings.corpus)
+    shards = len(partitions(archive.rows.num_rows, settings.corpus.partition_images))
+    pixels = archive.rows.num_rows * settings.corpus.size**2
+    console.show_table(
+        "Plan of prepare",
+        ["images", "shards", "bytes of pixels", "memory of a task (bytes)"],
+        [[archive.rows.num_rows, shards, pixels, 2 * settings.corpus.partition_images * settings.corpus.size**2]],
+    )
+
+
+if __name__ == "__main__":
+    command.run("prepare", __doc__, run, plan)

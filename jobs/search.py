@@ -1,0 +1,176 @@
+"""Search a published index with images.
+
+  python -m jobs.search IMAGE... --index URI@alias -k 8
+  python -m jobs.search IMAGE... --index URI@alias --gallery out.html
+  python -m jobs.search IMAGE... --index URI@alias --json
+
+Needs no cluster: the version's files are fetched once, verified and mapped. The query's own patient is left out where
+the query is an indexed image; `--patient` names one to leave out besides.
+"""
+
+import argparse
+import datetime
+import json
+from dataclasses import asdict
+
+from cxr_retrieval import command, console, storage
+from cxr_retrieval.config import Settings
+from cxr_retrieval.corpus.decoding import RejectedImage
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.search import Answer, Query, Retriever, shared
+from cxr_retrieval.index.versions import split_reference
+from cxr_retrieval.report.gallery import Case, Hit, PageFacts, QueryResult, write_gallery
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--index", required=True, metavar="URI@alias", help="published index, and an alias or version of it"
+    )
+    parser.add_argument("-k", type=int, help="hits of one query (default: search.k)")
+    parser.add_argument("--patient", help="patient to leave out, as the index knows them")
+    parser.add_argument("--gallery", metavar="FILE", help="write the result as a page that opens offline")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(settings: Settings, options: argparse.Namespace) -> None:
+    if not options.rest:
+        raise UserError("no image to search with: python -m jobs.search IMAGE... --index URI@alias")
+    retriever = Retriever.open(options.index)
+    k = options.k or settings.search.k
+    found: list[tuple[str, Query, Answer]] = []
+    for image in options.rest:
+        query = read_query(retriever, image)
+        answer = retriever.search(
+            query, k, exclude_patient=options.patient, exclude_own=settings.search.exclude_own_patient
+        )
+        found.append((image, query, answer))
+    if options.json:
+        console.out.print_json(json.dumps([_record(image, query, answer) for image, query, answer in found]))
+    else:
+        for image, _, answer in found:
+            show_answer(image, answer)
+    if options.gallery:
+        page = gallery(retriever, options.index, found)
+        storage.write_bytes(options.gallery, page.encode())
+        console.say(f"gallery: {storage.canonical(options.gallery)}")
+
+
+def read_query(retriever: Retriever, image: str) -> Query:
+    """The query for an image file. Raises UserError for a file that is not there or cannot be decoded."""
+    try:
+        return retriever.query(storage.read_bytes(image))
+    except FileNotFoundError:
+        raise UserError(f"{image}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{image} is a folder: name the images in it") from None
+    except RejectedImage as rejected:
+        raise UserError(f"{image} cannot be searched with: {rejected}") from None
+
+
+def show_answer(image: str, answer: Answer) -> None:
+    """Print the hits of one query; findings that it shares with the query's known ones are marked."""
+    own = answer.known.findings if answer.known else ()
+    rows = [
+        [
+            case.rank,
+            f"{case.distance:.3f}",
+            " ".join(name + "*" * (name in own) for name in case.findings) or "No Finding",
+            case.view or "",
+            case.sex or "",
+            case.age_years if case.age_years is not None else "",
+            case.patient,
+            case.image_id,
+        ]
+        for case in answer.cases
+    ]
+    title = f"{image}: {', '.join(own) or 'no finding'} (* shared)" if answer.known else image
+    console.show_table(title, ["rank", "distance", "findings", "view", "sex", "age", "patient", "image"], rows)
+    if answer.nothing_similar:
+        console.say(
+            f"{image}: nothing similar in this index; the nearest image is farther than held-out images ever are"
+        )
+
+
+def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, Answer]]) -> str:
+    """The page of all queries and their hits."""
+    facts = retriever.shards.facts
+    page = PageFacts(
+        index=split_reference(reference)[0].rpartition("/")[2],
+        version=retriever.version.version.id,
+        alias=split_reference(reference)[1],
+        embedding=facts["embedding"],
+        indexed_images=retriever.shards.rows,
+        model=facts["model"],
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    size = retriever.model.recipe.size
+    results = []
+    for image, query, answer in found:
+        known = answer.known
+        own = known.findings if known else ()
+        case = Case(
+            image_id=image.rpartition("/")[2],
+            findings=own,
+            view=known.view if known else None,
+            age_years=known.age_years if known else None,
+            sex=known.sex if known else None,
+            patient=known.patient if known else "not in this index",
+            study_date=known.study_date if known else None,
+            pixels=query.pixels,
+            crop=query.crop,
+            image_size=size,
+        )
+        hits = tuple(
+            Hit(
+                Case(
+                    hit.image_id,
+                    hit.findings,
+                    hit.view,
+                    hit.age_years,
+                    hit.sex,
+                    hit.patient,
+                    hit.study_date,
+                    retriever.thumbnail(hit),
+                    hit.crop,
+                    size,
+                ),
+                hit.rank,
+                hit.distance,
+                shared(hit, own),
+            )
+            for hit in answer.cases
+        )
+        warning = (
+            "Nothing similar: the nearest image is farther than held-out images ever are."
+            if answer.nothing_similar
+            else None
+        )
+        results.append(QueryResult(image.rpartition("/")[2], case, hits, warning, query.scores))
+    return write_gallery(results, page)
+
+
+def _record(image: str, query: Query, answer: Answer) -> dict[str, object]:
+    own = answer.known.findings if answer.known else ()
+    hits = [{**asdict(case), "shared": shared(case, own)} for case in answer.cases]
+    return {
+        "image": image,
+        "known_as": answer.known.image_id if answer.known else None,
+        "findings": own,
+        "scores": {name: round(score, 4) for name, score in query.scores.items()},
+        "crop": query.crop,
+        "nothing_similar": answer.nothing_similar,
+        "hits": hits,
+    }
+
+
+def plan(settings: Settings, options: argparse.Namespace) -> None:
+    retriever = Retriever.open(options.index)
+    console.show_table(
+        "Plan of search",
+        ["images", "hits of each", "indexed", "shards"],
+        [[len(options.rest), options.k or settings.search.k, retriever.shards.rows, len(retriever.shards.shards)]],
+    )
+
+
+if __name__ == "__main__":
+    command.run("search", __doc__, run, plan, arguments, words="images")

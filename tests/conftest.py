@@ -1,0 +1,56 @@
+"""Fixtures that all tests share: one Ray for the session, and small archives in NIH's layout."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Read by Ray when it starts: a lost worker is noticed in a fraction of a second instead of in several.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+for name in ("STATE_ACTOR_RECONCILIATION", "PREEMPTION_WATCHER"):
+    os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+
+NIH_SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "nih"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests of a session, started as jobs start it."""
+    import ray
+
+    from cxr_retrieval.runtime import start_ray
+
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def nih_sample() -> Path:
+    """The sample of real NIH X-rays beside the project; tests that need it are skipped where it is not."""
+    if not (NIH_SAMPLE / "dev").is_dir():
+        pytest.skip(f"the NIH sample is not at {NIH_SAMPLE.name}/: real X-rays are not part of this project")
+    return NIH_SAMPLE
+
+
+@pytest.fixture(scope="session")
+def phantom_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive of 96 small phantom radiographs in NIH's layout. Tests that change it copy it first."""
+    import cv2
+
+    from cxr_retrieval.corpus.phantom import radiographs
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    (folder / "images").mkdir()
+    images = [
+        image for patient in radiographs.patients_for(96, 0) for image in radiographs.draw_patient(patient, 0, 128)
+    ]
+    for image in images[:96]:
+        assert cv2.imwrite(str(folder / "images" / image.image_id), image.pixels)
+    rows = [radiographs.data_entry_header(), *(radiographs.data_entry_row(image) for image in images[:96])]
+    (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows) + "\n")
+    boxes = [radiographs.bbox_header(), *(line for image in images[:96] for line in radiographs.bbox_rows(image))]
+    (folder / "BBox_List_2017.csv").write_text("\n".join(boxes) + "\n")
+    return folder

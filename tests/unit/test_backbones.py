@@ -1,0 +1,115 @@
+"""Backbones: what they promise about names, weights and normalisation."""
+
+import pytest
+import torch
+from torch import nn
+
+from cxr_retrieval.network.backbones import BACKBONES, build_backbone, group_norm
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, torch.Tensor]:
+    """A state dict as a published colour classifier has it: prefix, 3-channel stem, statistics, classifier."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(3)
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2], layer_type="basic", num_labels=7
+    )
+    model = ResNetForImageClassification(config).train()
+    model(torch.rand(8, 3, SIZE, SIZE))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_of_the_last_stages_from_shallow_to_deep(name):
+    backbone = build_backbone(name, steps=3).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(2, 1, SIZE, SIZE))
+    assert [tuple(m.shape) for m in maps] == [
+        (2, channels, SIZE // stride, SIZE // stride)
+        for channels, stride in zip(backbone.channels, (8, 16, 32), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_steps_count_from_the_deepest_stage(steps):
+    assert build_backbone("resnet18_half", steps).channels == [32, 64, 128, 256][-steps:]
+
+
+def test_unknown_backbone_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown backbone 'resnet18half'; nearest: resnet18_half"):
+        build_backbone("resnet18half", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [({"steps": 5}, "steps must be 1 to 4"), ({"normalisation": "grup"}, "'grup'")]
+)
+def test_settings_out_of_range_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        build_backbone("resnet18_half", **{"steps": 3} | arguments)
+
+
+@pytest.mark.parametrize("normalisation", ["batch", "frozen_batch"])
+def test_colour_weights_give_a_grey_image_the_same_maps(published, normalisation):
+    from transformers import AutoBackbone, ResNetConfig
+
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 2, 2], layer_type="basic")
+    config.out_features = ["stage4"]
+    colour = AutoBackbone.from_config(config).eval()
+    keys = {key.removeprefix("resnet."): value for key, value in published.items()}
+    colour.load_state_dict({key: value for key, value in keys.items() if not key.startswith("classifier")})
+    grey = build_backbone("resnet18_half", 1, published, normalisation).eval()
+    images_B1HW = torch.rand(2, 1, SIZE, SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            grey(images_B1HW)[0], colour(images_B1HW.expand(-1, 3, -1, -1)).feature_maps[0], atol=1e-4, rtol=1e-4
+        )
+
+
+KEY = "encoder.stages.1.layers.0.layer.0.convolution.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop(f"resnet.{KEY}"), f"key '{KEY}' is missing"),
+        (lambda w: w.update({"resnet.extra": torch.zeros(1)}), "key 'extra' is unexpected"),
+        (lambda w: w.update({f"resnet.{KEY}": torch.zeros(64, 31, 3, 3)}), rf"key '{KEY}' has shape \[64, 31, 3, 3\]"),
+    ],
+)
+def test_wrong_weights_are_refused_by_the_name_of_the_key(published, change, words):
+    weights = dict(published)
+    change(weights)
+    with pytest.raises(ValueError, match=words):
+        build_backbone("resnet18_half", 3, weights, "batch")
+
+
+def test_statistics_are_refused_where_there_is_no_place_for_them(published):
+    with pytest.raises(ValueError, match=r"running_mean' is unexpected \(group norm has no statistics"):
+        build_backbone("resnet18_half", 3, published, "group")
+
+
+def test_frozen_statistics_do_not_move_and_nothing_of_them_is_learnt(published):
+    backbone = build_backbone("resnet18_half", 3, published, "frozen_batch").train()
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    backbone(torch.rand(4, 1, SIZE, SIZE) * 9)
+    assert all(torch.equal(before[name], buffer) for name, buffer in backbone.named_buffers())
+    assert not any("normalization" in name for name, _ in backbone.named_parameters())
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+
+
+def test_training_with_frozen_statistics_that_nobody_gave_is_refused(published):
+    backbone = build_backbone("resnet18_half", 3, normalisation="frozen_batch")
+    with pytest.raises(ValueError, match="needs given weights"):
+        backbone.train()(torch.rand(2, 1, SIZE, SIZE))
+    # Reading a trained model back is giving them.
+    backbone.load_state_dict(build_backbone("resnet18_half", 3, published, "frozen_batch").state_dict())
+    backbone.train()(torch.rand(2, 1, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("channels", [3, 6, 32, 100, 256, 2048])
+def test_groups_divide_the_channels(channels):
+    assert channels % group_norm(channels).num_groups == 0
