@@ -30,5 +30,8 @@ lint: $(READY)  ## formatting, lint, types, import direction
 unit: $(READY)  ## the tests that need no Ray, in seconds
 	$(BIN)/python -m pytest tests/unit -n 2
 
+bench: $(READY)  ## every benchmark, each against its limit or peer; ratios go to benchmarks/results
+	for name in prepare input embed; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
 clean:  ## remove what runs wrote, but not the virtual environment
 	rm -rf demo workspace benchmarks/results

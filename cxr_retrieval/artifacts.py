@@ -139,6 +139,11 @@ class Draft:
     settings: Mapping[str, Any]
     inputs: tuple[str, ...]
 
+    @classmethod
+    def under(cls, folder: str, kind: str, settings: Mapping[str, Any], inputs: Sequence[str]) -> "Draft":
+        """The artifact of that identity in its place: a folder named by its input id, under `folder`."""
+        return cls(storage.join(folder, input_id(kind, settings, inputs)), kind, settings, tuple(inputs))
+
     @property
     def input_id(self) -> str:
         return input_id(self.kind, self.settings, self.inputs)

@@ -67,9 +67,8 @@ def evaluate(
 
     Raises UserError where no held-out image has a finding.
     """
-    draft = Draft("", KIND, settings.model_dump(), (embedded.input_id,))
-    folder = storage.join(workspace, "reports", "evaluation", draft.input_id)
-    draft = Draft(folder, KIND, draft.settings, draft.inputs)
+    folder = storage.join(workspace, "reports", "evaluation")
+    draft = Draft.under(folder, KIND, settings.model_dump(), (embedded.input_id,))
     done = find(draft.uri)
     if done:
         return done, False
@@ -263,11 +262,14 @@ def _metadata(facts: pa.Table) -> Tensor:
 
 
 def headline(evaluation: Mapping[str, Any], gallery: str = "all") -> list[list[Any]]:
-    """Rows for a person: every embedding and floor with Recall@2/4/6/8, precision@8 and mAP in percent, then chance."""
+    """Rows for a person: every embedding and floor with Recall@2/4/6/8, precision@8 and mAP in percent, then chance.
+
+    A dash stands where no query has a relevant image.
+    """
 
     def row(name: str, table: Mapping[str, Any], key: str) -> list[Any]:
         cells = [*table["recall_at"].values(), table["precision_at"]["8"], table["map"]]
-        return [name, *(100.0 * cell[key] for cell in cells)]
+        return [name, *("-" if cell[key] is None else 100.0 * cell[key] for cell in cells)]
 
     named = evaluation["embeddings"] | evaluation["floors"]
     rows = [row(name, tables[gallery], "value") for name, tables in named.items()]

@@ -50,7 +50,7 @@ def run(
         settings = config.load_settings(options.config, keys + (implied(options) if implied else []))
         settings = settings.model_copy(update={"workspace": storage.canonical(settings.workspace)})
         if options.print_config:
-            console.out.print(config.dump_settings(settings), end="", markup=False)
+            console.out.print(config.dump_settings(settings), end="", soft_wrap=True)
             return
         (plan if options.plan else job)(settings, options)
     except KeyboardInterrupt:

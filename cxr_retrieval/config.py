@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cxr_retrieval.errors import UserError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # for names that become parts of a path
+JIGSAW_PATCHES = 4  # a side of the shuffled puzzle
 COMMAND_LINE = "the command line"
+QUOTES = ("'", '"', "|", ">", "!", "&")  # how a YAML text begins that is not written plainly
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class CorpusSettings(Section):
@@ -53,7 +55,7 @@ class PhantomSettings(Section):
 
 
 class NetworkSettings(Section):
-    backbone: str = Field("resnet18_half", description="name of the backbone; see docs/settings or an error's list")
+    backbone: str = Field("resnet18_half", description="resnet18_half (for CPUs), resnet18, resnet50, convnextv2_tiny")
     weights: str | None = Field(None, description="safetensors file (local or s3://) with the backbone's weights")
     normalisation: Literal["group", "batch", "frozen_batch"] = Field(
         "group", description="group norm, per-worker batch norm (synchronised on GPUs), or frozen batch statistics"
@@ -79,13 +81,13 @@ class LossSettings(Section):
     )
     contrastive_weight: float = Field(1.0, ge=0, description="weight of CCLoss in the sum")
     classification_weight: float = Field(1.0, ge=0, description="weight of the multi-label cross-entropy in the sum")
-    smoothing: float = Field(0.05, ge=0, lt=0.5, description="label smoothing of the cross-entropy")
+    smoothing: float = Field(0.0, ge=0, lt=0.5, description="label smoothing of the cross-entropy")
     class_balance: float = Field(0.5, ge=0, le=1, description="power of a finding's inverse frequency in its weight")
 
 
 class TrainingSettings(Section):
     epochs: int = Field(30, ge=1, description="passes over the training split")
-    batch_size: int = Field(64, ge=2, description="images of one optimizer step, over all workers")
+    batch_size: int = Field(32, ge=2, description="images of one optimizer step, over all workers")
     accumulation: int = Field(1, ge=1, description="micro-batches that a worker adds up to one optimizer step")
     workers: int = Field(1, ge=1, description="Ray Train workers")
     gpu: bool = Field(False, description="give each worker a GPU")
@@ -181,6 +183,10 @@ class Settings(Section):
                 f"training.batch_size={training.batch_size} is not a multiple of training.lanes={training.lanes}"
                 f" x training.accumulation={training.accumulation}"
             )
+        if training.jigsaw and (corpus.size % JIGSAW_PATCHES or self.network.steps < 2):
+            raise ValueError(
+                f"training.jigsaw needs corpus.size in multiples of {JIGSAW_PATCHES} and network.steps above 1"
+            )
         return self
 
 
@@ -268,7 +274,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
         raise UserError(f"config file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {file} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: PyYAML on the 45th of a month
         raise UserError(f"config file {file} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -292,10 +298,11 @@ def _sections() -> set[str]:
 def _parse(text: str, word: str) -> Any:
     try:
         value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"cannot read {word!r} from {COMMAND_LINE}: the value is not YAML") from None
-    # YAML 1.1 reads 1e-3 as text; a person means the number.
-    if isinstance(value, str):
+    if isinstance(value, str) and text[:1] not in QUOTES:
+        value = text.strip()  # ` #` begins a comment in YAML, and is part of a path here
+        # YAML 1.1 reads 1e-3 as text; a person means the number.
         try:
             return float(value) if value[:1] in "+-.0123456789" else value
         except ValueError:
@@ -307,4 +314,4 @@ def _nearest(key: str, known: set[str]) -> str:
     """The key that a user most likely meant: the same last word in another section, else the closest spelling."""
     name = key.rpartition(".")[2]
     same = sorted(full for full in known if full.rpartition(".")[2] == name)
-    return (same or difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0))[0]
+    return difflib.get_close_matches(key, same or sorted(known), n=1, cutoff=0.0)[0]

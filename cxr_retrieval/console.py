@@ -14,8 +14,9 @@ LINE_EVERY_S = 10.0  # a log file gets a line, not a bar
 
 LOG_WIDTH = 140  # of a table in a log file, which does not know the reader's terminal
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# What is printed is names and paths: `[PA]` is no markup in them and `:x:` no emoji.
+out = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Meter:
@@ -62,7 +63,7 @@ class Meter:
 
 def say(text: str) -> None:
     """One line for the person who waits (to standard error, so that standard output stays the result)."""
-    err.print(text.rstrip(), markup=False)
+    err.print(text.rstrip())
     sys.stderr.flush()
 
 

@@ -9,7 +9,6 @@ import ray
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -25,7 +24,6 @@ def start_ray() -> None:
             address=os.environ.get("RAY_ADDRESS") or "local",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            include_dashboard=bool(os.environ.get("RAY_ADDRESS")) or None,
         )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -15,7 +15,7 @@ from cxr_retrieval import command, console, storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, headline
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.runtime import start_ray
@@ -47,7 +47,7 @@ def show_evaluation(evaluation: Artifact, worked: bool) -> None:
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
     settings, model = model_of(settings)
-    corpus = prepare(settings.corpus, settings.workspace)[0]
+    corpus = find_prepared(settings.corpus, settings.workspace)
     console.show_table(
         "Plan of evaluate",
         ["images to embed", "shards", "split of the queries", "model"],

@@ -8,13 +8,14 @@ The index lies in WORKSPACE/indexes/NAME/builds until `jobs.publish` makes a ver
 
 import argparse
 
-from cxr_retrieval import command, console
+from cxr_retrieval import artifacts, command, console
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
-from cxr_retrieval.embedding.stream import embed
-from cxr_retrieval.index.build import Source, build_index
+from cxr_retrieval.embedding.stream import KIND as EMBEDDINGS
+from cxr_retrieval.embedding.stream import embed, embeddings_draft
+from cxr_retrieval.index.build import KIND, Source, build_index, index_draft
 from cxr_retrieval.index.plan import plan_index
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import start_ray
@@ -38,6 +39,16 @@ def built_index(settings: Settings) -> tuple[Artifact, bool]:
     return build_index(settings.index, settings.workspace, source, pseudonyms)
 
 
+def finished_index(settings: Settings) -> Artifact:
+    """The index that these settings have built. Raises UserError where it is not finished."""
+    settings, model = model_of(settings)
+    corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
+    embedded = artifacts.load(embeddings_draft(settings.workspace, model, corpus).uri, EMBEDDINGS)
+    source = Source(corpus, embedded, model.uri, settings.index.embedding or model.manifest["chosen"])
+    draft = index_draft(settings.index, settings.workspace, source, Pseudonyms.of(settings.privacy))
+    return artifacts.load(draft.uri, KIND)
+
+
 def show_index(build: Artifact, worked: bool) -> None:
     console.show_table(
         "Index" if worked else "Index (finished before, nothing to do)",
@@ -57,7 +68,7 @@ def show_index(build: Artifact, worked: bool) -> None:
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
     settings, model = model_of(settings)
-    rows = prepare(settings.corpus, settings.workspace)[0].counts["prepared"]
+    rows = find_prepared(settings.corpus, settings.workspace).counts["prepared"]
     opened = Model.open(model.uri)
     dimensions = len(opened.centring[settings.index.embedding or opened.chosen])
     planned = plan_index(rows, dimensions, settings.index.shard_rows, settings.index.exact_rows)

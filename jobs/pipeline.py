@@ -20,7 +20,7 @@ from cxr_retrieval import artifacts, command, console, storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.assessment import EVALUATION_FILE, evaluate
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.preparation import plan_corpus, prepare
 from cxr_retrieval.corpus.reading import Corpus, labels_of
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.index.build import Source, build_index
@@ -147,16 +147,19 @@ def _summary(prepared: Artifact, embedded: Artifact, build: Artifact, figures: d
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    prepared, _worked = prepare(settings.corpus, settings.workspace)
-    draft = model_draft(settings, Corpus(prepared))
-    state = "finished" if artifacts.find(draft.uri) else "to do"
+    planned = plan_corpus(settings.corpus, settings.workspace)
+    rows = planned.archive.rows
+    finished = artifacts.find(planned.draft.uri)
+    left = sum(artifacts.find(part.uri) is None for part in planned.parts)
+    trained = finished and artifacts.find(model_draft(settings, Corpus(finished)).uri)
+    training = sum(split == "train" for split in rows["split"].to_pylist())
     console.show_table(
         "Plan of pipeline",
-        ["step", "rows", "state"],
+        ["step", "images", "state"],
         [
-            ["prepare", prepared.counts["archive"], "finished"],
-            ["train", prepared.manifest["splits"]["train"]["images"], state],
-            ["embed, index, publish", prepared.counts["prepared"], "after train" if state == "to do" else "by content"],
+            ["prepare", rows.num_rows, "finished" if finished else f"{left:,} of {len(planned.parts):,} shards to do"],
+            ["train", training, "finished" if trained else f"{settings.training.epochs} epochs to do"],
+            ["embed, evaluate, index, publish, search", rows.num_rows, "what is missing"],
         ],
     )
 

@@ -12,7 +12,7 @@ from cxr_retrieval import command, console, storage
 from cxr_retrieval.config import Settings
 from cxr_retrieval.console import Meter
 from cxr_retrieval.index.versions import Published, publish
-from jobs.index import built_index
+from jobs.index import built_index, finished_index
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def show_published(published: Published, to: str) -> None:
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    build, _worked = built_index(settings)
+    build = finished_index(settings)
     console.show_table(
         "Plan of publish",
         ["objects", "bytes", "to", "alias"],

@@ -26,22 +26,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--index", required=True, metavar="URI@alias", help="published index, and an alias or version of it"
     )
-    parser.add_argument("-k", type=int, help="hits of one query (default: search.k)")
+    parser.add_argument("-k", type=int, help="hits of one query (search.k)")
     parser.add_argument("--patient", help="patient to leave out, as the index knows them")
     parser.add_argument("--gallery", metavar="FILE", help="write the result as a page that opens offline")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def implied(options: argparse.Namespace) -> list[str]:
+    return [f"search.k={options.k}"] if options.k is not None else []
 
 
 def run(settings: Settings, options: argparse.Namespace) -> None:
     if not options.rest:
         raise UserError("no image to search with: python -m jobs.search IMAGE... --index URI@alias")
     retriever = Retriever.open(options.index)
-    k = options.k or settings.search.k
     found: list[tuple[str, Query, Answer]] = []
     for image in options.rest:
         query = read_query(retriever, image)
         answer = retriever.search(
-            query, k, exclude_patient=options.patient, exclude_own=settings.search.exclude_own_patient
+            query,
+            settings.search.k,
+            exclude_patient=options.patient,
+            exclude_own=settings.search.exclude_own_patient,
         )
         found.append((image, query, answer))
     if options.json:
@@ -83,7 +89,8 @@ def show_answer(image: str, answer: Answer) -> None:
         ]
         for case in answer.cases
     ]
-    title = f"{image}: {', '.join(own) or 'no finding'} (* shared)" if answer.known else image
+    known = f"{', '.join(own)} (* shared)" if own else "no finding"
+    title = f"{image}: {known}" if answer.known else image
     console.show_table(title, ["rank", "distance", "findings", "view", "sex", "age", "patient", "image"], rows)
     if answer.nothing_similar:
         console.say(
@@ -108,8 +115,10 @@ def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, 
     for image, query, answer in found:
         known = answer.known
         own = known.findings if known else ()
+        # A file's name may be a patient's: a page of a pseudonymised index has the names that the index knows.
+        name = known.image_id if known and facts["pseudonymised"] else image.rpartition("/")[2]
         case = Case(
-            image_id=image.rpartition("/")[2],
+            image_id=name,
             findings=own,
             view=known.view if known else None,
             age_years=known.age_years if known else None,
@@ -145,7 +154,7 @@ def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, 
             if answer.nothing_similar
             else None
         )
-        results.append(QueryResult(image.rpartition("/")[2], case, hits, warning, query.scores))
+        results.append(QueryResult(name, case, hits, warning, query.scores))
     return write_gallery(results, page)
 
 
@@ -168,9 +177,9 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(
         "Plan of search",
         ["images", "hits of each", "indexed", "shards"],
-        [[len(options.rest), options.k or settings.search.k, retriever.shards.rows, len(retriever.shards.shards)]],
+        [[len(options.rest), settings.search.k, retriever.shards.rows, len(retriever.shards.shards)]],
     )
 
 
 if __name__ == "__main__":
-    command.run("search", __doc__, run, plan, arguments, words="images")
+    command.run("search", __doc__, run, plan, arguments, words="images", implied=implied)

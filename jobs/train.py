@@ -11,7 +11,7 @@ import argparse
 from cxr_retrieval import artifacts, command, console
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, train
@@ -40,7 +40,7 @@ def show_model(model: Artifact, worked: bool) -> None:
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    corpus, _worked = prepare(settings.corpus, settings.workspace)
+    corpus = find_prepared(settings.corpus, settings.workspace)
     draft = model_draft(settings, Corpus(corpus))
     images = corpus.manifest["splits"]["train"]["images"]
     training = settings.training

@@ -3,8 +3,12 @@
 NIH ChestX-ray14: `images*/**.png`, `Data_Entry_2017*.csv`, optionally `BBox_List_2017.csv` and the official lists.
 """
 
+import contextlib
 import csv
+import gzip
 import hashlib
+import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,6 +76,8 @@ def read_archive(settings: CorpusSettings) -> Archive:
         _row(file, labels, twice, names, boxes, test_names, settings)
         for file in sorted(found.listing, key=lambda file: file.path)
     ]
+    if test_names is not None:
+        _check_patients_in_one_list(rows, uri)
     hashes = {
         file.path: hashlib.sha256(storage.read_bytes(file.uri)).hexdigest()
         for file in (found.table, found.boxes, found.test_list)
@@ -80,6 +86,16 @@ def read_archive(settings: CorpusSettings) -> Archive:
     return Archive(
         pa.Table.from_pylist(rows, schema=ARCHIVE), label_rows, sum(name not in names for name in labels), hashes
     )
+
+
+def _check_patients_in_one_list(rows: list[dict[str, Any]], uri: str) -> None:
+    tested = {row["patient_id"] for row in rows if row.get("split") == TEST}
+    both = {row["patient_id"] for row in rows if row.get("split") not in (None, TEST)} & tested
+    if both:
+        raise UserError(
+            f"{uri}: patients with images both in {TEST_LIST} and outside it: {len(both):,};"
+            " mend the list or use corpus.split=hash"
+        )
 
 
 def _sort_files(uri: str) -> _Tables:
@@ -169,7 +185,7 @@ def _read_labels(file: storage.StoredFile) -> tuple[dict[str, dict[str, str]], s
     labels: dict[str, dict[str, str]] = {}
     twice: set[str] = set()
     count = 0
-    with storage.open_text(file.uri) as text:
+    with _readable(file), storage.open_text(file.uri) as text:
         reader = csv.DictReader(text)
         missing = [name for name in needed if name not in (reader.fieldnames or ())]
         if missing:
@@ -185,12 +201,16 @@ def _read_labels(file: storage.StoredFile) -> tuple[dict[str, dict[str, str]], s
 def _read_boxes(file: storage.StoredFile | None) -> dict[str, list[dict[str, Any]]]:
     boxes: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(_csv_rows(file)):
-        if number == 0:
+        if number == 0 or not row:
             continue  # NIH's header is `Bbox [x,y,w,h],,,`: the columns are known by their places
         try:
             x, y, w, h = (float(value) for value in row[2:6])
+            if not (math.isfinite(x + y + w + h) and w > 0 and h > 0):
+                raise ValueError("a box without area")
         except ValueError:
-            raise UserError(f"{file.uri if file else ''}: line {number + 1} is not a box of four numbers") from None
+            raise UserError(
+                f"{file.uri if file else ''}: line {number + 1} is no box: four numbers x, y, w, h with w and h above 0"
+            ) from None
         finding = BOX_SPELLING.get(row[1], row[1])
         boxes.setdefault(row[0], []).append({"finding": finding, "x": x, "y": y, "w": w, "h": h})
     return boxes
@@ -209,10 +229,18 @@ def _read_names(file: storage.StoredFile | None, settings: CorpusSettings, uri: 
 def _csv_rows(file: storage.StoredFile | None) -> Iterator[list[str]]:
     if file is None:
         return
-    with storage.open_text(file.uri) as text:
+    with _readable(file), storage.open_text(file.uri) as text:
         yield from csv.reader(text)
+
+
+@contextlib.contextmanager
+def _readable(file: storage.StoredFile) -> Iterator[None]:
+    try:
+        yield
+    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{file.uri} cannot be read as a table: {error}; copy it again") from None
 
 
 def _number(text: str) -> int | None:
     digits = text.strip().removesuffix("Y")  # the table's first edition writes 058Y
-    return int(digits) if digits.isdigit() else None
+    return int(digits) if digits.isdecimal() and len(digits) < 10 else None

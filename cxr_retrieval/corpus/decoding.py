@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 VERSION = 1  # raise it with every change that alters a prepared pixel
 FORMATS = ("PNG", "JPEG")
+MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 GREY_8, GREY_16 = ("L", "1", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"), ("I;16", "I;16B", "I;16L", "I")
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before a pixel is decoded
@@ -116,6 +117,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
+        if data.startswith(MAGIC):
+            raise RejectedImage("damaged", f"the header of a PNG or JPEG and no image: {len(data)} bytes") from None
         found = "an empty file" if not data else f"{len(data)} bytes that begin with {data[:8]!r}"
         raise RejectedImage("not_an_image", f"neither PNG nor JPEG: {found}") from None
     except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:

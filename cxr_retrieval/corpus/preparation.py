@@ -62,27 +62,51 @@ def recipe_of(settings: CorpusSettings) -> Recipe:
     return Recipe(size=settings.size, fit=settings.fit)
 
 
-def prepare(settings: CorpusSettings, workspace: str) -> tuple[Artifact, bool]:
-    """The prepared corpus of an archive, and whether anything had to be done.
+@dataclass(frozen=True)
+class CorpusPlan:
+    """What preparing an archive means before any image is read: the corpus, its parts, and the rows of each."""
 
-    Raises UserError for an archive that cannot be read or where more than `max_quarantined` of the images are bad.
-    """
+    archive: Archive
+    draft: Draft
+    parts: list[Draft]
+    slices: list[pa.Table]
+
+
+def plan_corpus(settings: CorpusSettings, workspace: str) -> CorpusPlan:
+    """List the archive and cut it into partitions. Raises UserError for an archive that cannot be read."""
     archive = read_archive(settings)
     folder = storage.join(workspace, "corpora", settings.name)
     shaping = {name: getattr(settings, name) for name in SHAPING} | {"recipe": recipe_of(settings).id}
     cuts = partitions(archive.rows.num_rows, settings.partition_images)
     slices = [archive.rows.slice(cut.start, cut.stop - cut.start) for cut in cuts]
-    parts = [Draft("", PART_KIND, shaping, (rows_digest(rows),)) for rows in slices]
-    parts = [Draft(storage.join(folder, "parts", part.input_id), part.kind, shaping, part.inputs) for part in parts]
-    draft = Draft("", KIND, shaping | {"name": settings.name}, tuple(part.input_id for part in parts))
-    draft = Draft(storage.join(folder, draft.input_id), draft.kind, draft.settings, draft.inputs)
-    done = artifacts.find(draft.uri)
+    parts = [Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),)) for rows in slices]
+    inputs = [part.input_id for part in parts]
+    return CorpusPlan(archive, Draft.under(folder, KIND, shaping | {"name": settings.name}, inputs), parts, slices)
+
+
+def find_prepared(settings: CorpusSettings, workspace: str) -> Artifact:
+    """The corpus of an archive as it is now. Raises UserError where it is not prepared yet."""
+    found = artifacts.find(plan_corpus(settings, workspace).draft.uri)
+    if found is None:
+        raise UserError(
+            f"the archive {settings.archive} is not prepared yet: run jobs.prepare with these settings first"
+        )
+    return found
+
+
+def prepare(settings: CorpusSettings, workspace: str) -> tuple[Artifact, bool]:
+    """The prepared corpus of an archive, and whether anything had to be done.
+
+    Raises UserError for an archive that cannot be read or where more than `max_quarantined` of the images are bad.
+    """
+    plan = plan_corpus(settings, workspace)
+    done = artifacts.find(plan.draft.uri)
     if done:
         return done, False
-    draft.begin()
-    manifest = _write_manifest(draft, slices)
-    finished = _prepare_parts(draft, parts, cuts, settings)
-    return _finish(draft, manifest, finished, archive, settings), True
+    plan.draft.begin()
+    manifest = _write_manifest(plan.draft, plan.slices)
+    finished = _prepare_parts(plan, settings)
+    return _finish(plan.draft, manifest, finished, plan.archive, settings), True
 
 
 def _write_manifest(draft: Draft, slices: Sequence[pa.Table]) -> FileEntry:
@@ -95,13 +119,12 @@ def _write_manifest(draft: Draft, slices: Sequence[pa.Table]) -> FileEntry:
     return entry.value
 
 
-def _prepare_parts(
-    draft: Draft, parts: Sequence[Draft], cuts: Sequence[Partition], settings: CorpusSettings
-) -> list[Artifact]:
+def _prepare_parts(plan: CorpusPlan, settings: CorpusSettings) -> list[Artifact]:
+    draft, parts = plan.draft, plan.parts
     found = {part.input_id: artifacts.find(part.uri) for part in parts}
     missing = [n for n, part in enumerate(parts) if found[part.input_id] is None]
-    images = sum(cuts[n].stop - cuts[n].start for n in missing)
-    total = cuts[-1].stop
+    images = sum(plan.slices[n].num_rows for n in missing)
+    total = plan.archive.rows.num_rows
     quarantined = sum(part.counts["quarantined"] for part in found.values() if part)
     if missing:
         tasks = [{"group": n, "uri": parts[n].uri} for n in missing]
@@ -109,6 +132,8 @@ def _prepare_parts(
         results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(task)
         with Meter("prepare", images) as meter:
             for result in results.iter_rows():
+                if result["error"]:
+                    raise UserError(result["error"])
                 quarantined += result["quarantined"]
                 meter.advance(result["archive"])
                 _check_quarantine(quarantined, total, settings, draft.uri, final=False)
@@ -132,11 +157,15 @@ class _PartTask:
         self._manifest_uri, self._shaping = manifest_uri, shaping
         self._settings = settings
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, int]:
-        with storage.arrow_reader(self._manifest_uri) as file:
-            rows = pq.ParquetFile(file).read_row_group(task["group"])
-        part = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
-        return prepare_part(part, rows, self._settings).counts
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        try:
+            with storage.arrow_reader(self._manifest_uri) as file:
+                rows = pq.ParquetFile(file).read_row_group(task["group"])
+            part = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
+            counts = prepare_part(part, rows, self._settings).counts
+        except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
+            return {"archive": 0, "quarantined": 0, "error": str(error)}
+        return {"archive": counts["archive"], "quarantined": counts["quarantined"], "error": ""}
 
 
 def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artifact:

@@ -35,15 +35,24 @@ ADDS_UP = Equation("prepared", ("embedded",))
 
 
 def embedding_schema(steps: int, dimensions: int, findings: int) -> pa.Schema:
-    """Rows in the order of the corpus part: z is [P, S, D] and joint [P, C] flattened, crop x, y, w, h in pixels."""
+    """Rows in the order of the corpus part: z is [P, S, D] and joint [P, C] flattened, crop x, y, w, h in pixels.
+
+    `pixel_id` is the first half of the hash of the prepared pixels: it binds a row to its image without a name.
+    """
     return pa.schema(
         [
-            ("image_id", pa.string()),
+            ("pixel_id", pa.int64()),
             ("z", pa.list_(pa.float16(), PASSES * steps * dimensions)),
             ("joint", pa.list_(pa.float16(), PASSES * findings)),
             ("crop", pa.list_(pa.int32(), 4)),
         ]
     )
+
+
+def embeddings_draft(workspace: str, model: Artifact, corpus: Corpus) -> Draft:
+    """The embeddings of a corpus by a model: their identity and their place."""
+    folder = storage.join(workspace, "embeddings")
+    return Draft.under(folder, KIND, {}, (model.input_id, corpus.artifact.input_id))
 
 
 def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: Corpus) -> tuple[Artifact, bool]:
@@ -60,10 +69,8 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
         )
     folder = storage.join(workspace, "embeddings")
     ids = [part["input_id"] for part in corpus.artifact.manifest["parts"]]
-    parts = [Draft("", PART_KIND, {}, (model.input_id, part)) for part in ids]
-    parts = [Draft(storage.join(folder, "parts", part.input_id), PART_KIND, {}, part.inputs) for part in parts]
-    draft = Draft("", KIND, {}, (model.input_id, corpus.artifact.input_id))
-    draft = Draft(storage.join(folder, draft.input_id), KIND, {}, draft.inputs)
+    parts = [Draft.under(storage.join(folder, "parts"), PART_KIND, {}, (model.input_id, part)) for part in ids]
+    draft = embeddings_draft(workspace, model, corpus)
     done = artifacts.find(draft.uri)
     if done:
         return done, False
@@ -72,17 +79,21 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
     missing = [number for number, part in enumerate(found) if part is None]
     if missing:
         rows = sum(corpus.artifact.manifest["parts"][number]["counts"]["prepared"] for number in missing)
-        tasks = [{"rows": corpus.files[n], "uri": parts[n].uri, "inputs": list(parts[n].inputs)} for n in missing]
-        # All the parts' first blocks exist at once: they are a few strings each.
+        tasks = [
+            {"rows": corpus.files[n], "uri": parts[n].uri, "inputs": list(parts[n].inputs), "model": model_uri}
+            for n in missing
+        ]
         results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
             _Embedder,  # type: ignore[arg-type]  # an actor class: Ray's types know functions only
-            fn_constructor_kwargs={"model_uri": model_uri, "batch_size": settings.batch_size},
+            fn_constructor_args=(settings.batch_size,),
             compute=ray.data.ActorPoolStrategy(size=min(_workers(settings), len(tasks))),
             num_cpus=0 if _gpus() else 1,
             num_gpus=1 if _gpus() else 0,
         )
         with Meter("embed", rows) as meter:
             for result in results.iter_rows():
+                if result["error"]:
+                    raise UserError(result["error"])
                 meter.advance(result["embedded"])
     finished = [part or artifacts.load(parts[n].uri, PART_KIND) for n, part in enumerate(found)]
     excluded = sum(len(rows) for rows in corpus.excluded.values())
@@ -103,18 +114,24 @@ def _workers(settings: EmbeddingSettings) -> int:
 
 
 class _Embedder:
-    """Holds the model in an actor and embeds one part at a call."""
+    """Opens the model once, in an actor, and embeds one part at a call."""
 
-    def __init__(self, model_uri: str, batch_size: int) -> None:
+    def __init__(self, batch_size: int) -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-        self._model = Model.open(model_uri)
-        if torch.cuda.is_available():
-            self._model.network.cuda()
         self._batch_size = batch_size
+        self._model: Model | None = None
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, int]:
-        part = Draft(task["uri"], PART_KIND, {}, tuple(task["inputs"])).begin()
-        return embed_part(part, task["rows"], self._model, self._batch_size).counts
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if self._model is None:
+                self._model = Model.open(task["model"])
+                if torch.cuda.is_available():
+                    self._model.network.cuda()
+            part = Draft(task["uri"], PART_KIND, {}, tuple(task["inputs"])).begin()
+            counts = embed_part(part, task["rows"], self._model, self._batch_size).counts
+        except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
+            return {"embedded": 0, "error": str(error)}
+        return {"embedded": counts["embedded"], "error": ""}
 
 
 def embed_part(part: Draft, rows_uri: str, model: Model, batch_size: int) -> Artifact:
@@ -127,13 +144,13 @@ def embed_part(part: Draft, rows_uri: str, model: Model, batch_size: int) -> Art
         pq.ParquetWriter(local, schema, compression="zstd") as writer,
         storage.arrow_reader(rows_uri) as file,
     ):
-        for batch in pq.ParquetFile(file).iter_batches(batch_size, columns=["image_id", "pixels"]):
+        for batch in pq.ParquetFile(file).iter_batches(batch_size, columns=["pixel_sha256", "pixels"]):
             table = pa.Table.from_batches([batch])
             output = model.forward(pixels_of(table, model.recipe.size).copy())
             z_BE = output.z_PSBD.movedim(2, 0).flatten(1)
             joint_BE = output.joint_PBC.movedim(1, 0).flatten(1)
             columns = [
-                table["image_id"].combine_chunks(),
+                pa.array(_pixel_ids(table["pixel_sha256"]), pa.int64()),
                 _fixed(z_BE.cpu().numpy().astype(np.float16), schema.field("z").type),
                 _fixed(joint_BE.cpu().numpy().astype(np.float16), schema.field("joint").type),
                 _fixed(output.boxes_B4.cpu().numpy().astype(np.int32), schema.field("crop").type),
@@ -166,17 +183,21 @@ def read_part(embeddings: Artifact, corpus: Corpus, part: int, model: Model, col
     with storage.arrow_reader(storage.join(embeddings.part_uris[part], EMBEDDINGS_FILE)) as file:
         table = pq.read_table(file)
     with storage.arrow_reader(storage.join(corpus.artifact.part_uris[part], ROWS_FILE)) as file:
-        facts = pq.read_table(file, columns=["image_id", *(name for name in columns if name != "image_id")])
-    if not table["image_id"].equals(facts["image_id"]):
+        facts = pq.read_table(file, columns=["pixel_sha256", *(name for name in columns if name != "pixel_sha256")])
+    if not np.array_equal(table["pixel_id"].to_numpy(), _pixel_ids(facts["pixel_sha256"])):
         raise artifacts.AccountingError(f"part {part} of {embeddings.uri} holds other images than the corpus")
     keep = np.setdiff1d(np.arange(table.num_rows), list(corpus.excluded.get(part, ())))
     table, facts = table.take(pa.array(keep)), facts.take(pa.array(keep))
     shape = (len(keep), PASSES, network["steps"], network["dimensions"])
     z_NPSD = torch.as_tensor(_matrix(table["z"], np.float32).reshape(shape))
-    joint_NPC = torch.as_tensor(_matrix(table["joint"], np.float32).reshape(len(keep), PASSES, -1))
+    joint_NPC = torch.as_tensor(_matrix(table["joint"], np.float32).reshape(len(keep), PASSES, len(model.findings)))
     return Embedded(z_NPSD.movedim(0, 2), joint_NPC.movedim(0, 1), _matrix(table["crop"], np.int32), facts)
+
+
+def _pixel_ids(hashes: pa.ChunkedArray) -> np.ndarray:
+    return np.array([int.from_bytes(value[:8], "big", signed=True) for value in hashes.to_pylist()], np.int64)
 
 
 def _matrix(column: pa.ChunkedArray, kind: Any) -> np.ndarray:
     flat = np.asarray(pa.concat_arrays(column.chunks).flatten()) if column.num_chunks else np.zeros(0)
-    return flat.astype(kind).reshape(len(column), -1)
+    return flat.astype(kind).reshape(len(column), column.type.list_size)

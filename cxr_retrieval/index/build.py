@@ -35,6 +35,7 @@ KIND = "index"
 ADDS_UP = Equation("embedded", ("indexed", "id_collisions"))
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY, THUMBNAIL_GROUP = 256, 85, 64
 FACTS = [
+    "image_id",
     "patient_id",
     "study_date",
     "view",
@@ -87,9 +88,8 @@ def index_draft(settings: IndexSettings, workspace: str, source: Source, pseudon
         "pseudonymised": pseudonyms.key_id,
         **settings.model_dump(exclude={"name", "embedding"}),
     }
-    draft = Draft("", KIND, shaping, (source.embeddings.input_id,))
-    folder = storage.join(workspace, "indexes", settings.name, "builds", draft.input_id)
-    return Draft(folder, KIND, shaping, draft.inputs)
+    folder = storage.join(workspace, "indexes", settings.name, "builds")
+    return Draft.under(folder, KIND, shaping, (source.embeddings.input_id,))
 
 
 def build_index(

@@ -44,7 +44,7 @@ class IndexPlan:
 def plan_index(rows: int, dimensions: int, shard_rows: int, exact_rows: int) -> IndexPlan:
     """Plan an index of `rows` vectors: exact up to `exact_rows`, shards of at most `shard_rows`, evenly filled.
 
-    The number of lists is 4 sqrt(rows), rounded to a power of two, and small enough to be trained.
+    The number of lists is 4 sqrt(rows), rounded to a power of two, or the largest one that can be trained.
     Raises ValueError for a number below 1.
     """
     if min(rows, dimensions, shard_rows) < 1:
@@ -54,11 +54,11 @@ def plan_index(rows: int, dimensions: int, shard_rows: int, exact_rows: int) -> 
     shards = tuple(Shard(n, edges[n], edges[n + 1]) for n in range(count))
     if rows <= exact_rows:
         return IndexPlan(rows, dimensions, 0, 0, shards)
-    lists = 2 ** round(math.log2(4 * math.sqrt(rows)))
-    lists = max(1, min(lists, rows // TRAIN_PER_LIST))
+    trainable = max(1, rows // TRAIN_PER_LIST).bit_length() - 1
+    lists = 2 ** min(round(math.log2(4 * math.sqrt(rows))), trainable)
     return IndexPlan(rows, dimensions, lists, min(rows, lists * TRAIN_PER_LIST), shards)
 
 
 def plan_probes(lists: int) -> list[int]:
-    """Numbers of lists to search that the proof tries, in order; a flat index has the one setting 1."""
+    """Numbers of lists to search that the proof tries, up to all of them; a flat index has the one setting 1."""
     return [2**power for power in range(lists.bit_length())] if lists else [1]

@@ -84,7 +84,7 @@ class Retriever:
         return self._query(decode(data, self.model.recipe, QUERY_LIMITS).pixels)
 
     def _query(self, pixels: np.ndarray) -> Query:
-        output = self.model.forward(pixels[None])
+        output = self.model.forward(pixels[None].copy())  # a decoder's array may be read-only, which torch warns of
         vector = embeddings(output, self.model.centring)[self.shards.facts["embedding"]][0].numpy()
         scores = torch.sigmoid(output.joint_PBC.mean(0)[0]).tolist()
         x, y, w, h = output.boxes_B4[0].tolist()

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 from cxr_retrieval.errors import UserError
 
 INDEX_FILE = "index.json"
-SLACK = 16  # candidates beyond k: float32 distances of FAISS may swap neighbours that the stored rows order rightly
+SLACK = 16  # candidates beyond k that are asked for at first
+# Squared float32 distances of FAISS are wrong by less than this: nearer neighbours than that it may swap.
+NEAR = 1e-5
 BLOCK = 65536
 
 
@@ -92,19 +94,14 @@ class Shards:
             raise ValueError(f"queries must be [Q, {self.facts['dimensions']}], got {list(query_QD.shape)}")
         if not np.isfinite(query_QD).all():
             raise ValueError("a query vector is not finite")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
         found: list[list[Found]] = [[] for _ in query_QD]
         for number, shard in enumerate(self.shards):
-            wanted = min(k + SLACK, len(shard.ids_N))
             parameters = self._parameters(allowed[number] if allowed else None, probes)
-            _, places = shard.index.search(query_QD, wanted, params=parameters)
-            for query, rows in enumerate(places):
-                rows = rows[rows >= 0]
-                distances = exact_distances(query_QD[query], shard.rows_ND[rows])
-                found[query] += [
-                    Found(number, int(row), int(shard.ids_N[row]), float(distance))
-                    for row, distance in zip(rows, distances, strict=True)
-                ]
-        return [sorted(hits, key=lambda hit: (hit.distance, hit.id))[:k] for hits in found]
+            for query, rows in enumerate(_candidates(shard.index, query_QD, k, parameters)):
+                found[query] += self._nearest(number, query_QD[query], rows, k)
+        return [_first(hits, k) for hits in found]
 
     def _parameters(self, allowed: np.ndarray | None, probes: int | None) -> Any:
         # The Python constructor keeps the bits alive as long as the selector.
@@ -115,21 +112,27 @@ class Shards:
 
     def exact(self, query_QD: np.ndarray, k: int) -> list[list[Found]]:
         """What `search` approximates: every stored row compared, block by block."""
+        query_QD = query_QD.astype(np.float32)
         best: list[list[Found]] = [[] for _ in query_QD]
         for number, shard in enumerate(self.shards):
             for start in range(0, len(shard.ids_N), BLOCK):
                 rows_BD = np.asarray(shard.rows_ND[start : start + BLOCK], np.float32)
-                similar_QB = query_QD.astype(np.float32) @ rows_BD.T
-                wanted = min(k + SLACK, len(rows_BD))
-                nearest = np.argpartition(-similar_QB, wanted - 1, axis=1)[:, :wanted]
-                for query, rows in enumerate(nearest):
-                    distances = exact_distances(query_QD[query], rows_BD[rows])
-                    best[query] += [
-                        Found(number, int(start + row), int(shard.ids_N[start + row]), float(distance))
-                        for row, distance in zip(rows, distances, strict=True)
-                    ]
-            best = [sorted(hits, key=lambda hit: (hit.distance, hit.id))[:k] for hits in best]
+                # Squared distances but for the query's own length. Stored rows have unit length but for their rounding.
+                far_QB = np.einsum("bd,bd->b", rows_BD, rows_BD) - 2.0 * (query_QD @ rows_BD.T)
+                last = min(k, len(rows_BD)) - 1
+                limits_Q = np.partition(far_QB, last, axis=1)[:, last] + NEAR
+                for query, limit in enumerate(limits_Q):
+                    rows = start + np.flatnonzero(far_QB[query] <= limit)
+                    best[query] += self._nearest(number, query_QD[query], rows, k)
+            best = [_first(hits, k) for hits in best]
         return best
+
+    def _nearest(self, number: int, query_D: np.ndarray, rows: np.ndarray, k: int) -> list[Found]:
+        """The k nearest of some rows of a shard, by the distances of the stored rows."""
+        shard = self.shards[number]
+        distances, ids = exact_distances(query_D, shard.rows_ND[rows]), shard.ids_N[rows]
+        order = np.lexsort((ids, distances))[:k]
+        return [Found(number, int(rows[n]), int(ids[n]), float(distances[n])) for n in order]
 
     def sidecar(self, number: int, columns: Sequence[str] | None = None) -> Any:
         """What is known of a shard's rows, as an Arrow table in the order of the rows."""
@@ -145,6 +148,28 @@ class Shards:
                 return data
             row -= size
         raise IndexError(f"shard {number} has no row {row}")
+
+
+def _first(hits: list[Found], k: int) -> list[Found]:
+    return sorted(hits, key=lambda hit: (hit.distance, hit.id))[:k]
+
+
+def _candidates(index: Any, query_QD: np.ndarray, k: int, parameters: Any) -> list[np.ndarray]:
+    """Rows of every query among which its k nearest surely are: as many more than k as are too near to tell apart."""
+    wanted = min(k + SLACK, index.ntotal)
+    found: list[np.ndarray] = [np.zeros(0, np.int64)] * len(query_QD)
+    open_Q = np.arange(len(query_QD))
+    while len(open_Q) and wanted:
+        distances, places = index.search(query_QD[open_Q], wanted, params=parameters)
+        for query, rows in zip(open_Q, places, strict=True):
+            found[query] = rows[rows >= 0]
+        last = min(k, wanted) - 1
+        # Where rows run out, FAISS gives -1 and the largest float: nothing is left to ask for.
+        unclear = (places[:, -1] >= 0) & (distances[:, -1] <= distances[:, last] + 2 * NEAR)
+        if wanted == index.ntotal:
+            break
+        open_Q, wanted = open_Q[unclear], min(4 * wanted, index.ntotal)
+    return found
 
 
 def exact_distances(query_D: np.ndarray, rows_ND: np.ndarray) -> np.ndarray:

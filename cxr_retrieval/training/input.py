@@ -42,6 +42,8 @@ class WorkerInput:
     def batches(self, first_step: int, epochs: int, rows: int) -> Iterator[Batch]:
         """Batches of `rows` images from global step `first_step` to the end of `epochs`."""
         windows = self.order.windows(first_step, epochs)
+        if not windows:
+            return  # a run that goes on after its last epoch
         stretches = [windows[start : start + WINDOWS_AT_ONCE] for start in range(0, len(windows), WINDOWS_AT_ONCE)]
         with ThreadPoolExecutor(1, thread_name_prefix="input") as ahead:
             waiting: list[Future[list[Any]]] = [ahead.submit(self._materialise, stretch) for stretch in stretches[:1]]

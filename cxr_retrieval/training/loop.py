@@ -23,7 +23,7 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 
 from cxr_retrieval import storage
-from cxr_retrieval.config import Settings
+from cxr_retrieval.config import JIGSAW_PATCHES, Settings
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import TRAIN, VALIDATION
@@ -41,7 +41,6 @@ STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
 CENTRING_IMAGES = 20_000  # the training mean is taken over at most so many images
 PROGRESS_EVERY_S = 2.0
 SKIPPED_LIMIT = 20  # optimizer steps in a row without a finite gradient that end the run
-JIGSAW_PATCHES = 4
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,6 +58,7 @@ class RunState:
     """Where the run stands. All of it is in a checkpoint, and nothing else is needed to go on from one."""
 
     step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the losses of the running epoch's steps
     best_map: float = -1.0
     best_epoch: int = -1
     best_network: dict[str, Tensor] = field(default_factory=dict)
@@ -116,17 +116,19 @@ class Worker:
         batches = self._batches()
         while self.state.step < self.total_steps:
             epoch, start = divmod(self.state.step, self.order.steps)
-            sums: dict[str, Tensor] = {}
             began = time.monotonic()
             for index in range(start, self.order.steps):
                 parts = self._step(batches)
-                sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
+                self.state.sums = {name: self.state.sums.get(name, 0.0) + value for name, value in parts.items()}
                 self._tell(epoch, index + 1)
                 inside = index + 1 < self.order.steps
                 if inside and self.state.step % training.checkpoint_steps == 0:
+                    self._average_sums()
                     self._report({"epoch": epoch, "step": self.state.step})
-            done = self.order.steps - start
-            record = {name: float(value) / done for name, value in sums.items()}
+            self._average_sums()
+            record = {name: float(value) / self.order.steps for name, value in self.state.sums.items()}
+            self.state.sums = {}
+            done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
             record["images_per_second"] = done * training.batch_size / (time.monotonic() - began)
             self._end_epoch(epoch, record)
         assert next(batches, None) is None, "the input holds more steps than the plan"
@@ -183,6 +185,13 @@ class Worker:
         source = WorkerInput(self.corpus, self.places, self.order, self.rank, self.workers)
         rows = training.batch_size // self.workers // training.accumulation
         return source.batches(self.state.step, training.epochs, rows)
+
+    def _average_sums(self) -> None:
+        """The mean over workers, which stays what it is if taken again: a checkpoint speaks for all of them."""
+        if self.workers > 1:
+            for value in self.state.sums.values():
+                dist.all_reduce(value)
+                value /= self.workers
 
     def _ddp(self) -> nn.parallel.DistributedDataParallel:
         assert isinstance(self.model, nn.parallel.DistributedDataParallel)

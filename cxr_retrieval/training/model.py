@@ -22,14 +22,20 @@ WEIGHTS_FILE, MODEL_FILE = "weights.safetensors", "model.json"
 NETWORK, CENTRING, CENTRES = "network.", "centring.", "centres"
 
 
+def read_weights(uri: str) -> bytes:
+    """The bytes of given weights. Raises UserError where there is no such file."""
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise UserError(f"network.weights={uri}: there is no such file") from None
+
+
 def build_network(settings: NetworkSettings, findings: int) -> ProgressiveNetwork:
     """A network with fresh or given weights. Raises UserError for an unknown backbone or weights of another network."""
     weights = None
     if settings.weights is not None:
         try:
-            weights = safetensors.torch.load(storage.read_bytes(settings.weights))
-        except FileNotFoundError:
-            raise UserError(f"network.weights={settings.weights}: there is no such file") from None
+            weights = safetensors.torch.load(read_weights(settings.weights))
         except safetensors.SafetensorError as error:
             raise UserError(f"network.weights={settings.weights} is not a safetensors file: {error}") from None
     try:

@@ -18,9 +18,10 @@ LEAST_WEIGHT = 0.1  # of a step that has not had its turn: every parameter keeps
 
 
 def step_weights(progress: float, steps: int, share: float) -> list[float]:
-    """Weights of the steps [S] at `progress` in [0, 1]: the first is full at once, the last after `share` of training.
+    """Weights of the steps [S] at `progress` in [0, 1]: the first is full at once, all are after `share` of training.
 
-    Shallow steps first, as in PMG (Du et al. 2020): step s rises while s / S to (s + 1) / S of `share` goes by.
+    Shallow steps first, as in PMG (Du et al. 2020): step s = 1 to S - 1 rises while (s - 1) / S to s / S of `share`
+    goes by, so that for the last S-th all train together.
     """
     if share == 0:
         return [1.0] * steps
@@ -58,7 +59,7 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum, and its parts without gradient for the log.
 
-        `shallow_only` is for shuffled images: a crop of them and the deepest step mean nothing.
+        `shallow_only` is for shuffled images: a crop of them and the deepest step (of several) mean nothing.
         """
         loss = self.settings
         targets_BK = centre_targets(labels_BC, loss.no_finding)
@@ -68,7 +69,7 @@ class Objective:
         scale = 0.0
         for which in range(len(output.z_PSBD)):
             for step, weight in enumerate(weights):
-                if shallow_only and (which > 0 or step == self.steps - 1):
+                if shallow_only and (which > 0 or 0 < step == self.steps - 1):
                     weight = 0.0
                 z_BD, logits_BC = output.z_PSBD[which, step], output.logits_PSBC[which, step]
                 contrast = cc_loss(

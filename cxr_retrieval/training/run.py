@@ -1,6 +1,7 @@
 """A training run from its settings to a model artifact, by Ray Train."""
 
 import contextlib
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
-from cxr_retrieval.training.model import KIND, MODEL_FILE, write_model
+from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
 
 POLL_S = 1.0
 # How a run is executed, not what it computes.
@@ -33,8 +34,9 @@ def model_draft(settings: Settings, corpus: Corpus) -> Draft:
         "losses": settings.losses.model_dump(),
         "training": settings.training.model_dump(exclude=set(EXECUTION)),
     }
-    draft = Draft("", KIND, shaping, (corpus.artifact.input_id,))
-    return Draft(storage.join(settings.workspace, "models", draft.input_id), KIND, shaping, draft.inputs)
+    if settings.network.weights is not None:  # by their bytes: another file under the same name is another model
+        shaping["weights"] = hashlib.sha256(read_weights(settings.network.weights)).hexdigest()
+    return Draft.under(storage.join(settings.workspace, "models"), KIND, shaping, (corpus.artifact.input_id,))
 
 
 def model_of(settings: Settings) -> tuple[Settings, Artifact]:
@@ -44,8 +46,8 @@ def model_of(settings: Settings) -> tuple[Settings, Artifact]:
     was set. Raises UserError where the model is not there or not finished.
     """
     if settings.model is None:
-        corpus, _ = prepare(settings.corpus, settings.workspace)
-        return settings, artifacts.load(model_draft(settings, Corpus(corpus)).uri, KIND)
+        corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
+        return settings, artifacts.load(model_draft(settings, corpus).uri, KIND)
     model = artifacts.load(settings.model, KIND)
     recipe = Recipe.from_json(json.loads(model.read(MODEL_FILE))["decode_recipe"])
     shaped: dict[str, Any] = {"size": recipe.size, "fit": recipe.fit}
@@ -60,6 +62,7 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     done = artifacts.find(draft.uri)
     if done:
         return done, False
+    build_network(settings.network, len(FINDINGS))  # what is wrong with it is known before workers start
     draft.begin()
     training = settings.training
     runs = storage.join(settings.workspace, "runs")

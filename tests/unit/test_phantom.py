@@ -9,7 +9,17 @@ import pytest
 from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.phantom.anatomy import sample_anatomy, sample_exposure
 from cxr_retrieval.corpus.phantom.cohort import film_count, history
-from cxr_retrieval.corpus.phantom.radiographs import Box, PhantomImage, draw_film, draw_patient, patients_for
+from cxr_retrieval.corpus.phantom.radiographs import (
+    Box,
+    PhantomImage,
+    bbox_header,
+    bbox_rows,
+    data_entry_header,
+    data_entry_row,
+    draw_film,
+    draw_patient,
+    patients_for,
+)
 from cxr_retrieval.corpus.phantom.signs import Sign
 
 SEED = 7
@@ -137,10 +147,10 @@ def test_a_worse_sign_is_a_greater_change(finding: str) -> None:
 
 
 def test_data_entry_rows_parse_back(films: list[PhantomImage]) -> None:
-    header = radiographs.data_entry_header().split(",")
+    header = data_entry_header().split(",")
     assert header[:2] == ["Image Index", "Finding Labels"]
     for image in films:
-        row = next(csv.reader([radiographs.data_entry_row(image)]))
+        row = next(csv.reader([data_entry_row(image)]))
         assert len(row) == len(header) == 11
         assert row[0] == image.image_id
         assert row[1] == ("|".join(image.findings) if image.findings else NO_FINDING)
@@ -150,10 +160,10 @@ def test_data_entry_rows_parse_back(films: list[PhantomImage]) -> None:
 
 
 def test_box_rows_parse_back_in_the_1024_frame(films: list[PhantomImage]) -> None:
-    assert radiographs.bbox_header() == "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+    assert bbox_header() == "Image Index,Finding Label,Bbox [x,y,w,h],,,"
     for image in films:
         parsed = []
-        for line in radiographs.bbox_rows(image):
+        for line in bbox_rows(image):
             name, label, *numbers = next(csv.reader([line]))
             assert name == image.image_id
             finding = "Infiltration" if label == "Infiltrate" else label

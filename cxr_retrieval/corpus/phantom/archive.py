@@ -49,8 +49,8 @@ def write_phantom_archive(settings: PhantomSettings) -> tuple[PhantomArchive, bo
     archive = PhantomArchive(uri, settings.images, len(patients))
     wanted = json.dumps(settings.model_dump(exclude={"out"}), sort_keys=True).encode()
     plan, whole = storage.read_tagged(storage.join(uri, PLAN_FILE)), storage.exists(storage.join(uri, TABLE_FILE))
-    if plan is None and whole:
-        raise UserError(f"{uri} holds an archive that is not of phantoms: choose another phantom.out")
+    if plan is None and _holds_files(uri):
+        raise UserError(f"{uri} holds files that are not of phantoms: choose another phantom.out")
     if plan is not None and plan[0] != wanted:
         raise UserError(f"{uri} holds phantoms of other settings: choose another phantom.out")
     if whole:
@@ -73,6 +73,8 @@ def write_phantom_archive(settings: PhantomSettings) -> tuple[PhantomArchive, bo
         drawn = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
         for result in drawn.map(_draw).iter_rows():
             group = json.loads(result["rows"])
+            if "error" in group:
+                raise UserError(group["error"])
             rows += group["rows"]
             boxes += group["boxes"]
             meter.advance(len(group["rows"]))
@@ -81,16 +83,26 @@ def write_phantom_archive(settings: PhantomSettings) -> tuple[PhantomArchive, bo
     return archive, True
 
 
+def _holds_files(uri: str) -> bool:
+    try:
+        return next(storage.list_files(uri), None) is not None
+    except FileNotFoundError:
+        return False
+
+
 def _draw(item: dict[str, str]) -> dict[str, str]:
     """Draw a group of patients and store their films, without the last patient's surplus. Runs in a Ray Data task."""
     cv2.setNumThreads(1)  # tasks run side by side, one a core
     task = json.loads(item["task"])
     images = [image for patient in task["patients"] for image in draw_patient(patient, task["seed"], task["size"])]
     images = images[: len(images) - task.get("surplus", 0)]
-    for image in images:
-        done, data = cv2.imencode(".png", image.pixels)
-        assert done, "an 8-bit grey image always encodes"
-        storage.write_bytes(storage.join(task["uri"], IMAGES, image.image_id), bytes(data))
+    try:
+        for image in images:
+            done, data = cv2.imencode(".png", image.pixels)
+            assert done, "an 8-bit grey image always encodes"
+            storage.write_bytes(storage.join(task["uri"], IMAGES, image.image_id), bytes(data))
+    except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
+        return {"rows": json.dumps({"error": str(error)})}
     boxes = [line for image in images for line in bbox_rows(image)]
     return {"rows": json.dumps({"rows": [data_entry_row(image) for image in images], "boxes": boxes})}
 

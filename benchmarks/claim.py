@@ -1,0 +1,52 @@
+"""What a benchmark says: a claim, what it is measured against, the ratio (more is better), the target, the samples."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cxr_retrieval.console import show_table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`ratio` is the median of `samples`, each a ratio of two measurements taken side by side."""
+
+    claim: str
+    against: str
+    ratio: float
+    target: float
+    holds: bool
+    samples: list[float]
+    machine: str
+    figures: dict[str, float]
+
+    @classmethod
+    def of(cls, claim: str, against: str, target: float, samples: Sequence[float], **figures: float) -> "Claim":
+        ratio = statistics.median(samples)
+        rounded = [round(sample, 3) for sample in samples]
+        return cls(claim, against, round(ratio, 3), target, ratio >= target, rounded, machine(), figures)
+
+
+def machine() -> str:
+    """Enough of the machine to read a ratio by."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def publish(name: str, claims: Sequence[Claim]) -> None:
+    """Print the claims and write `benchmarks/results/NAME.json`."""
+    rows = [
+        [c.claim, c.against, f"{c.ratio:.3f}", f"{c.target:g}", "yes" if c.holds else "NO", _figures(c)] for c in claims
+    ]
+    show_table(name, ["claim", "against", "ratio", "target", "holds", "figures"], rows)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps([asdict(claim) for claim in claims], indent=1) + "\n")
+
+
+def _figures(claim: Claim) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:,.1f}" for name, value in claim.figures.items())

@@ -1,0 +1,170 @@
+"""The whole path, killed again and again with every process of its Ray, ends as if it had never been killed."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from cxr_retrieval.index import cache
+from cxr_retrieval.index.versions import resolve, verify
+from cxr_retrieval.privacy import row_id
+
+IMAGES = 96
+STEPS = {"step1", "step2", "step3", "global", "local", "combined", "profile"}
+CUTOFFS = {"2", "4", "6", "8"}
+TIMEOUT_S = 600
+WORDS = [
+    "corpus.size=64",
+    "corpus.partition_images=32",
+    "corpus.row_group_images=16",
+    "network.dimensions=16",
+    "training.epochs=1",
+    "training.batch_size=16",
+    "training.lanes=2",
+    "training.checkpoint_steps=1",
+    "index.shard_rows=40",
+    "evaluation.draws=100",
+    "search.queries=2",
+    "privacy.pseudonymise=false",
+]
+# Every descendant inherits it, whatever session or group Ray gives it.
+MARK = "CXR_TEST_PIPELINE"
+
+
+def marked(mark: str) -> Iterator[int]:
+    """Processes that the pipeline started, itself included."""
+    wanted = f"{MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    yield int(entry.name)
+
+
+def kill_all(mark: str) -> int:
+    """SIGKILL every marked process until none is left; how many there were."""
+    killed: set[int] = set()
+    deadline = time.monotonic() + 60
+    while (alive := set(marked(mark))) and time.monotonic() < deadline:
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        killed |= alive
+        time.sleep(0.05)
+    assert not alive, f"processes that SIGKILL does not end: {alive}"
+    return len(killed)
+
+
+class Pipeline:
+    def __init__(self, archive: Path, folder: Path) -> None:
+        self.workspace, self._folder, self._mark = folder / "workspace", folder, folder.as_posix()
+        words = [f"workspace={self.workspace}", f"corpus.archive={archive}", *WORDS]
+        self._command = [sys.executable, "-m", "jobs.pipeline", *words]
+        self._environment = os.environ | {MARK: self._mark, cache.VARIABLE: str(folder / "cache"), "RAY_ADDRESS": ""}
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[subprocess.Popen[bytes]]:
+        with (self._folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
+            try:
+                yield process
+            finally:
+                kill_all(self._mark)
+                process.wait()
+
+    @property
+    def log(self) -> str:
+        return (self._folder / "log").read_text(errors="replace")
+
+    def kill_when(self, reached: Callable[[], bool]) -> None:
+        with self.started() as process:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not reached():
+                assert process.poll() is None, f"ended before it could be killed:\n{self.log}"
+                assert time.monotonic() < deadline, f"not reached in time:\n{self.log}"
+                time.sleep(0.01)
+            assert kill_all(self._mark) > 2  # Ray's processes too
+
+    def run(self) -> None:
+        with self.started() as process:
+            assert process.wait(TIMEOUT_S) == 0, self.log
+
+    def has(self, pattern: str) -> bool:
+        return next(self.workspace.glob(pattern), None) is not None
+
+    def finished(self) -> dict[str, str]:
+        """Every finished artifact by folder, with its content id; each file of it is what the manifest says."""
+        found = {}
+        for path in self.workspace.rglob("manifest.json"):
+            manifest = json.loads(path.read_bytes())
+            for entry in manifest["files"]:
+                data = (path.parent / entry["path"]).read_bytes()
+                assert hashlib.sha256(data).hexdigest() == entry["sha256"], path
+            found[str(path.parent)] = manifest["content_id"]
+        return found
+
+
+def test_a_pipeline_killed_at_three_stages_ends_with_every_row(phantom_archive: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline(phantom_archive, tmp_path)
+    stages = [
+        lambda: pipeline.has("corpora/*/parts/*/manifest.json"),
+        lambda: pipeline.has("runs/*/progress.json"),
+        lambda: pipeline.has("embeddings/parts/*/manifest.json"),
+    ]
+    kept: dict[str, str] = {}
+    for number, stage in enumerate(stages):
+        pipeline.kill_when(stage)
+        now = pipeline.finished()
+        assert kept.items() <= now.items(), "what was finished was done again"
+        assert len(now) > len(kept)
+        kept = now
+        assert pipeline.has("models/*/manifest.json") == (number == 2)
+        assert not pipeline.has("summary.json")
+        assert not pipeline.has("indexes/*/aliases/*.json")
+    pipeline.run()
+    assert kept.items() <= pipeline.finished().items(), "what was finished was done again"
+
+    summary = json.loads((pipeline.workspace / "summary.json").read_bytes())
+    assert summary["rows"] == {
+        "archive": IMAGES,
+        "prepared": IMAGES,
+        "quarantined": 0,
+        "excluded": 0,
+        "duplicates": 0,
+        "embedded": IMAGES,
+        "indexed": IMAGES,
+    }
+    assert summary["shards"] == 3
+    assert set(summary["recall_at"]) == STEPS
+    assert all(set(figures) == CUTOFFS for figures in summary["recall_at"].values())
+    assert set(summary["chance_at"]) == CUTOFFS
+    assert summary["index_recall"] == 1.0
+    steps = {"prepare", "train", "embed", "evaluate", "index", "publish", "search"}
+    assert set(summary["seconds"]) == steps
+    assert (summary["alias"], summary["chosen"] in STEPS) == ("latest", True)
+    assert "<html" in Path(summary["gallery"]).read_text()[:200].lower()
+
+    # The ids are those of the archive's images, whatever happened on the way; each image is there once.
+    (table,) = phantom_archive.glob("Data_Entry*.csv")
+    names = [row["Image Index"] for row in csv.DictReader(table.read_text().splitlines())]
+    (build,) = (pipeline.workspace / "indexes" / "chest" / "builds").iterdir()
+    ids = [
+        row_id
+        for number in range(summary["shards"])
+        for row_id in pq.read_table(build / f"shards/{number:05d}.parquet", columns=["id"])["id"].to_pylist()
+    ]
+    assert ids == [row_id(name) for name in sorted(names)]
+    to = str(pipeline.workspace / "indexes" / "chest")
+    assert resolve(to, "latest").id == summary["version"]
+    assert verify(to, "latest") == []

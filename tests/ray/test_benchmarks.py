@@ -1,0 +1,37 @@
+"""Every benchmark runs, small, and writes what it measured in the agreed form."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import archive, claim
+
+SMALL = {
+    "prepare": {"IMAGES": 16, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
+    "embed": {"IMAGES": 64, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
+    "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "STEPS": 1},
+}
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_writes_its_claim_with_what_it_was_measured_against(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    for constant, value in SMALL[name].items():
+        monkeypatch.setattr(module, constant, value)
+    monkeypatch.setattr(claim, "RESULTS", tmp_path)
+    monkeypatch.setattr(archive, "RESULTS", tmp_path)
+    module.main()
+    (written,) = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {"claim", "against", "ratio", "target", "holds", "samples", "machine"} <= set(written)
+    assert written["ratio"] > 0
+    assert written["holds"] == (written["ratio"] >= written["target"])
+
+
+def test_every_benchmark_has_a_small_run_in_the_tests() -> None:
+    modules = {path.stem for path in Path(claim.__file__).parent.glob("*.py")} - {"__init__", "claim", "archive"}
+    assert modules == set(SMALL)

@@ -1,0 +1,471 @@
+"""Promises of prepare: rows are accounted for, a rerun does what is missing, and readers get what was decoded."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from cxr_retrieval import artifacts
+from cxr_retrieval.artifacts import Artifact, Draft
+from cxr_retrieval.command import user_error_in
+from cxr_retrieval.config import CorpusSettings, Settings
+from cxr_retrieval.corpus.archive import read_archive
+from cxr_retrieval.corpus.decoding import Limits, decode
+from cxr_retrieval.corpus.preparation import (
+    PART_KIND,
+    QUARANTINE_FILE,
+    ROWS_FILE,
+    partitions,
+    prepare,
+    prepare_part,
+    recipe_of,
+    schema_recipe,
+)
+from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
+from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.errors import UserError
+from jobs import prepare as job
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+PROJECT = Path(__file__).parents[2]
+TABLE = "Data_Entry_2017_v2020.csv"
+IMAGES = 96
+
+
+def corpus_settings(archive: Path, **changes: Any) -> CorpusSettings:
+    small = {"size": 64, "partition_images": 16, "row_group_images": 8, "max_quarantined": 1.0}
+    return CorpusSettings(archive=str(archive), **(small | changes))
+
+
+@pytest.fixture
+def archive(phantom_archive: Path, tmp_path: Path) -> Path:
+    """A copy of the phantom archive, to be changed."""
+    return shutil.copytree(phantom_archive, tmp_path / "archive")
+
+
+@pytest.fixture(scope="module")
+def corpus(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Corpus:  # noqa: ARG001
+    """The phantom archive prepared once, for tests that only read."""
+    made, worked = prepare(corpus_settings(phantom_archive), str(tmp_path_factory.mktemp("corpus")))
+    assert worked
+    return Corpus.open(made.uri)
+
+
+def label(archive: Path, *lines: str) -> None:
+    with (archive / TABLE).open("a") as table:
+        table.writelines(line + "\n" for line in lines)
+
+
+def names(archive: Path) -> list[str]:
+    return sorted(path.name for path in (archive / "images").iterdir())
+
+
+def quarantined(made: Artifact) -> dict[str, tuple[str, str]]:
+    rows = [row for uri in made.part_uris for row in pq.read_table(f"{uri}/{QUARANTINE_FILE}").to_pylist()]
+    return {row["image_id"]: (row["reason"], row["text"]) for row in rows}
+
+
+def part_manifests(workspace: Path) -> dict[str, int]:
+    """Time of writing of each finished part, by its id."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in workspace.glob("corpora/*/parts/*/manifest.json")}
+
+
+def rows_of(reader: Corpus, columns: list[str]) -> list[dict[str, Any]]:
+    tables = (table for part in range(len(reader.files)) for table in reader.batches(part, 10, columns))
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def refused(settings: CorpusSettings, workspace: Path) -> str:
+    with pytest.raises(Exception) as caught:  # whatever Ray wraps it in, as a job sees it
+        prepare(settings, str(workspace))
+    error = user_error_in(caught.value)
+    assert error is not None
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_partitions_cover_every_row_once_and_in_order() -> None:
+    for rows, size in ((1, 8), (8, 8), (9, 8), (100, 33)):
+        cuts = partitions(rows, size)
+        assert [row for cut in cuts for row in range(cut.start, cut.stop)] == list(range(rows))
+        assert [cut.number for cut in cuts] == list(range(len(cuts)))
+        assert all(cut.stop - cut.start == size for cut in cuts[:-1])
+
+
+def test_rows_are_accounted_for_with_every_kind_of_bad_input(archive: Path, tmp_path: Path) -> None:
+    images, found = archive / "images", names(archive)
+    cut, text, empty, tiny, bits, twice = (images / name for name in found[:6])
+    cut.write_bytes(cut.read_bytes()[:2000])
+    text.write_text("not an image")
+    empty.write_bytes(b"")
+    assert cv2.imwrite(str(tiny), np.zeros((20, 20), np.uint8))
+    assert cv2.imwrite(str(bits), cv2.imread(str(bits), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 256)
+    (archive / "more").mkdir()
+    shutil.copy(twice, archive / "more" / twice.name)
+    shutil.copy(images / found[6], images / "unlabelled.png")
+    assert cv2.imwrite(str(images / "flat.png"), np.full((99, 99), 9, np.uint8))
+    assert cv2.imwrite(str(images / "side.png"), np.full((99, 99), 8, np.uint8))
+    shutil.copy(images / "flat.png", images / "flat2.png")
+    tail = "0,9001,50,F,PA,1,1,1,1"
+    label(archive, f"flat.png,Gout,{tail}", f"flat2.png,Mass,{tail}", "side.png,Mass,0,9002,50,F,LL,1,1,1,1")
+    label(archive, f"gone1.png,Mass,{tail}", f"gone2.png,Mass,{tail}")
+    settings = corpus_settings(archive, views=["PA", "AP"])
+    made, worked = prepare(settings, str(tmp_path / "work"))
+    assert worked
+    reasons = {
+        "damaged": 1,
+        "not_an_image": 2,
+        "too_small": 1,
+        "name_twice": 2,
+        "no_label_row": 1,
+        "unknown_finding": 1,
+    }
+    assert made.manifest["quarantine_reasons"] == reasons
+    assert made.manifest["exclusion_rules"] == {"view": 1}
+    assert made.manifest["labels_without_image"] == 2
+    assert made.manifest["label_rows"] == IMAGES + 5
+    assert made.counts == {
+        "archive": IMAGES + 5,
+        "prepared": IMAGES + 5 - 8 - 1,
+        "quarantined": 8,
+        "excluded": 1,
+        "duplicates": 0,
+    }
+    assert made.manifest["equations"] == [
+        f"archive {IMAGES + 5} = prepared {IMAGES - 4} + quarantined 8 + excluded 1 + duplicates 0"
+    ]
+    bad = quarantined(made)
+    assert bad[cut.name][0] == "damaged"
+    assert bad[empty.name] == ("not_an_image", "neither PNG nor JPEG: an empty file")
+    assert bad["flat.png"] == ("unknown_finding", "finding 'Gout' is none of the 14")
+    rows = rows_of(Corpus.open(made.uri), ["image_id"])
+    assert len(rows) == made.counts["prepared"]
+    left_out = {*bad, "side.png"}
+    assert {row["image_id"] for row in rows} == {*names(archive)} - left_out
+    for uri in made.part_uris:
+        assert artifacts.load(uri, PART_KIND).manifest["equations"]
+
+
+def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(archive: Path, tmp_path: Path) -> None:
+    settings = corpus_settings(archive)
+    rows = read_archive(settings).rows.slice(0, 16)
+    (archive / "images" / names(archive)[3]).unlink()
+    part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
+    assert part.manifest["quarantine_reasons"] == {"unreadable": 1}
+    assert part.counts["prepared"] == 15
+
+
+def test_a_second_run_does_nothing_and_says_so(
+    phantom_archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(workspace=str(tmp_path), corpus=corpus_settings(phantom_archive))
+    job.run(settings, Namespace())
+    first = capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    job.run(settings, Namespace())
+    second = capsys.readouterr()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    titles = [run.out.splitlines()[0].strip() for run in (first, second)]
+    assert titles == ["Prepared corpus", "Prepared corpus (finished before, nothing to do)"]
+    assert first.out.splitlines()[1:] == second.out.splitlines()[1:]
+    assert f"prepare: {IMAGES} of {IMAGES} images" in first.err
+    assert second.err == ""
+
+
+def test_the_plan_says_how_many_shards_and_writes_nothing(
+    phantom_archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.plan(Settings(workspace=str(tmp_path), corpus=corpus_settings(phantom_archive)), Namespace())
+    assert f"{IMAGES} \u2502      6 \u2502" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_workspaces_hold_equal_bytes(corpus: Corpus, phantom_archive: Path, tmp_path: Path) -> None:
+    other, _ = prepare(corpus_settings(phantom_archive), str(tmp_path))
+    assert other.input_id == corpus.artifact.input_id
+    assert other.manifest["content_id"] == corpus.artifact.manifest["content_id"]
+    for ours, theirs in zip(corpus.files, Corpus(other).files, strict=True):
+        assert Path(ours).read_bytes() == Path(theirs).read_bytes()
+
+
+def test_every_file_is_what_its_manifest_says(corpus: Corpus) -> None:
+    made = [corpus.artifact, *(artifacts.load(uri, PART_KIND) for uri in corpus.artifact.part_uris)]
+    for artifact in made:
+        assert {entry.path for entry in artifact.files}
+        for entry in artifact.files:
+            assert len(artifact.read(entry.path)) == entry.size
+
+
+def test_pixels_and_hashes_are_those_of_the_decoded_files(corpus: Corpus, phantom_archive: Path) -> None:
+    settings = corpus_settings(phantom_archive)
+    limits = Limits(settings.min_side, settings.max_pixels)
+    columns = ["image_id", "pixels", "pixel_sha256", "source_sha256", "source_uri", "original_width"]
+    rows = rows_of(corpus, columns)
+    assert [row["image_id"] for row in rows] == names(phantom_archive)
+    for row in rows:
+        data = (phantom_archive / "images" / row["image_id"]).read_bytes()
+        image = decode(data, recipe_of(settings), limits)
+        assert row["pixels"] == image.pixels.tobytes()
+        assert row["pixel_sha256"] == hashlib.sha256(row["pixels"]).digest()
+        assert row["source_sha256"] == hashlib.sha256(data).digest()
+        assert row["source_uri"] == str(phantom_archive / "images" / row["image_id"])
+        assert row["original_width"] == image.width == 128
+
+
+def test_shards_are_laid_out_as_asked_and_carry_their_recipe(corpus: Corpus, phantom_archive: Path) -> None:
+    recipe = recipe_of(corpus_settings(phantom_archive))
+    assert len(corpus.files) == IMAGES // 16
+    for file in corpus.files:
+        parquet = pq.ParquetFile(file)
+        assert [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)] == [8, 8]
+        assert schema_recipe(parquet.schema_arrow) == recipe
+    assert corpus.recipe == recipe
+    assert corpus.artifact.manifest["decode_recipe_id"] == recipe.id
+
+
+def test_boxes_are_in_prepared_pixels(corpus: Corpus, phantom_archive: Path) -> None:
+    drawn = [line.split(",") for line in (phantom_archive / "BBox_List_2017.csv").read_text().splitlines()[1:]]
+    spelled = {"Infiltrate": "Infiltration"}
+    scale = 64 / 1024  # NIH's frame to prepared pixels
+    expected: dict[str, list[tuple[Any, ...]]] = {}
+    for image, finding, *box in drawn:
+        expected.setdefault(image, []).append((spelled.get(finding, finding), *(float(v) * scale for v in box)))
+    rows = rows_of(corpus, ["image_id", "boxes"])
+    assert sum(len(row["boxes"]) for row in rows) == len(drawn) > 0
+    for row in rows:
+        found = [tuple(box.values()) for box in row["boxes"]]
+        for ours, theirs in zip(found, expected.get(row["image_id"], []), strict=True):
+            assert ours[0] == theirs[0]
+            assert ours[1:] == pytest.approx(theirs[1:], rel=1e-5)
+
+
+def test_no_patient_is_in_two_splits_and_the_manifest_counts_them(corpus: Corpus) -> None:
+    rows = rows_of(corpus, ["patient_id", "split", "findings"])
+    patients = {split: {row["patient_id"] for row in rows if row["split"] == split} for split in SPLITS}
+    assert sum(map(len, patients.values())) == len({row["patient_id"] for row in rows})
+    for split, facts in corpus.artifact.manifest["splits"].items():
+        own = [row for row in rows if row["split"] == split]
+        assert (facts["images"], facts["patients"]) == (len(own), len(patients[split]))
+        for finding, count in facts["findings"].items():
+            assert count == sum(finding in row["findings"] for row in own)
+    assert all(facts["images"] for facts in corpus.artifact.manifest["splits"].values())
+
+
+def test_places_are_all_rows_of_a_split_in_the_order_of_the_corpus(corpus: Corpus) -> None:
+    seen = []
+    for split in SPLITS:
+        table = corpus.take(corpus.places(split), ["image_id", "split"])
+        assert set(table["split"].to_pylist()) == {split}
+        assert table["image_id"].to_pylist() == sorted(table["image_id"].to_pylist())
+        seen += table["image_id"].to_pylist()
+    assert sorted(seen) == [row["image_id"] for row in rows_of(corpus, ["image_id"])]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_take_returns_rows_in_the_order_asked_for(seed: int, corpus: Corpus, phantom_archive: Path) -> None:
+    rng = np.random.default_rng(seed)
+    places = np.concatenate([corpus.places(split) for split in SPLITS])
+    in_order = np.sort(places, order=["part", "row"])
+    wanted = rng.integers(0, IMAGES, 1 + seed * 20)  # some of them twice
+    table = corpus.take(in_order[wanted], ["image_id", "pixels", "findings", "unknown"])
+    assert table["image_id"].to_pylist() == [names(phantom_archive)[n] for n in wanted]
+    pixels, labels = pixels_of(table, 64), labels_of(table)
+    assert pixels.shape == (len(wanted), 64, 64)
+    for n, row in enumerate(table.to_pylist()):
+        assert pixels[n].tobytes() == row["pixels"]
+        assert labels[n].sum() == len(row["findings"])
+
+
+def test_duplicates_leave_the_lowest_image_id_and_readers_do_not_see_them(archive: Path, tmp_path: Path) -> None:
+    images, found = archive / "images", names(archive)
+    patient = {line.split(",")[0]: line.split(",")[3] for line in (archive / TABLE).read_text().splitlines()}
+    copies = {"zz1.png": (found[0], patient[found[0]]), "zz2.png": (found[0], "9001"), "00.png": (found[40], "9002")}
+    for name, (of, whose) in copies.items():
+        shutil.copy(images / of, images / name)
+        label(archive, f"{name},Mass,0,{whose},50,F,PA,1,1,1,1")
+    # The same pixels in another encoding are the same image.
+    assert cv2.imwrite(str(images / "zz3.png"), cv2.imread(str(images / found[7])), [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    label(archive, f"zz3.png,Mass,0,{patient[found[7]]},50,F,PA,1,1,1,1")
+    made, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    gone = {"zz1.png", "zz2.png", "zz3.png", found[40]}
+    assert made.counts["duplicates"] == 4
+    assert made.counts["prepared"] == IMAGES
+    assert made.manifest["duplicates_across_patients"] == 2
+    exclusions = pq.read_table(f"{made.uri}/exclusions.parquet").to_pylist()
+    assert {row["image_id"]: row["kept_image_id"] for row in exclusions} == {
+        "zz1.png": found[0],
+        "zz2.png": found[0],
+        "zz3.png": found[7],
+        found[40]: "00.png",
+    }
+    reader = Corpus.open(made.uri)
+    assert reader.rows == IMAGES
+    seen = [row["image_id"] for row in rows_of(reader, ["image_id"])]
+    places = np.concatenate([reader.places(split) for split in SPLITS])
+    taken = reader.take(places, ["image_id"])["image_id"].to_pylist()
+    assert sorted(seen) == sorted(taken) == sorted({*names(archive)} - gone)
+    assert sum(facts["images"] for facts in made.manifest["splits"].values()) == IMAGES
+
+
+def test_a_part_without_a_row_is_a_part(archive: Path, tmp_path: Path) -> None:
+    for name in names(archive)[16:32]:
+        (archive / "images" / name).write_bytes(b"nothing")
+    made, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    assert made.counts["prepared"] == IMAGES - 16
+    reader = Corpus.open(made.uri)
+    assert sum(len(reader.places(split)) for split in SPLITS) == IMAGES - 16
+    assert not list(reader.batches(1, 10, ["image_id"]))
+
+
+def test_a_split_without_an_image_is_refused_in_one_line(phantom_archive: Path, tmp_path: Path) -> None:
+    made, _ = prepare(corpus_settings(phantom_archive, split="all_test"), str(tmp_path))
+    with pytest.raises(UserError, match="has no image in its train split"):
+        Corpus.open(made.uri).places("train")
+
+
+def test_too_many_bad_images_fail_the_job_and_finished_parts_are_kept(archive: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "work"
+    for name in names(archive)[-10:]:
+        (archive / "images" / name).write_bytes(b"nothing")
+    message = refused(corpus_settings(archive, max_quarantined=0.1), workspace)
+    assert "of 96 images are quarantined, more than corpus.max_quarantined=0.1" in message
+    assert QUARANTINE_FILE in message
+    assert str(workspace / "corpora" / "chest" / "parts") in message
+    assert not list(workspace.glob("corpora/chest/*/manifest.json"))
+    kept = part_manifests(workspace)
+    assert kept
+    assert "10 of 96 images are quarantined" in refused(corpus_settings(archive, max_quarantined=0.1), workspace)
+    made, worked = prepare(corpus_settings(archive, max_quarantined=0.11), str(workspace))
+    assert worked
+    assert made.counts["quarantined"] == 10
+    finished = part_manifests(workspace)
+    assert kept.items() <= finished.items()
+
+
+def test_a_lost_part_is_redone_and_no_other(phantom_archive: Path, tmp_path: Path, corpus: Corpus) -> None:
+    settings = corpus_settings(phantom_archive)
+    made, _ = prepare(settings, str(tmp_path))
+    before = part_manifests(tmp_path)
+    lost = Path(made.part_uris[2])
+    (lost / "manifest.json").unlink()
+    (lost / ROWS_FILE).write_bytes(b"half a file")
+    Path(made.uri, "manifest.json").unlink()
+    again, worked = prepare(settings, str(tmp_path))
+    after = part_manifests(tmp_path)
+    assert worked
+    assert {name for name in before if before[name] != after[name]} == {lost.name}
+    assert again.manifest == made.manifest
+    assert again.manifest["content_id"] == corpus.artifact.manifest["content_id"]
+
+
+def test_a_grown_archive_keeps_its_parts(archive: Path, tmp_path: Path) -> None:
+    first, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    before = part_manifests(tmp_path / "work")
+    rng = np.random.default_rng(0)
+    for n in range(20):
+        assert cv2.imwrite(str(archive / "images" / f"99999999_{n:03d}.png"), rng.integers(0, 256, (64, 64), np.uint8))
+        label(archive, f"99999999_{n:03d}.png,No Finding,{n},99999999,50,F,PA,1,1,1,1")
+    second, worked = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    assert worked
+    assert second.input_id != first.input_id
+    assert second.part_uris[: len(first.part_uris)] == first.part_uris
+    assert len(second.part_uris) == len(first.part_uris) + 2
+    assert before.items() <= part_manifests(tmp_path / "work").items()
+    assert (first.counts["prepared"], second.counts["prepared"]) == (IMAGES, IMAGES + 20)
+    assert artifacts.load(first.uri, "corpus").manifest == first.manifest  # the first corpus is still whole
+
+
+@pytest.mark.parametrize("change", [{"fit": "stretch"}, {"split_seed": 1}, {"row_group_images": 16}])
+def test_settings_that_shape_rows_make_another_corpus(
+    change: dict[str, Any], corpus: Corpus, phantom_archive: Path, tmp_path: Path
+) -> None:
+    made, _ = prepare(corpus_settings(phantom_archive, **change), str(tmp_path))
+    assert made.input_id != corpus.artifact.input_id
+
+
+def test_what_a_user_can_mend_in_a_part_is_one_line(phantom_archive: Path, tmp_path: Path) -> None:
+    settings = corpus_settings(phantom_archive)
+    made, _ = prepare(settings, str(tmp_path))
+    part = Path(made.part_uris[0])
+    for file in (part / "manifest.json", Path(made.uri, "manifest.json")):
+        file.unlink()
+    (part / "plan.json").write_text("{}")
+    assert refused(settings, tmp_path) == (
+        f"{part}/plan.json is the plan of other settings: choose another workspace or move the folder away"
+    )
+
+
+def test_a_user_error_in_a_ray_task_is_found_and_a_bug_in_ray_data_stays_a_bug() -> None:
+    @ray.remote
+    def task() -> None:
+        raise UserError("mend it")
+
+    def bug(_: dict[str, Any]) -> dict[str, Any]:
+        raise ValueError("a bug")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(task.remote())
+    assert str(user_error_in(caught.value)) == "mend it"
+    with pytest.raises(Exception, match="a bug") as failed:
+        ray.data.from_items([{"x": 1}]).map(bug).take_all()
+    assert user_error_in(failed.value) is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 kB, where this machine lets us make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"this machine mounts nothing: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(
+    small_disk: Path, phantom_archive: Path, corpus: Corpus
+) -> None:
+    command = [sys.executable, "-m", "jobs.prepare", f"workspace={small_disk}", f"corpus.archive={phantom_archive}"]
+    command += ["corpus.size=64", "corpus.partition_images=16", "corpus.row_group_images=8"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": PROJECT, "timeout": 300}
+    full = subprocess.run(command, env=environment, **options)
+    assert full.returncode == 1, full.stderr
+    assert "Traceback" not in full.stderr
+    [error] = [line for line in full.stderr.splitlines() if "error" in line.lower()]
+    assert error.startswith(f"error: {small_disk}")
+    assert "no space left: free some and run the same command again" in error
+    kept = part_manifests(small_disk)
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    again = subprocess.run(command, env=environment, **options)
+    assert again.returncode == 0, again.stderr
+    assert kept.items() <= part_manifests(small_disk).items()
+    [manifest] = (small_disk / "corpora" / "chest").glob("*/manifest.json")
+    assert json.loads(manifest.read_bytes())["content_id"] == corpus.artifact.manifest["content_id"]
+
+
+def test_the_sample_of_real_x_rays_is_prepared_whole(nih_sample: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    made, _ = prepare(CorpusSettings(archive=str(nih_sample / "dev"), size=64), str(tmp_path))
+    assert made.manifest["equations"] == ["archive 7087 = prepared 7087 + quarantined 0 + excluded 0 + duplicates 0"], (
+        f"{time.monotonic() - started:.0f} s"
+    )

@@ -1,0 +1,60 @@
+"""The README's commands, run as they stand on a small phantom archive."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+# So small that the walk takes seconds; the README's own settings stay in force beside them.
+SMALL = {
+    "corpus": {"size": 64, "partition_images": 32, "row_group_images": 16},
+    "network": {"dimensions": 16},
+    "training": {"epochs": 1, "batch_size": 16, "lanes": 2},
+    "evaluation": {"draws": 100},
+    "index": {"shard_rows": 50},
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def job_commands() -> list[list[str]]:
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python -m jobs.")]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_every_job_command_of_the_readme_runs_as_it_stands(
+    phantom_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load(blocks("yaml")[0])
+    for section, values in SMALL.items():
+        settings[section] = settings.get(section, {}) | values
+    settings["corpus"]["archive"] = str(phantom_archive)
+    Path("my.yaml").write_text(yaml.safe_dump(settings))
+    image = next((phantom_archive / "images").iterdir())
+    commands = job_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        model = next(Path("workspace/models").glob("*/manifest.json"), Path("none")).parent
+        replaced = {"IMAGE": str(image), "MODEL": str(model), "OTHER_ARCHIVE": str(phantom_archive)}
+        words = command[3:]
+        for name, value in replaced.items():
+            words = [re.sub(rf"\b{name}\b", value, word) for word in words]
+        monkeypatch.setattr(sys, "argv", [command[2], *words])
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    assert Path("similar.html").stat().st_size > 0
+    assert "Recall@2" in capsys.readouterr().out
+
+
+def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"

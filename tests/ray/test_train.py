@@ -1,0 +1,205 @@
+"""Training on phantom radiographs: what a run leaves behind, and that a killed worker changes nothing in it."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cxr_retrieval.artifacts import Artifact
+from cxr_retrieval.config import CorpusSettings, NetworkSettings, Settings, TrainingSettings
+from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.training.loop import STATE_FILE
+from cxr_retrieval.training.model import Model
+from cxr_retrieval.training.run import model_draft, train
+
+EPOCHS, BATCH = 4, 16
+SPEED = "images_per_second"  # the only figure of a history that a clock decides
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def settings(archive: Path, workspace: Path, **training: Any) -> Settings:
+    """Small steps: with larger ones the last bit of a float32 sum, which two workers round otherwise, decides a lot."""
+    plain = {"epochs": EPOCHS, "batch_size": BATCH, "lanes": 2, "precision": "float32", "augment": False}
+    plain |= {"learning_rate": 1e-4, "crop_from": 0.5}
+    small = {"size": 64, "partition_images": 32, "row_group_images": 8, "validation_share": 0.25, "test_share": 0.1}
+    return Settings(
+        workspace=str(workspace),
+        corpus=CorpusSettings(archive=str(archive), **small),
+        network=NetworkSettings(backbone="resnet18_half", dimensions=16),
+        training=TrainingSettings(**plain | training),
+    )
+
+
+def history(model: Artifact) -> list[dict[str, Any]]:
+    return json.loads(model.read("model.json"))["history"]
+
+
+def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != SPEED} for record in records]
+
+
+def weights_hash(model: Artifact) -> str:
+    return next(entry.sha256 for entry in model.files if entry.path == "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def corpus(phantom_archive, tmp_path_factory) -> Corpus:
+    workspace = tmp_path_factory.mktemp("corpus")
+    return Corpus(prepare(settings(phantom_archive, workspace).corpus, str(workspace))[0])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantom_archive, corpus, tmp_path_factory) -> tuple[Settings, Artifact]:
+    plain = settings(phantom_archive, tmp_path_factory.mktemp("undisturbed"))
+    model, worked = train(plain, corpus)
+    assert worked
+    return plain, model
+
+
+@pytest.fixture(scope="module")
+def two_workers(phantom_archive, corpus, tmp_path_factory) -> Artifact:
+    return train(settings(phantom_archive, tmp_path_factory.mktemp("two"), workers=2), corpus)[0]
+
+
+def test_a_run_ends_in_a_model_that_embeds(undisturbed, corpus):
+    plain, artifact = undisturbed
+    assert artifact.input_id == model_draft(plain, corpus).input_id
+    model = Model.open(artifact.uri)
+    assert model.chosen in model.embedding_names
+    assert model.findings == list(FINDINGS)
+    assert model.recipe == corpus.recipe
+    assert model.facts["corpus"] == corpus.artifact.input_id
+    assert set(model.centring) == set(model.embedding_names)
+    assert set(model.facts["validation"]) == set(model.embedding_names)
+    assert model.facts["validation"][model.chosen]["map"] == max(f["map"] for f in model.facts["validation"].values())
+    splits = corpus.artifact.manifest["splits"]
+    assert artifact.counts["train_images"] == splits["train"]["images"]
+    assert artifact.counts["steps"] == EPOCHS * (splits["train"]["images"] // BATCH)
+
+
+def test_the_history_holds_every_epoch_with_centres_and_validation(undisturbed):
+    plain, artifact = undisturbed
+    records = history(artifact)
+    assert [record["epoch"] for record in records] == list(range(EPOCHS))
+    names = Model.open(artifact.uri).embedding_names
+    for record in records:
+        assert set(record["validation"]) == set(names)
+        assert all(0 <= value <= 1 for figures in record["validation"].values() for value in figures.values())
+        assert len(record["centre_cosine"]) == 2 * plain.network.steps
+        assert all(-1 <= cosine <= 1 for cosine in record["centre_cosine"])
+        assert record["centres_collapsed"] == any(cosine > 0.9 for cosine in record["centre_cosine"])
+        assert record[SPEED] > 0
+    assert records[-1]["loss"] < records[0]["loss"]
+    best_maps = [max(figures["map"] for figures in record["validation"].values()) for record in records]
+    assert max(best_maps) > 0
+    assert json.loads(artifact.read("model.json"))["best_epoch"] == best_maps.index(max(best_maps))
+
+
+def test_a_finished_model_is_not_trained_again(undisturbed, corpus):
+    plain, artifact = undisturbed
+    files = {path: path.stat().st_mtime_ns for path in Path(plain.workspace).rglob("*") if path.is_file()}
+    again, worked = train(plain, corpus)
+    assert not worked
+    assert again == artifact
+    assert {path: path.stat().st_mtime_ns for path in Path(plain.workspace).rglob("*") if path.is_file()} == files
+
+
+def test_a_run_killed_before_its_model_was_written_only_writes_it(undisturbed, corpus, tmp_path):
+    plain, artifact = undisturbed
+    shutil.copytree(Path(plain.workspace) / "runs", tmp_path / "runs")
+    again, worked = train(plain.model_copy(update={"workspace": str(tmp_path)}), corpus)
+    assert worked
+    assert again.manifest["content_id"] == artifact.manifest["content_id"]  # speeds too: no epoch was trained again
+
+
+def test_a_killed_worker_goes_on_from_the_last_epoch_and_gives_the_same_curve(undisturbed, corpus, tmp_path):
+    plain, artifact = undisturbed
+    moved = plain.model_copy(update={"workspace": str(tmp_path)})
+    killer = Killer(tmp_path / "runs" / artifact.input_id)
+    killer.start()
+    try:
+        model, _ = train(moved, corpus)
+    finally:
+        killer.stop.set()
+        killer.join()
+    assert killer.killed, "no worker was killed: this test showed nothing"
+    assert killer.saved is not None
+    assert 1 <= len(killer.saved) < EPOCHS
+    records = history(model)
+    assert [record[SPEED] for record in records[: len(killer.saved)]] == [record[SPEED] for record in killer.saved]
+    assert without_speed(records) == without_speed(history(artifact))
+    assert weights_hash(model) == weights_hash(artifact)
+
+
+def test_two_workers_see_the_same_rows_and_give_the_same_loss(undisturbed, two_workers):
+    _, artifact = undisturbed
+    assert two_workers.counts == artifact.counts
+    assert two_workers.input_id != artifact.input_id
+    model = Model.open(two_workers.uri)
+    assert model.chosen in model.embedding_names
+    for name in ("loss", "ccloss", "cross_entropy"):
+        one, two = ([record[name] for record in history(model)] for model in (artifact, two_workers))
+        assert two[: EPOCHS // 2] == pytest.approx(one[: EPOCHS // 2], rel=1e-4), name
+        assert two == pytest.approx(one, rel=0.05), name  # a crop is cut at whole pixels: it jumps
+
+
+class Killer(threading.Thread):
+    """Kills the train workers of this test session as soon as a run has its first checkpoint."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(daemon=True)
+        self.run_folder = run
+        self.stop = threading.Event()
+        self.killed: list[int] = []
+        self.saved: list[dict[str, Any]] | None = None  # the history in the checkpoint that the run goes on from
+
+    def run(self) -> None:
+        while not self.stop.is_set() and not self.killed:
+            if newest_checkpoint(self.run_folder):
+                self.killed = train_workers()
+                for pid in self.killed:
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.5)  # a report on its way to the controller still counts
+                newest = newest_checkpoint(self.run_folder)
+                assert newest is not None
+                self.saved = torch.load(newest / STATE_FILE, weights_only=True)["run"]["history"]
+            time.sleep(0.02)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    try:
+        snapshot = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    latest = snapshot["latest_checkpoint_result"]
+    return run / latest["checkpoint_dir_name"] if latest else None
+
+
+def train_workers() -> list[int]:
+    """Process ids of Ray Train workers that descend from this process, and of no other session's."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+    def is_ours(pid: int) -> bool:
+        while pid > 1:
+            if pid == os.getpid():
+                return True
+            pid = parents.get(pid, 0)
+        return False
+
+    return [pid for pid, name in names.items() if name.startswith(b"ray::RayTrainWorker") and is_ours(pid)]

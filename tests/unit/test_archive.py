@@ -1,0 +1,307 @@
+"""Promises of reading an archive in NIH's layout: each image has labels or a reason, a bad archive one line."""
+
+import gzip
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.archive import Archive, read_archive, rows_digest
+from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.errors import UserError
+
+# NIH's own header: the unquoted commas inside the brackets make two columns of one.
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
+TABLE, BOXES = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
+
+
+def line(image: str, findings: str = "No Finding", patient: str = "1", age: str = "58", view: str = "PA") -> str:
+    return f"{image},{findings},0,{patient},{age},M,{view},2682,2749,0.143,0.143"
+
+
+class Folder:
+    """An archive that is being written. Its images are listed and not read, so any bytes will do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def images(self, *names: str) -> "Folder":
+        for name in names:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_bytes(b"pixels of " + name.encode())
+        return self
+
+    def table(self, *lines: str, header: str = HEADER, name: str = TABLE) -> "Folder":
+        (self.path / name).write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+        return self
+
+    def read(self, **settings: Any) -> Archive:
+        return read_archive(CorpusSettings(archive=str(self.path), **settings))
+
+    def rows(self, **settings: Any) -> dict[str, dict[str, Any]]:
+        return {row["image_id"]: row for row in self.read(**settings).rows.to_pylist()}
+
+    def refused(self, **settings: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            self.read(**settings)
+        assert "\n" not in str(caught.value)
+        assert str(self.path) in str(caught.value)
+        return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def test_a_row_says_what_nihs_table_says(folder: Folder) -> None:
+    folder.images("images_001/images/00000007_003.png")
+    folder.table("00000007_003.png,Hernia|Effusion,3,7,061,F,AP,2682,2749,0.143,0.143")
+    row = folder.rows()["00000007_003.png"]
+    expected = {
+        "source_uri": str(folder.path / "images_001/images/00000007_003.png"),
+        "size": 44,
+        "reason": None,
+        "excluded": None,
+        "patient_id": "7",
+        "study_id": "7_3",
+        "study_date": None,
+        "follow_up": 3,
+        "age_years": 61,
+        "sex": "F",
+        "view": "AP",
+        "findings": ["Effusion", "Hernia"],  # in the order of FINDINGS
+        "unknown": [],
+        "report_text": None,
+        "boxes": [],
+    }
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_no_finding_is_an_empty_list_and_all_14_names_are_known(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), line("b.png", "|".join(FINDINGS)))
+    rows = folder.rows()
+    assert rows["a.png"]["findings"] == []
+    assert rows["b.png"]["findings"] == list(FINDINGS)
+    assert rows["a.png"]["reason"] is rows["b.png"]["reason"] is None
+
+
+def test_rows_come_in_the_order_of_their_paths(folder: Folder) -> None:
+    folder.images("images/b.png", "images-2/a.png", "images/a/c.png", "d.jpg", "e.JPEG").table()
+    uris = [row["source_uri"] for row in folder.read().rows.to_pylist()]
+    assert uris == sorted(uris)
+    assert len(uris) == 5
+
+
+def test_label_rows_without_an_image_are_counted_apart(folder: Folder) -> None:
+    archive = folder.images("a.png").table(line("a.png"), line("b.png"), line("c.png"), line("c.png")).read()
+    assert (archive.rows.num_rows, archive.label_rows, archive.labels_without_image) == (1, 4, 2)
+
+
+def unlabelled(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"))
+
+
+def strange_finding(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), line("b.png", "Hernia|Gout"))
+
+
+def no_findings_written(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), line("b.png", ""))
+
+
+def nobody(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), line("b.png", patient=" "))
+
+
+def labelled_twice(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("b.png"), line("a.png"), line("b.png", "Mass"))
+
+
+def line_cut_short(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), "b.png,Hernia,0")
+
+
+@pytest.mark.parametrize(
+    ("write", "reason", "text"),
+    [
+        (unlabelled, "no_label_row", "the label table has no row for this image"),
+        (strange_finding, "unknown_finding", "finding 'Gout' is none of the 14"),
+        (no_findings_written, "unknown_finding", "finding '' is none of the 14"),
+        (nobody, "no_patient", "the label row names no patient"),
+        (labelled_twice, "labels_twice", "the label table has two rows for this image"),
+        (line_cut_short, "no_patient", "the label row names no patient"),
+    ],
+)
+def test_an_image_that_cannot_be_used_has_its_reason_and_the_others_stay(
+    write: Callable[[Folder], None], reason: str, text: str, folder: Folder
+) -> None:
+    write(folder)
+    rows = folder.rows()
+    assert (rows["b.png"]["reason"], rows["b.png"]["text"]) == (reason, text)
+    assert rows["b.png"]["split"] is None
+    assert rows["a.png"]["reason"] is None
+
+
+def test_images_of_one_name_are_all_refused(folder: Folder) -> None:
+    rows = folder.images("x/a.png", "y/a.png", "b.png").table(line("a.png"), line("b.png")).read().rows.to_pylist()
+    assert [row["reason"] for row in rows] == [None, "name_twice", "name_twice"]
+    assert rows[1]["text"] == "2 images of the archive have this name"
+
+
+@pytest.mark.parametrize("age", ["414", "148", "-3", "", "abc", "\u00b2", "99999999999"])
+def test_an_impossible_age_is_unknown_and_the_row_stays(age: str, folder: Folder) -> None:
+    row = folder.images("a.png").table(line("a.png", age=age)).rows()["a.png"]
+    assert (row["age_years"], row["reason"], row["patient_id"]) == (None, None, "1")
+
+
+@pytest.mark.parametrize(("age", "years"), [("058Y", 58), ("0", 0), ("120", 120)])
+def test_an_age_is_read_in_either_edition_of_the_table(age: str, years: int, folder: Folder) -> None:
+    assert folder.images("a.png").table(line("a.png", age=age)).rows()["a.png"]["age_years"] == years
+
+
+@pytest.mark.parametrize("follow_up", ["", "x", "\u00b2", "99999999999"])
+def test_a_follow_up_that_is_no_number_is_unknown_and_the_row_stays(follow_up: str, folder: Folder) -> None:
+    row = folder.images("a.png").table(f"a.png,Mass,{follow_up},1,58,M,PA,1,1,1,1").rows()["a.png"]
+    assert (row["follow_up"], row["reason"]) == (None, None)
+
+
+def test_a_table_with_a_byte_order_mark_and_windows_line_ends_is_read(folder: Folder) -> None:
+    folder.images("a.png")
+    (folder.path / TABLE).write_bytes(("\ufeff" + HEADER + "\r\n" + line("a.png") + "\r\n").encode())
+    assert folder.rows()["a.png"]["reason"] is None
+
+
+def test_a_compressed_table_is_read(folder: Folder) -> None:
+    folder.images("a.png")
+    (folder.path / f"{TABLE}.gz").write_bytes(gzip.compress(f"{HEADER}\n{line('a.png')}\n".encode()))
+    assert folder.rows()["a.png"]["reason"] is None
+
+
+def test_boxes_are_read_below_nihs_header_and_infiltrate_is_infiltration(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png", "Infiltration|Mass"), line("b.png"))
+    lines = ["a.png,Infiltrate,1.5,2,30,40,,", "a.png,Mass,5,6,7,8.25,,", ""]
+    folder.table(*lines, header="Image Index,Finding Label,Bbox [x,y,w,h],,,", name=BOXES)
+    rows = folder.rows()
+    assert rows["a.png"]["boxes"] == [
+        {"finding": "Infiltration", "x": 1.5, "y": 2.0, "w": 30.0, "h": 40.0},
+        {"finding": "Mass", "x": 5.0, "y": 6.0, "w": 7.0, "h": 8.25},
+    ]
+    assert rows["b.png"]["boxes"] == []
+
+
+@pytest.mark.parametrize(
+    "box", ["a.png,Mass,1,2,3", "a.png,Mass,1,2,3,x", "a.png,Mass,1,2,nan,4", "a.png,Mass,1,2,0,4"]
+)
+def test_a_line_that_is_no_box_is_named_by_file_and_number(box: str, folder: Folder) -> None:
+    folder.images("a.png").table(line("a.png", "Mass"))
+    folder.table("a.png,Mass,1,2,3,4", box, header="Image Index,Finding Label,Bbox [x,y,w,h],,,", name=BOXES)
+    assert f"{BOXES}: line 3 is no box" in folder.refused()
+
+
+def test_an_archive_without_an_image_is_refused(folder: Folder) -> None:
+    folder.table(line("a.png"))
+    assert "the archive is empty, no .png, .jpg, .jpeg file in it" in folder.refused()
+
+
+def test_a_missing_folder_is_refused(folder: Folder) -> None:
+    folder.path /= "nowhere"
+    assert "there is no such folder" in folder.refused()
+
+
+def test_no_archive_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^corpus.archive is not set"):
+        read_archive(CorpusSettings())
+
+
+def test_an_archive_without_a_label_table_is_refused(folder: Folder) -> None:
+    folder.images("a.png").table(name="labels.csv")
+    assert "no label table Data_Entry_2017*.csv" in folder.refused()
+
+
+def test_two_label_tables_are_refused_by_name(folder: Folder) -> None:
+    folder.images("a.png").table(line("a.png")).table(line("a.png"), name="Data_Entry_2017.csv")
+    assert re.search(r"two label tables, \S+\.csv and \S+\.csv: keep one", folder.refused())
+
+
+@pytest.mark.parametrize("column", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Follow-up #"])
+def test_a_missing_column_is_named(column: str, folder: Folder) -> None:
+    folder.images("a.png").table(line("a.png"), header=HEADER.replace(column, "Something"))
+    assert f"{TABLE}: column {column!r} is missing" in folder.refused()
+
+
+def test_an_empty_table_lacks_its_columns(folder: Folder) -> None:
+    folder.images("a.png")
+    (folder.path / TABLE).touch()
+    assert "column 'Image Index' is missing" in folder.refused()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compressed_table_that_is_damaged_is_named(whole: bool, folder: Folder) -> None:
+    folder.images("a.png")
+    data = gzip.compress(f"{HEADER}\n{line('a.png')}\n".encode())
+    (folder.path / f"{TABLE}.gz").write_bytes(b"no gzip at all" if whole else data[:-20])
+    assert f"{TABLE}.gz cannot be read as a table" in folder.refused()
+
+
+def test_nihs_lists_decide_the_split(folder: Folder) -> None:
+    names = [f"{n:03d}.png" for n in range(60)]
+    folder.images(*names).table(*(line(name, patient=str(n // 2)) for n, name in enumerate(names)))
+    (folder.path / "test_list.txt").write_text("\n".join(names[40:]) + "\n")
+    rows = folder.rows(split="nih_lists", validation_share=0.3)
+    assert all((rows[name]["split"] == "test") == (n >= 40) for n, name in enumerate(names))
+    assert {rows[name]["split"] for name in names[:40]} == {"train", "validation"}
+
+
+def test_nihs_lists_are_needed_where_they_are_asked_for(folder: Folder) -> None:
+    folder.images("a.png").table(line("a.png"))
+    assert "corpus.split=nih_lists needs NIH's test_list.txt" in folder.refused(split="nih_lists")
+
+
+def test_a_list_that_tears_a_patient_apart_is_refused_before_any_work(folder: Folder) -> None:
+    folder.images("a.png", "b.png", "c.png").table(line("a.png"), line("b.png"), line("c.png", patient="2"))
+    (folder.path / "test_list.txt").write_text("a.png\nc.png\n")
+    assert "both in test_list and outside it: 1;" in folder.refused(split="nih_lists")
+
+
+def test_everything_can_be_test(folder: Folder) -> None:
+    names = [f"{n}.png" for n in range(20)]
+    folder.images(*names).table(*(line(name, patient=name) for name in names))
+    assert {row["split"] for row in folder.rows(split="all_test").values()} == {"test"}
+
+
+def test_the_view_rule_excludes_and_nothing_else_changes(folder: Folder) -> None:
+    folder.images("a.png", "b.png", "c.png")
+    folder.table(line("a.png"), line("b.png", view="AP"), line("c.png", view=""))
+    every, frontal = folder.rows(), folder.rows(views=["PA"])
+    assert {name: row["excluded"] for name, row in frontal.items()} == {"a.png": None, "b.png": "view", "c.png": "view"}
+    assert every["a.png"] == frontal["a.png"]
+    assert not any(row["excluded"] for row in every.values())
+
+
+def test_the_digest_follows_labels_and_files_and_not_the_chunks_of_the_table(folder: Folder) -> None:
+    archive = folder.images("a.png", "b.png").table(line("a.png"), line("b.png")).read()
+    assert archive.digest == folder.read().digest
+    assert rows_digest(pa.concat_tables([archive.rows.slice(0, 1), archive.rows.slice(1, 1)])) == archive.digest
+    seen = {archive.digest}
+    seen.add(folder.table(line("a.png"), line("b.png", "Mass")).read().digest)
+    (folder.path / "a.png").write_bytes(b"longer than it was before")
+    seen.add(folder.read().digest)
+    seen.add(folder.images("c.png").read().digest)
+    assert len(seen) == 4
+
+
+def test_the_sample_of_real_x_rays_has_no_image_to_refuse(nih_sample: Path) -> None:
+    archive = read_archive(CorpusSettings(archive=str(nih_sample / "dev")))
+    rows = archive.rows.to_pylist()
+    assert len(rows) == 7087
+    assert not any(row["reason"] or row["excluded"] for row in rows)
+    assert sum(len(row["boxes"]) for row in rows) > 0
+    assert {box["finding"] for row in rows for box in row["boxes"]} <= set(FINDINGS)

@@ -1,0 +1,258 @@
+"""Promises of the evaluation: every embedding and floor against every gallery, and never the query's own patient.
+
+P passes, S steps, N images, D dimensions, C findings.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cxr_retrieval.assessment import Images, assess, headline
+from cxr_retrieval.config import EvaluationSettings
+from cxr_retrieval.corpus.decoding import Recipe
+from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
+from cxr_retrieval.network.progressive import Output, ProgressiveNetwork, embedding_names, uncentred
+from cxr_retrieval.report.evaluation import write_evaluation
+from cxr_retrieval.training.model import Model
+
+PASSES, STEPS, DIMENSIONS, SIZE = 2, 2, 8, 64
+SETTINGS = EvaluationSettings(draws=100)
+CUTOFFS = ("2", "4", "6", "8")
+KEYS = {
+    "queries",
+    "patients",
+    "images",
+    "chosen",
+    "embeddings",
+    "floors",
+    "chosen_minus_floor",
+    "per_finding",
+    "same_patient_nearest",
+}
+
+
+def images(count: int, patients: int, seed: int, first_patient: int = 0) -> Images:
+    """Images of `patients` patients with random labels; every third has no finding, some are boxed."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((count, len(FINDINGS))) < 0.15).astype(np.int8)
+    labels[::3] = 0
+    labels[1::3, 0] = 1
+    labels[2::3, 1] = rng.choice([0, -1], len(labels[2::3]))
+    x, y, w, h = rng.integers(4, 12, 4)
+    return Images(
+        F.normalize(torch.as_tensor(rng.normal(size=(PASSES, STEPS, count, DIMENSIONS)), dtype=torch.float32), dim=3),
+        torch.as_tensor(rng.normal(size=(PASSES, count, len(FINDINGS))), dtype=torch.float32),
+        rng.integers(10, 30, (count, 4)).astype(np.int32),
+        torch.as_tensor(labels),
+        [f"p{first_patient + number}" for number in rng.integers(patients, size=count)],
+        [(None, "PA", "AP")[n] for n in rng.integers(3, size=count)],
+        torch.as_tensor(rng.random((count, 32 * 32)), dtype=torch.float32),
+        torch.as_tensor(rng.normal(size=(count, 5)), dtype=torch.float32),
+        [[{"finding": "Mass", "x": x, "y": y, "w": w, "h": h}] * (n % 5 == 0) for n in range(count)],
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    network = ProgressiveNetwork("resnet18_half", len(FINDINGS), STEPS, DIMENSIONS).eval()
+    trained_on = images(50, 20, seed=9)
+    empty = torch.zeros(0)
+    vectors = uncentred(Output(trained_on.z_PSND, empty, trained_on.joint_PNC, empty, empty))
+    facts = {"chosen": "combined", "findings": list(FINDINGS), "decode_recipe": Recipe(SIZE, "letterbox").to_json()}
+    return Model(facts, network, {name: vector.mean(0) for name, vector in vectors.items()})
+
+
+@pytest.fixture(scope="module")
+def queries() -> Images:
+    return images(60, 25, seed=1)
+
+
+@pytest.fixture(scope="module")
+def archive() -> Images:
+    return images(80, 30, seed=2, first_patient=100)
+
+
+@pytest.fixture(scope="module")
+def figures(queries: Images, archive: Images, model: Model) -> dict[str, Any]:
+    return assess(queries, archive, model, SETTINGS)
+
+
+def taken(source: Images, rows: Sequence[int], **changed: Any) -> Images:
+    """Some rows of `source`, with some fields replaced."""
+    index = list(rows)
+    fields: dict[str, Any] = {
+        "z_PSND": source.z_PSND[:, :, index],
+        "joint_PNC": source.joint_PNC[:, index],
+        **{name: getattr(source, name)[index] for name in ("crop_N4", "labels_NC", "pixels_NE", "metadata_NE")},
+        **{name: [getattr(source, name)[row] for row in index] for name in ("patients", "views", "boxes")},
+    }
+    return Images(**(fields | changed))
+
+
+def codes(names: Sequence[str | None]) -> torch.Tensor:
+    return torch.as_tensor(np.unique([name or "" for name in names], return_inverse=True)[1])
+
+
+# ---- what is in it
+
+
+def test_every_embedding_and_floor_stands_against_every_gallery(figures: dict[str, Any], queries: Images) -> None:
+    assert set(figures) == KEYS | {"localisation"}
+    assert set(figures["embeddings"]) == set(embedding_names(STEPS))
+    assert set(figures["floors"]) == set(figures["chosen_minus_floor"]) == {"pixels", "metadata"}
+    galleries = {"all", "findings", "same_view", "archive"}
+    for tables in (*figures["embeddings"].values(), *figures["floors"].values()):
+        assert set(tables) == galleries
+        for table in tables.values():
+            assert set(table["recall_at"]) == set(table["precision_at"]) == set(table["ndcg_at"]) == set(CUTOFFS)
+    assert all(set(tables) == galleries for tables in figures["chosen_minus_floor"].values())
+    assert set(figures["per_finding"]) == set(embedding_names(STEPS))
+    assert set(figures["same_patient_nearest"]) == {"combined", "pixels", "metadata"}
+    assert figures["images"] == 60
+    assert figures["patients"] == len(set(queries.patients))
+    assert figures["queries"] == int((queries.labels_NC == 1).any(1).sum())
+    assert figures["chosen"] == "combined"
+
+
+def test_every_figure_has_its_chance_level_which_no_embedding_changes(figures: dict[str, Any]) -> None:
+    for gallery in ("all", "findings", "same_view", "archive"):
+        chances = []
+        for tables in (*figures["embeddings"].values(), *figures["floors"].values()):
+            table = tables[gallery]
+            cells = [table["map"], *table["recall_at"].values(), *table["precision_at"].values()]
+            assert all(0 < cell["chance"] <= 1 and 0 <= cell["value"] <= 1 for cell in cells)
+            assert all(cell["low"] <= cell["value"] <= cell["high"] for cell in cells)
+            chances.append([cell["chance"] for cell in cells])
+        assert all(np.allclose(chance, chances[0], atol=1e-12) for chance in chances)
+
+
+def test_figures_are_plain_json_and_make_a_page(figures: dict[str, Any]) -> None:
+    again = json.loads(json.dumps(figures, allow_nan=False))
+    assert again == figures
+    page = write_evaluation(figures)
+    assert "combined" in page
+    assert "chance" in page.lower()
+
+
+def test_a_headline_has_a_row_for_every_embedding_floor_and_chance(figures: dict[str, Any]) -> None:
+    rows = headline(figures, "findings")
+    assert [row[0] for row in rows] == [*embedding_names(STEPS), "pixels", "metadata", "chance"]
+    table = figures["embeddings"]["combined"]["findings"]
+    (combined,) = [row[1:] for row in rows if row[0] == "combined"]
+    cells = [*(table["recall_at"][k] for k in CUTOFFS), table["precision_at"]["8"], table["map"]]
+    assert combined == [100.0 * cell["value"] for cell in cells]
+    assert rows[-1][1:] == pytest.approx([100.0 * cell["chance"] for cell in cells])
+
+
+def test_without_training_patients_there_is_no_archive_gallery(queries: Images, model: Model) -> None:
+    alone = assess(queries, None, model, SETTINGS)
+    assert set(alone) == KEYS | {"localisation"}
+    for tables in (*alone["embeddings"].values(), *alone["floors"].values(), *alone["chosen_minus_floor"].values()):
+        assert set(tables) == {"all", "findings", "same_view"}
+
+
+def test_localisation_is_left_out_where_no_image_has_a_box(queries: Images, archive: Images, model: Model) -> None:
+    unboxed = taken(queries, range(60), boxes=[[]] * 60)
+    assert set(assess(unboxed, archive, model, SETTINGS)) == KEYS
+
+
+def test_localisation_counts_every_box_and_its_control(figures: dict[str, Any]) -> None:
+    found = figures["localisation"]
+    assert found["boxes"] == 12
+    assert set(found["crop"]) == set(found["centred_crop"])
+    assert all(0 <= value <= 1 for value in (*found["crop"].values(), *found["centred_crop"].values()))
+
+
+# ---- what the figures mean
+
+
+def assert_agrees(table: dict[str, Any], found: QueryFigures) -> None:
+    for column, cutoff in enumerate(CUTOFFS):
+        assert table["recall_at"][cutoff]["value"] == pytest.approx(float(found.recall[:, column].mean()), abs=1e-9)
+        precision = float(found.precision[:, column].mean())
+        assert table["precision_at"][cutoff]["value"] == pytest.approx(precision, abs=1e-9)
+    assert table["map"]["value"] == pytest.approx(float(found.ap.mean()), abs=1e-9)
+    assert table["queries"] == len(found.ap)
+    assert table["candidates_mean"] == pytest.approx(float(found.candidates.double().mean()))
+
+
+@pytest.mark.parametrize("name", ["step1", "combined", "profile"])
+def test_figures_are_those_of_a_plain_retrieval(
+    name: str, figures: dict[str, Any], queries: Images, archive: Images, model: Model
+) -> None:
+    vectors, trained = queries.embeddings(model)[name], archive.embeddings(model)[name]
+    labels, patients, views = queries.labels_NC, codes(queries.patients), codes(queries.views)
+    asked = (labels == 1).any(1)
+    ask = vectors[asked], labels[asked], patients[asked]
+    tables = figures["embeddings"][name]
+    assert_agrees(tables["all"], retrieve(ask[0], vectors, ask[1], labels, ask[2], patients))
+    assert_agrees(tables["findings"], retrieve(ask[0], ask[0], ask[1], ask[1], ask[2], ask[2]))
+    others = codes(archive.patients) + 1000
+    assert_agrees(tables["archive"], retrieve(ask[0], trained, ask[1], archive.labels_NC, ask[2], others))
+    same = retrieve(
+        *(ask[0], vectors, ask[1], labels, ask[2], patients), query_groups_Q=views[asked], gallery_groups_G=views
+    )
+    assert_agrees(tables["same_view"], same)
+
+
+def test_floors_are_retrievals_by_pixels_around_their_mean_and_by_metadata(
+    figures: dict[str, Any], queries: Images, archive: Images
+) -> None:
+    asked = (queries.labels_NC == 1).any(1)
+    patients = codes(queries.patients)
+    pixels = F.normalize(queries.pixels_NE - archive.pixels_NE.mean(0), dim=1)
+    for name, vectors in (("pixels", pixels), ("metadata", F.normalize(queries.metadata_NE, dim=1))):
+        labels = queries.labels_NC
+        found = retrieve(vectors[asked], vectors, labels[asked], labels, patients[asked], patients)
+        assert_agrees(figures["floors"][name]["all"], found)
+        chosen, floor = figures["embeddings"]["combined"]["all"], figures["floors"][name]["all"]
+        difference = figures["chosen_minus_floor"][name]["all"]["map"]["difference"]
+        assert difference == pytest.approx(chosen["map"]["value"] - floor["map"]["value"])
+
+
+def test_per_finding_counts_the_queries_that_have_it(figures: dict[str, Any], queries: Images) -> None:
+    found = figures["per_finding"]["combined"]
+    kept = figures["embeddings"]["combined"]["all"]["queries"]
+    for name, cell in found.items():
+        assert 0 < cell["support"] <= int((queries.labels_NC[:, FINDINGS.index(name)] == 1).sum())
+    assert max(cell["support"] for cell in found.values()) <= kept
+
+
+def twins() -> Images:
+    """Patients 0, 1, 2 with two equal images each; 0 and 1 share a finding, 2 shares none."""
+    source = images(3, 3, seed=4)
+    labels = torch.zeros(6, len(FINDINGS), dtype=torch.int8)
+    labels[:4, 3] = 1
+    labels[4:, 5] = 1
+    names = ["a", "a", "b", "b", "c", "c"]
+    return taken(source, [0, 0, 1, 1, 2, 2], labels_NC=labels, patients=names, views=["PA"] * 6)
+
+
+def test_the_own_patient_is_never_a_hit_however_near(model: Model) -> None:
+    pairs = twins()
+    tables = assess(pairs, pairs, model, SETTINGS)["embeddings"]["combined"]
+    for name in ("all", "findings", "same_view", "archive"):  # here every archive image is of a query's patient
+        table = tables[name]
+        assert table["queries"] == 4, name
+        assert table["excluded_queries"] == 2, name  # c: nobody else has its finding
+        assert table["candidates_mean"] == 4, name
+        assert table["relevant_mean"] == 2, name
+    nearest = tables["all"]["same_patient_nearest"]
+    assert (nearest["queries"], nearest["value"]) == (6, 1.0)  # but how often it would be is reported
+
+
+def test_an_evaluation_without_a_single_relevant_image_says_so_and_ends(model: Model) -> None:
+    lonely = taken(twins(), [0, 1, 4, 5])
+    figures = assess(lonely, None, model, SETTINGS)
+    table = figures["embeddings"]["combined"]["all"]
+    assert (table["queries"], table["excluded_queries"]) == (0, 4)
+    assert table["map"]["value"] is None
+    assert headline(figures)[0] == ["step1", *["-"] * 6]
+    assert "combined" in write_evaluation(figures)

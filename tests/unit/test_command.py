@@ -1,0 +1,199 @@
+"""Promises of the command line that all jobs share: one line for what a user can mend, a traceback for a bug."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cxr_retrieval import command
+from cxr_retrieval.command import settings_help, user_error_in
+from cxr_retrieval.config import Settings, load_settings, settings_fields
+from cxr_retrieval.errors import UserError
+
+Run = Callable[..., list[tuple[str, Settings, argparse.Namespace]]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a job with these words on its command line; returns what was called: job or plan, and with what."""
+
+    def call(
+        *words: str, error: BaseException | None = None, **options: object
+    ) -> list[tuple[str, Settings, argparse.Namespace]]:
+        called: list[tuple[str, Settings, argparse.Namespace]] = []
+
+        def job(settings: Settings, namespace: argparse.Namespace) -> None:
+            called.append(("job", settings, namespace))
+            if error:
+                raise error
+
+        def plan(settings: Settings, namespace: argparse.Namespace) -> None:
+            called.append(("plan", settings, namespace))
+
+        monkeypatch.setattr(sys, "argv", ["job", *words])
+        command.run("test", "What the job is about.", job, plan, **options)  # type: ignore[arg-type]
+        return called
+
+    return call
+
+
+def test_words_and_files_reach_the_job_with_an_absolute_workspace(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("seed: 1\ntraining: {epochs: 3}\n")
+    (tmp_path / "b.yaml").write_text("training: {epochs: 4}\n")
+    [(what, settings, _)] = run("--config", "a.yaml", "training.workers=2", "--config", "b.yaml", "workspace=here")
+    assert what == "job"
+    assert (settings.seed, settings.training.epochs, settings.training.workers) == (1, 4, 2)
+    assert settings.workspace == str(tmp_path / "here")
+    assert run("workspace=s3://bucket/x/")[0][1].workspace == "s3://bucket/x"
+
+
+def test_plan_runs_the_plan_and_not_the_job(run: Run) -> None:
+    assert [what for what, _, _ in run("--plan")] == ["plan"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["training.epoch=3"], "error: unknown setting 'training.epoch' in the command line: did you mean 'training"),
+        (["training.epochs=0"], "error: setting training.epochs=0 in the command line: input should be greater"),
+        (["--config", "no.yaml"], "error: config file no.yaml does not exist"),
+        (["prepare"], "error: cannot read 'prepare' from the command line: write section.key=value"),
+        (["workspace=gs://bucket"], "error: gs://bucket: only local paths, file:// and s3:// are supported"),
+    ],
+)
+def test_a_wrong_word_is_refused_in_one_line_before_anything_starts(
+    words: list[str], told: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*words, error=AssertionError("the job has started"))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1
+    assert out == ""
+    assert err.startswith(told)
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_option_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--paln")
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --paln" in capsys.readouterr().err
+
+
+def test_a_user_error_of_the_job_is_one_line_whatever_is_in_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "/data/[bold]x[/bold]/:x:/" + "a long folder name/" * 30 + ": mend it [/]"
+    with pytest.raises(SystemExit) as ended:
+        run(error=UserError(text))
+    assert ended.value.code == 1
+    assert capsys.readouterr() == ("", f"error: {text}\n")
+
+
+def test_an_interrupt_says_how_to_go_on(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(error=KeyboardInterrupt())
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), KeyError("x"), OSError(5, "input/output error")])
+def test_a_bug_is_not_made_a_line(bug: Exception, run: Run) -> None:
+    with pytest.raises(type(bug)) as caught:
+        run(error=bug)
+    assert caught.value is bug
+
+
+SCRIPT = """
+from cxr_retrieval import command
+from cxr_retrieval.errors import UserError
+
+def the_job_itself(settings, options):
+    raise {error}("the text")
+
+command.run("test", "about", the_job_itself, the_job_itself)
+"""
+
+
+@pytest.mark.parametrize(("error", "traceback"), [("UserError", False), ("ValueError", True)])
+def test_a_process_ends_with_status_1_and_a_traceback_only_for_a_bug(error: str, traceback: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(error=error)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    if traceback:
+        assert done.stderr.startswith("Traceback (most recent call last):")
+        assert "in the_job_itself" in done.stderr
+        assert done.stderr.endswith("ValueError: the text\n")
+    else:
+        assert done.stderr == "error: the text\n"
+
+
+def test_print_config_prints_yaml_that_loads_back(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        f"corpus.archive=/data/[bold]/:x:/{'long folder name/' * 20}end",
+        "corpus.views=[PA, AP]",
+        "training.learning_rate=3e-4",
+        f"workspace={tmp_path / ('w' * 200)}",
+    ]
+    assert run("--print-config", *words) == []
+    out, err = capsys.readouterr()
+    assert err == ""
+    (tmp_path / "printed.yaml").write_text(out)
+    assert load_settings([str(tmp_path / "printed.yaml")]) == load_settings([], words)
+
+
+def test_help_lists_every_setting_with_meaning_range_and_default(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--help")
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "What the job is about." in text
+    for key, field in settings_fields():
+        assert f"\n  {key}  (" in text
+        assert f"      {field.description}\n" in text + "\n"
+    assert "network.steps  (int, >= 1, <= 4; default 3)" in text
+    assert "losses.form  (margin | softmax; default softmax)" in text
+    assert "corpus.views  (list of text | null; default null)" in text
+    assert "%" not in settings_help().replace("%%", "")
+
+
+def test_a_jobs_own_words_and_options_are_told_from_settings(run: Run) -> None:
+    def arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--fast", action="store_true")
+
+    def implied(options: argparse.Namespace) -> list[str]:
+        return ["seed=9"] if options.fast else []
+
+    options = {"arguments": arguments, "words": "image", "implied": implied}
+    [(_, settings, namespace)] = run("a.png", "search.k=3", "--fast", "b.png", **options)
+    assert namespace.rest == ["a.png", "b.png"]
+    assert (settings.search.k, settings.seed) == (3, 9)
+
+
+def test_a_user_error_is_found_behind_what_it_caused() -> None:
+    user_error = UserError("mend it")
+    outer = RuntimeError("outer")
+    outer.__cause__ = ValueError("middle")
+    outer.__cause__.__cause__ = user_error
+    assert user_error_in(user_error) is user_error
+    assert user_error_in(outer) is user_error
+    assert user_error_in(RuntimeError("a bug")) is None
+    assert user_error_in(None) is None
+
+
+def test_a_bug_while_a_user_error_is_handled_stays_a_bug() -> None:
+    bug = KeyError("missing")
+    bug.__context__ = UserError("mend it")
+    assert user_error_in(bug) is None
+
+
+def test_errors_that_cause_each_other_end_the_search() -> None:
+    one, two = RuntimeError("one"), RuntimeError("two")
+    one.__cause__, two.__cause__ = two, one
+    assert user_error_in(one) is None

@@ -1,0 +1,309 @@
+"""Promises of decoding: what prepared pixels are, what is refused and why, and boxes that find their way back."""
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from cxr_retrieval.corpus.decoding import DecodedImage, Limits, Recipe, RejectedImage, decode
+
+SIZE = 64
+LETTERBOX, STRETCH = Recipe(SIZE, "letterbox"), Recipe(SIZE, "stretch")
+LIMITS = Limits(min_side=32, max_pixels=1 << 20)
+
+
+def grey(width: int = 80, height: int = 60) -> np.ndarray:
+    """Smooth bands that use the whole range of grey values."""
+    x, y = np.meshgrid(np.linspace(0, 7, width), np.linspace(0, 5, height))
+    wave = np.sin(x) * np.cos(y)
+    return np.rint((wave - wave.min()) / np.ptp(wave) * 255).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray | Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def decoded(data: bytes, recipe: Recipe = LETTERBOX) -> DecodedImage:
+    return decode(data, recipe, LIMITS)
+
+
+def rejected(data: bytes, recipe: Recipe = LETTERBOX, limits: Limits = LIMITS) -> RejectedImage:
+    with pytest.raises(RejectedImage) as caught:
+        decode(data, recipe, limits)
+    assert caught.value.text.isascii()
+    assert "\n" not in caught.value.text
+    return caught.value
+
+
+def test_a_grey_image_of_the_prepared_size_keeps_every_value() -> None:
+    pixels = grey(SIZE, SIZE)
+    image = decoded(encoded(pixels))
+    assert (image.width, image.height) == (SIZE, SIZE)
+    assert image.pixels.dtype == np.uint8
+    assert np.array_equal(image.pixels, pixels)
+
+
+def test_an_image_twice_as_large_becomes_the_mean_of_its_pixels() -> None:
+    pixels = grey(2 * SIZE, 2 * SIZE)
+    mean = pixels.reshape(SIZE, 2, SIZE, 2).mean(axis=(1, 3))
+    assert np.abs(decoded(encoded(pixels)).pixels - mean).max() <= 0.5
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+def test_a_truncated_file_is_damaged(form: str, share: float) -> None:
+    data = encoded(grey(200, 200), form)
+    assert rejected(data[: int(len(data) * share)]).reason == "damaged"
+
+
+def test_a_png_that_lost_its_end_mark_and_no_pixel_keeps_its_pixels() -> None:
+    pixels = grey(SIZE, SIZE)
+    assert np.array_equal(decoded(encoded(pixels)[:-12]).pixels, pixels)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize("length", [8, 33])
+def test_the_bare_beginning_of_a_file_is_damaged_and_not_called_another_format(form: str, length: int) -> None:
+    assert rejected(encoded(grey(), form)[:length]).reason == "damaged"
+
+
+def test_a_flipped_byte_in_the_pixels_of_a_png_is_damaged() -> None:
+    data = bytearray(encoded(grey()))
+    data[len(data) // 2] ^= 0xFF
+    assert rejected(bytes(data)).reason == "damaged"
+
+
+def test_a_text_file_with_the_name_of_an_image_is_not_an_image() -> None:
+    error = rejected(b"Patient moved, see report.\n")
+    assert error.reason == "not_an_image"
+    assert "27 bytes" in error.text
+
+
+def test_an_empty_file_is_called_empty() -> None:
+    error = rejected(b"")
+    assert (error.reason, error.text) == ("not_an_image", "neither PNG nor JPEG: an empty file")
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "WEBP"])
+def test_another_image_format_is_refused(form: str) -> None:
+    assert rejected(encoded(grey(), form)).reason == "not_an_image"
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_colour_becomes_its_luminance(form: str) -> None:
+    colours = {(255, 0, 0): 76, (0, 255, 0): 150, (0, 0, 255): 29, (90, 90, 90): 90}
+    for colour, luminance in colours.items():
+        pixels = decoded(encoded(Image.new("RGB", (SIZE, SIZE), colour), form)).pixels
+        assert np.abs(pixels.astype(int) - luminance).max() <= 2, colour
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_grey_values_stored_with_colour_or_opacity_are_the_same_grey_values(mode: str) -> None:
+    pixels = grey(SIZE, SIZE)
+    assert np.array_equal(decoded(encoded(Image.fromarray(pixels).convert(mode))).pixels, pixels)
+
+
+@pytest.mark.parametrize("transparency", [None, 7, b"\x00\x80\xff"])
+def test_a_palette_is_looked_up_whatever_is_transparent_in_it(transparency: int | bytes | None) -> None:
+    places = grey(SIZE, SIZE) // 16
+    values = np.arange(16, dtype=np.uint8)[::-1] * 17
+    image = Image.fromarray(places).convert("P")
+    image.putpalette(np.repeat(values, 3).tobytes())
+    options = {} if transparency is None else {"transparency": transparency}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow advises to keep the transparency
+        assert np.array_equal(decoded(encoded(image, **options)).pixels, values[places])
+
+
+def test_one_bit_becomes_black_and_white() -> None:
+    pixels = np.where(grey(SIZE, SIZE) > 127, 255, 0).astype(np.uint8)
+    assert np.array_equal(decoded(encoded(Image.fromarray(pixels).convert("1"))).pixels, pixels)
+
+
+@given(low=st.integers(0, 40_000), width=st.integers(1, 25_535), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_16_bits_match_an_8_bit_export_of_the_same_window_within_one_grey_level(
+    low: int, width: int, seed: int
+) -> None:
+    wide = np.random.default_rng(seed).integers(low, low + width + 1, (90, 70)).astype(np.uint16)
+    span = max(int(wide.max()) - int(wide.min()), 1)
+    export = np.rint((wide.astype(np.float64) - wide.min()) / span * 255).astype(np.uint8)
+    ours, theirs = decoded(encoded(wide)).pixels, decoded(encoded(export)).pixels
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_a_flat_16_bit_image_is_black_and_no_division_by_zero() -> None:
+    assert decoded(encoded(np.full((SIZE, SIZE), 4000, np.uint16))).pixels.max() == 0
+
+
+def test_a_cmyk_jpeg_has_the_grey_values_of_its_picture() -> None:
+    image = Image.fromarray(grey(SIZE, SIZE))
+    pixels = decoded(encoded(image.convert("RGB").convert("CMYK"), "JPEG", quality=98)).pixels
+    assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 3
+
+
+def test_a_tiny_image_is_refused_and_one_at_the_limit_is_not() -> None:
+    error = rejected(encoded(grey(200, 31)))
+    assert (error.reason, error.text) == ("too_small", "200 x 31 pixels, a side under 32")
+    assert decoded(encoded(grey(200, 32))).height == 32
+
+
+def test_a_huge_header_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: Image.Image) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(60_000))) + chunk(b"IEND", b"")
+    error = rejected(bomb, limits=Limits(32, 100_000_000))
+    assert (error.reason, error.text) == ("too_large", "60000 x 60000 pixels, more than 100,000,000")
+
+
+@pytest.mark.parametrize("form", ["PNG", "MPO"])
+def test_several_frames_in_one_file_are_refused(form: str) -> None:
+    image = Image.fromarray(grey()).convert("RGB")
+    error = rejected(encoded(image, form, save_all=True, append_images=[image.rotate(90)]))
+    assert (error.reason, error.text) == ("unsupported", "2 frames in one file")
+
+
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (128, 64), (64, 128), (40, 33), (2000, 33), (33, 2000)])
+def test_letterbox_keeps_the_aspect_on_black_and_stretch_fills(width: int, height: int) -> None:
+    data = encoded(np.full((height, width), 200, np.uint8))
+    assert decoded(data, STRETCH).pixels.min() == 200
+    pixels = decoded(data).pixels
+    assert pixels.shape == (SIZE, SIZE)
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    assert np.all(pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == 200)
+    scale = SIZE / max(width, height)
+    assert (len(columns), len(rows)) == (round(width * scale), round(height * scale))
+    margins = rows[0], SIZE - 1 - rows[-1], columns[0], SIZE - 1 - columns[-1]
+    assert abs(margins[0] - margins[1]) <= 1
+    assert abs(margins[2] - margins[3]) <= 1
+
+
+@pytest.mark.parametrize("recipe", [LETTERBOX, STRETCH], ids=lambda recipe: recipe.fit)
+def test_a_box_in_prepared_pixels_is_where_its_content_is(recipe: Recipe) -> None:
+    pixels = np.zeros((150, 200), np.uint8)
+    pixels[30:90, 50:150] = 255
+    x, y, w, h = recipe.to_prepared((50, 30, 100, 60), 200, 150)
+    inside = np.zeros((SIZE, SIZE), bool)
+    inside[round(y) : round(y + h), round(x) : round(x + w)] = True
+    assert np.mean((decoded(encoded(pixels), recipe).pixels > 127) == inside) > 0.99
+
+
+sides = st.integers(32, 4096)
+shares = st.floats(0, 1)
+
+
+@given(
+    size=st.integers(32, 1024),
+    fit=st.sampled_from(["letterbox", "stretch"]),
+    width=sides,
+    height=sides,
+    shares=st.tuples(shares, shares, shares, shares),
+)
+def test_a_box_comes_back_from_prepared_pixels_where_it_was(
+    size: int, fit: str, width: int, height: int, shares: tuple[float, float, float, float]
+) -> None:
+    recipe = Recipe(size, fit)
+    box = (shares[0] * width, shares[1] * height, shares[2] * width, shares[3] * height)
+    prepared = recipe.to_prepared(box, width, height)
+    assert recipe.to_source(prepared, width, height) == pytest.approx(box, abs=1e-6 * max(width, height))
+    whole = recipe.to_prepared((0, 0, width, height), width, height)
+    assert min(whole) >= 0
+    assert whole[0] + whole[2] <= size + 1e-9
+    assert whole[1] + whole[3] <= size + 1e-9
+
+
+def test_the_id_of_a_recipe_changes_with_every_field() -> None:
+    others = {"size": 65, "fit": "stretch", "mean": 0.4, "std": 0.3, "window": "x", "resampling": "x", "version": 99}
+    assert set(others) == {field.name for field in fields(Recipe)}
+    ids = [replace(LETTERBOX, **{name: value}).id for name, value in others.items()]
+    assert len({LETTERBOX.id, *ids}) == 1 + len(others)
+
+
+def test_a_recipe_that_went_through_json_has_the_same_id() -> None:
+    assert Recipe.from_json(LETTERBOX.to_json()) == LETTERBOX
+    assert Recipe.from_json(LETTERBOX.to_json()).id == Recipe(SIZE, "letterbox").id
+
+
+def _seeds() -> list[bytes]:
+    image = Image.fromarray(grey(64, 48))
+    exif = Image.Exif()
+    exif[270] = "text" * 10
+    notes = PngInfo()
+    notes.add_text("a", "b" * 100, zip=True)
+    notes.add_itxt("k", "v", "en", "t", zip=True)
+    return [
+        encoded(image, pnginfo=notes, exif=exif, icc_profile=b"profile" * 9, dpi=(72, 72)),
+        encoded(grey(64, 48).astype(np.uint16) * 200),
+        encoded(image.convert("P"), transparency=b"\x00\x80"),
+        encoded(image.convert("RGBA")),
+        encoded(image, save_all=True, append_images=[image.rotate(90)]),
+        encoded(image, "JPEG", exif=exif),
+        encoded(image.convert("CMYK"), "JPEG"),
+        encoded(image.convert("RGB"), "JPEG", progressive=True),
+        encoded(image.convert("RGB"), "MPO", save_all=True, append_images=[image.convert("RGB")]),
+    ]
+
+
+def _with_true_checksums(png: bytes) -> bytes:
+    """A mutated PNG whose checksums hold, so that what lies behind them is reached."""
+    mended, place = png[:8], 8
+    while place + 12 <= len(png):
+        length = int.from_bytes(png[place : place + 4], "big")
+        if place + 12 + length > len(png):
+            break
+        mended += chunk(png[place + 4 : place + 8], png[place + 8 : place + 8 + length])
+        place += 12 + length
+    return mended + png[place:]
+
+
+SEEDS = _seeds()
+edits = st.tuples(
+    st.sampled_from(["set", "insert", "delete", "cut"]), st.floats(0, 1, exclude_max=True), st.binary(max_size=6)
+)
+
+
+@given(seed=st.sampled_from(SEEDS), edits=st.lists(edits, min_size=1, max_size=6), mend=st.booleans())
+@settings(max_examples=500, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_are_decoded_or_rejected_and_nothing_else(
+    seed: bytes, edits: list[tuple[str, float, bytes]], mend: bool
+) -> None:
+    data = seed
+    for kind, share, new in edits:
+        place = int(share * share * len(data))  # headers are near the beginning
+        if kind == "cut":
+            data = data[: int(len(data) * (1 - share / 4))]
+        else:
+            removed = {"set": len(new), "insert": 0, "delete": len(new)}[kind]
+            data = data[:place] + (b"" if kind == "delete" else new) + data[place + removed :]
+    if mend:
+        data = _with_true_checksums(data)
+    with contextlib.suppress(RejectedImage):
+        assert decode(data, LETTERBOX, LIMITS).pixels.shape == (SIZE, SIZE)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_random_bytes_are_rejected(data: bytes) -> None:
+    for start in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"):
+        assert rejected(start + data).reason in {"not_an_image", "damaged"}
