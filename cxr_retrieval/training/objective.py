@@ -63,6 +63,7 @@ class Objective:
         """
         loss = self.settings
         targets_BK = centre_targets(labels_BC, loss.no_finding)
+        contrastive_weight = loss.contrastive_weight * (progress >= loss.contrastive_from)
         weights = step_weights(progress, self.steps, self.shallow_share)
         total = output.z_PSBD.new_zeros(())
         sums = {"ccloss": total.clone(), "cross_entropy": total.clone()}
@@ -83,7 +84,7 @@ class Objective:
                     temperature=loss.temperature,
                 )
                 entropy = self._entropy(logits_BC, labels_BC)
-                total = total + weight * (loss.contrastive_weight * contrast + loss.classification_weight * entropy)
+                total = total + weight * (contrastive_weight * contrast + loss.classification_weight * entropy)
                 sums["ccloss"] += weight * contrast.detach()
                 sums["cross_entropy"] += weight * entropy.detach()
                 scale += weight

@@ -124,7 +124,7 @@ def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> No
         (("corpus.validation_share=0.4", "corpus.test_share=0.5"), "corpus.validation_share + corpus.test_share"),
         (("training.lanes=4", "training.workers=3"), "training.lanes=4 is not a multiple of training.workers=3"),
         (("training.batch_size=30",), "training.batch_size=30 is not a multiple of training.lanes=4"),
-        (("training.accumulation=3",), "training.batch_size=64 is not a multiple of training.lanes=4 x training.acc"),
+        (("training.accumulation=3",), "training.batch_size=32 is not a multiple of training.lanes=4 x training.acc"),
     ],
 )
 def test_a_rule_between_settings_names_them(words: tuple[str, ...], told: str) -> None:

@@ -85,7 +85,8 @@ def test_a_share_of_0_is_no_schedule():
 def test_the_loss_is_the_weighted_sum_over_passes_and_steps(passes, form, no_finding, progress):
     """Means over steps and passes by weight; the joint classifier of a pass weighs what its deepest step does."""
     changes = {"form": form, "no_finding": no_finding, "margin": 1.2, "negative_weight": 0.7, "temperature": 0.3}
-    changes |= {"contrastive_weight": 0.6, "classification_weight": 1.7, "smoothing": 0.1}
+    changes |= {"contrastive_weight": 0.6, "contrastive_from": 0.06, "classification_weight": 1.7, "smoothing": 0.1}
+    joined = 0.6 if progress >= 0.06 else 0.0  # CCLoss joins late
     sums, out = objective(**changes), output(passes)
     table = centres(sums)
     targets_BK = centre_targets(labels(), no_finding)
@@ -109,7 +110,7 @@ def test_the_loss_is_the_weighted_sum_over_passes_and_steps(passes, form, no_fin
     total, cc_total, entropy_total = 0.0, 0.0, 0.0
     for p in range(passes):
         for s, weight in enumerate(weights):
-            total += weight * (0.6 * contrast(p, s) + 1.7 * entropy(out.logits_PSBC[p, s]))
+            total += weight * (joined * contrast(p, s) + 1.7 * entropy(out.logits_PSBC[p, s]))
             cc_total += weight * contrast(p, s)
             entropy_total += weight * entropy(out.logits_PSBC[p, s])
         total += weights[-1] * 1.7 * entropy(out.joint_PBC[p])
