@@ -37,6 +37,7 @@ EVALUATION_FILE, REPORT_FILE = "evaluation.json", "evaluation.html"
 PIXEL_SIDE = 32
 COLUMNS = ["patient_id", "view", "sex", "age_years", "findings", "unknown", "boxes", "pixels", "split"]
 METADATA = {"view": ("PA", "AP"), "sex": ("M", "F")}
+AGE_BANDS = (("0 to 17", 17), ("18 to 39", 39), ("40 to 64", 64), ("65 and over", 999))
 MIDDLE_AGE_YEARS, AGE_STEP_YEARS = 50.0, 20.0
 
 
@@ -49,7 +50,7 @@ class Images:
     crop_N4: np.ndarray
     labels_NC: Tensor
     patients: list[str]
-    views: list[str | None]
+    groups: dict[str, list[str | None]]
     pixels_NE: Tensor
     metadata_NE: Tensor
     boxes: list[list[dict[str, Any]]]
@@ -119,7 +120,7 @@ def read_images(embedded: Artifact, corpus: Corpus, model: Model, split: str) ->
         np.concatenate(crop),
         torch.cat(labels),
         facts["patient_id"].to_pylist(),
-        facts["view"].to_pylist(),
+        _groups(facts),
         torch.as_tensor(np.concatenate(pixels)),
         _metadata(facts),
         facts["boxes"].to_pylist(),
@@ -130,7 +131,7 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
     """Every figure of section "Evaluation" for every embedding, ready for JSON; shares are in 0 to 1."""
     every = queries if archive is None else _joined(queries, archive)
     patients = _codes(every.patients)
-    views = _codes([view or "" for view in every.views])
+    views = _codes([view or "" for view in every.groups["view"]])
     count = len(queries.patients)
     named = queries.embeddings(model)
     named_archive = archive.embeddings(model) if archive else {}
@@ -189,9 +190,23 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
         "per_finding": {
             name: _by_finding(figures[name]["all"], labels[asked]) for name in tables if name not in floors
         },
+        "by_group": {model.chosen: _by_group(chosen["all"], queries, asked, settings.draws)},
         "same_patient_nearest": {name: tables[name]["all"]["same_patient_nearest"] for name in (model.chosen, *floors)},
         **_localisation(queries, model.recipe.size),
     }
+
+
+def _by_group(figures: QueryFigures, images: Images, asked: Tensor, draws: int) -> dict[str, Any]:
+    """Figures of the queries of each view, sex and age band; the gallery stays whole."""
+    patients = _codes(images.patients)[asked]
+    found: dict[str, Any] = {}
+    for name, values in images.groups.items():
+        mine = np.asarray(values, dtype=object)[asked.numpy()]
+        found[name] = {
+            value: summarise(figures, patients, subset_Q=torch.as_tensor(mine == value), draws=draws)
+            for value in sorted(set(mine) - {None})
+        }
+    return found
 
 
 def _by_finding(figures: QueryFigures, labels_QC: Tensor) -> dict[str, Any]:
@@ -202,6 +217,8 @@ def _by_finding(figures: QueryFigures, labels_QC: Tensor) -> dict[str, Any]:
             "recall_at_8": float(found.recall[index, -1]),
             "precision_at_8": float(found.precision[index, -1]),
             "map": float(found.ap[index]),
+            "chance_precision": float(found.chance_precision[index]),
+            "chance_map": float(found.chance_ap[index]),
         }
         for index, name in enumerate(FINDINGS)
         if found.support[index] > 0
@@ -232,7 +249,7 @@ def _joined(a: Images, b: Images) -> Images:
         np.concatenate([a.crop_N4, b.crop_N4]),
         torch.cat([a.labels_NC, b.labels_NC]),
         a.patients + b.patients,
-        a.views + b.views,
+        {name: a.groups[name] + b.groups[name] for name in a.groups},
         torch.cat([a.pixels_NE, b.pixels_NE]),
         torch.cat([a.metadata_NE, b.metadata_NE]),
         a.boxes + b.boxes,
@@ -247,6 +264,15 @@ def _reduced(pixels_NHW: np.ndarray) -> np.ndarray:
     """The floor of pixels: 32 x 32 grey values, float32 [N, 1024]."""
     small = [cv2.resize(pixels, (PIXEL_SIDE, PIXEL_SIDE), interpolation=cv2.INTER_AREA) for pixels in pixels_NHW]
     return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255.0
+
+
+def _groups(facts: pa.Table) -> dict[str, list[str | None]]:
+    """View, sex and age band of every image; None where unknown."""
+    bands = [
+        None if age is None else next(name for name, last in AGE_BANDS if age <= last)
+        for age in facts["age_years"].to_pylist()
+    ]
+    return {"view": facts["view"].to_pylist(), "sex": facts["sex"].to_pylist(), "age": bands}
 
 
 def _metadata(facts: pa.Table) -> Tensor:

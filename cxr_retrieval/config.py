@@ -28,7 +28,6 @@ class Section(BaseModel):
 class CorpusSettings(Section):
     archive: str | None = Field(None, description="folder or s3:// prefix that holds the archive")
     name: str = Field("chest", pattern=NAME, description="name of the prepared corpus in the workspace")
-    format: Literal["nih"] = Field("nih", description="layout of the archive: nih = ChestX-ray14")
     size: int = Field(256, ge=32, le=1024, description="side of a prepared image in pixels")
     fit: Literal["letterbox", "stretch"] = Field("letterbox", description="how an image that is not square is fitted")
     box_frame: int = Field(1024, ge=1, description="side in pixels of the frame that the archive's boxes are given in")
@@ -55,7 +54,9 @@ class PhantomSettings(Section):
 
 
 class NetworkSettings(Section):
-    backbone: str = Field("resnet18_half", description="resnet18_half (for CPUs), resnet18, resnet50, convnextv2_tiny")
+    backbone: Literal["resnet18_half", "resnet18", "resnet50", "convnextv2_tiny"] = Field(
+        "resnet18_half", description="backbone by name; resnet18_half is for CPUs"
+    )
     weights: str | None = Field(None, description="safetensors file (local or s3://) with the backbone's weights")
     normalisation: Literal["group", "batch", "frozen_batch"] = Field(
         "group", description="group norm, per-worker batch norm (synchronised on GPUs), or frozen batch statistics"
@@ -77,7 +78,8 @@ class LossSettings(Section):
     temperature: float = Field(0.2, gt=0, le=10, description="temperature (softmax)")
     centre_rate: float = Field(0.05, gt=0, le=1, description="share of the way that a centre moves in one update")
     no_finding: Literal["center", "negatives_only", "ignore"] = Field(
-        "center", description="No Finding images: a centre of their own, negatives of every centre, or left out"
+        "center",
+        description="No Finding images: a centre of their own, pushed from all centres (margin form only), or left out",
     )
     contrastive_weight: float = Field(0.3, ge=0, description="weight of CCLoss in the sum")
     contrastive_from: float = Field(
@@ -188,6 +190,10 @@ class Settings(Section):
             raise ValueError(
                 f"training.batch_size={training.batch_size} is not a multiple of training.lanes={training.lanes}"
                 f" x training.accumulation={training.accumulation}"
+            )
+        if self.network.normalisation == "frozen_batch" and self.network.weights is None and self.model is None:
+            raise ValueError(
+                "network.normalisation=frozen_batch needs network.weights: there are no statistics to freeze"
             )
         if training.jigsaw and (corpus.size % JIGSAW_PATCHES or self.network.steps < 2):
             raise ValueError(

@@ -37,7 +37,7 @@ def show_evaluation(evaluation: Artifact, worked: bool) -> None:
     state = "" if worked else " (finished before, nothing to do)"
     for gallery in ("all", "findings"):
         console.show_table(
-            f"Retrieval among {gallery}, {figures['queries']:,} queries of held-out patients, percent{state}",
+            f"Retrieval among {gallery}: {figures['queries']:,} {figures['split']} queries, percent{state}",
             ["embedding", "Recall@2", "@4", "@6", "@8", "precision@8", "mAP"],
             headline(figures, gallery),
         )

@@ -28,7 +28,7 @@ from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.index.versions import publish
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training.run import model_draft, train
+from cxr_retrieval.training.run import model_draft, model_of, train
 from jobs.evaluate import show_evaluation
 from jobs.publish import destination
 from jobs.search import gallery, read_query
@@ -57,18 +57,21 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     pseudonyms = Pseudonyms.of(settings.privacy)
     start_ray()
     steps = Steps()
+    given = None
+    if settings.model is not None:
+        settings, given = model_of(settings)
     prepared, worked = prepare(settings.corpus, settings.workspace)
     corpus = Corpus(prepared)
     steps.done("prepare", prepared.counts["archive"], corpus.rows, prepared.uri, worked)
 
-    model, worked = train(settings, corpus)
+    model, worked = (given, False) if given else train(settings, corpus)
     steps.done("train", model.counts["train_images"], model.counts["train_images"], model.uri, worked)
 
     embedded, worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
     steps.done("embed", corpus.rows, embedded.counts["embedded"], embedded.uri, worked)
 
-    evaluation, worked = evaluate(settings.evaluation, settings.workspace, model.uri, corpus, embedded)
-    steps.done("evaluate", evaluation.counts["images"], evaluation.counts["queries"], evaluation.uri, worked)
+    evaluation, evaluated = evaluate(settings.evaluation, settings.workspace, model.uri, corpus, embedded)
+    steps.done("evaluate", evaluation.counts["images"], evaluation.counts["queries"], evaluation.uri, evaluated)
 
     source = Source(corpus, embedded, model.uri, settings.index.embedding or model.manifest["chosen"])
     build, worked = build_index(settings.index, settings.workspace, source, pseudonyms)
@@ -78,11 +81,11 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     published = publish(build, to, settings.publish.alias)
     steps.done("publish", build.counts["indexed"], build.counts["indexed"], to, published.moved)
 
-    page = _search(settings, corpus, f"{to}@{published.alias}")
-    steps.done("search", settings.search.queries, settings.search.queries * settings.search.k, page)
+    page, queries, hits = _search(settings, corpus, f"{to}@{published.alias}")
+    steps.done("search", queries, hits, page)
 
     console.show_table("Steps", ["step", "rows in", "rows out", "seconds", "where"], steps.rows)
-    show_evaluation(evaluation, worked=True)
+    show_evaluation(evaluation, evaluated)
     figures = json.loads(evaluation.read(EVALUATION_FILE))
     summary = _summary(prepared, embedded, build, figures) | {
         "version": published.version,
@@ -95,8 +98,8 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     console.out.print(f"gallery: {page}", soft_wrap=True)
 
 
-def _search(settings: Settings, corpus: Corpus, reference: str) -> str:
-    """Search the published index with images of held-out patients and write the gallery."""
+def _search(settings: Settings, corpus: Corpus, reference: str) -> tuple[str, int, int]:
+    """Search the published index with images of held-out patients: the gallery, the queries asked, the hits found."""
     retriever = Retriever.open(reference)
     found = []
     for uri in query_images(corpus, settings.evaluation.split, settings.search.queries):
@@ -104,9 +107,9 @@ def _search(settings: Settings, corpus: Corpus, reference: str) -> str:
         found.append(
             (uri, query, retriever.search(query, settings.search.k, exclude_own=settings.search.exclude_own_patient))
         )
-    page = storage.join(settings.workspace, "reports", f"gallery-{settings.publish.alias}.html")
+    page = storage.join(settings.workspace, "reports", f"gallery-{settings.index.name}-{settings.publish.alias}.html")
     storage.write_bytes(page, gallery(retriever, reference, found).encode())
-    return page
+    return page, len(found), sum(len(answer.cases) for _, _, answer in found)
 
 
 def query_images(corpus: Corpus, split: str, count: int) -> list[str]:

@@ -111,12 +111,14 @@ def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, 
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     size = retriever.model.recipe.size
-    results = []
+    results: list[QueryResult] = []
     for image, query, answer in found:
         known = answer.known
         own = known.findings if known else ()
         # A file's name may be a patient's: a page of a pseudonymised index has the names that the index knows.
-        name = known.image_id if known and facts["pseudonymised"] else image.rpartition("/")[2]
+        name = image.rpartition("/")[2]
+        if facts["pseudonymised"]:
+            name = known.image_id if known else f"query {len(results) + 1}"
         case = Case(
             image_id=name,
             findings=own,

@@ -13,11 +13,14 @@ from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, train
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
+    if settings.model is not None:
+        raise UserError("model is set, but this job trains one: leave it out, or use jobs.evaluate or jobs.pipeline")
     start_ray()
     corpus, _worked = prepare(settings.corpus, settings.workspace)
     model, worked = train(settings, Corpus(corpus))

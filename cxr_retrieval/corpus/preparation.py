@@ -223,8 +223,12 @@ def _fetched(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes
             return None
         try:
             return storage.read_bytes(row["source_uri"])
-        except (FileNotFoundError, PermissionError) as error:
+        except FileNotFoundError as error:
             return error
+        except UserError as error:
+            if isinstance(error.__cause__, PermissionError):
+                return error  # one file that may not be read; a whole disk that fails ends the job
+            raise
 
     with ThreadPoolExecutor(READS_AHEAD) as pool:
         for start in range(0, len(rows), READS_AHEAD):

@@ -67,10 +67,10 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
             f" {corpus.artifact.uri} was prepared under {corpus.recipe.id}: prepare it with the model's corpus.size and"
             " corpus.fit"
         )
-    folder = storage.join(workspace, "embeddings")
-    ids = [part["input_id"] for part in corpus.artifact.manifest["parts"]]
-    parts = [Draft.under(storage.join(folder, "parts"), PART_KIND, {}, (model.input_id, part)) for part in ids]
     draft = embeddings_draft(workspace, model, corpus)
+    folder = storage.join(storage.parent(draft.uri), "parts")
+    ids = [part["input_id"] for part in corpus.artifact.manifest["parts"]]
+    parts = [Draft.under(folder, PART_KIND, {}, (model.input_id, part)) for part in ids]
     done = artifacts.find(draft.uri)
     if done:
         return done, False

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cxr_retrieval.corpus.decoding import Limits, decode
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.shards import Shards
 from cxr_retrieval.index.versions import OpenVersion, open_version
 from cxr_retrieval.network.progressive import embeddings
@@ -97,6 +98,8 @@ class Retriever:
         """The k nearest images. `exclude_own` leaves out the patient of the indexed image that the query is, if any;
         `exclude_patient` names a patient, as the index knows them, to leave out too."""
         known = self._known(query)
+        if exclude_patient is not None and not any((patients == exclude_patient).any() for patients in self._patients):
+            raise UserError(f"patient {exclude_patient!r} is not in this index: name a patient as the index knows them")
         left_out = [known.patient] if known and exclude_own else []
         left_out += [exclude_patient] if exclude_patient is not None else []
         allowed = [~np.isin(patients, left_out) for patients in self._patients]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cxr_retrieval.network.attention import Screen, crop_and_resize, crop_boxes, heat_map, sum_activations
 from cxr_retrieval.network.backbones import Normalisation, build_backbone
-from cxr_retrieval.network.steps import CROP, WHOLE, Step, StepOutput
+from cxr_retrieval.network.steps import CROP, PRIOR_LOGIT, WHOLE, Step, StepOutput
 
 
 class Output(NamedTuple):
@@ -101,6 +101,7 @@ class ProgressiveNetwork(nn.Module):
         stages = [Step(channels, dimensions, findings, normalisation) for channels in self.backbone.channels]
         self.steps = nn.ModuleList(stages)
         self.joint = nn.Linear(sum(step.classifier.in_features for step in stages), findings)
+        nn.init.constant_(self.joint.bias, PRIOR_LOGIT)
 
     def _pass(self, images_B1HW: Tensor, which: int) -> _Pass:
         maps = list(self.backbone(images_B1HW))

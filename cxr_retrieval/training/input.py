@@ -63,6 +63,7 @@ class WorkerInput:
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
+        context.target_max_block_size = None  # Ray would cut a large block between the images of a step
         items = [{"epoch": epoch, "first": first, "last": last} for epoch, first, last in windows]
         with ray.data.DataContext.current(context):
             read: Any = self._read  # Ray's types do not know that a table may come out

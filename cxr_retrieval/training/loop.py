@@ -6,6 +6,7 @@ S steps, P passes, B images, C findings, D dimensions.
 import contextlib
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -80,6 +81,8 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        # Workers of one machine share its cores: more threads than cores spin at every barrier and halve the speed.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         self.recipe = self.corpus.recipe
         self.autocast = _precision(self.settings.training.precision, self.device)
         torch.manual_seed(self.settings.seed)
@@ -197,7 +200,14 @@ class Worker:
         assert isinstance(self.model, nn.parallel.DistributedDataParallel)
         return self.model
 
+    def _share_buffers(self) -> None:
+        """Every worker evaluates the network that the first one saves: batch statistics differ after the last step."""
+        if self.workers > 1:
+            for buffer in self.network.buffers():
+                dist.broadcast(buffer, src=0)
+
     def _end_epoch(self, epoch: int, record: dict[str, Any]) -> None:
+        self._share_buffers()
         vectors, labels, patients = self._validation_vectors(None)
         figures = _figures(vectors, labels, patients)
         record |= {"epoch": epoch, "validation": {name: _headline(figure) for name, figure in figures.items()}}

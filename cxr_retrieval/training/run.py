@@ -18,6 +18,7 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.runtime import require_cpus
 from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
 from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
 
@@ -62,6 +63,9 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     done = artifacts.find(draft.uri)
     if done:
         return done, False
+    require_cpus(
+        settings.training.workers, settings.training.cpus_per_worker, settings.training.workers * settings.training.gpu
+    )
     build_network(settings.network, len(FINDINGS))  # what is wrong with it is known before workers start
     draft.begin()
     training = settings.training
@@ -93,7 +97,10 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
 
 def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any]) -> Artifact:
     final = run["final"]
-    if run["history"][-1]["centres_collapsed"]:
+    best = run["history"][run["best_epoch"]]
+    cosines = ", ".join(f"{cosine:.2f}" for cosine in best["centre_cosine"])
+    console.say(f"mean cosine between the centres of each pass and step: {cosines}")
+    if best["centres_collapsed"]:
         console.say(
             "warning: the centres of a step have collapsed onto one point (mean cosine above 0.9): see model.json"
         )

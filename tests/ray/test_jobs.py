@@ -392,7 +392,11 @@ def test_searching_needs_no_cluster(world: World) -> None:
 
 
 def test_the_embedded_rows_are_those_of_the_archive(world: World) -> None:
-    names: list[str] = []
+    embedded: list[int] = []
     for path in Path(world.workspace, "embeddings", "parts").glob("*/embeddings.parquet"):
-        names += pq.read_table(path, columns=["image_id"])["image_id"].to_pylist()
-    assert sorted(names) == sorted(path.name for path in (world.archive / "images").iterdir())
+        embedded += pq.read_table(path, columns=["pixel_id"])["pixel_id"].to_pylist()
+    prepared: list[bytes] = []
+    for path in Path(world.workspace, "corpora").glob("*/parts/*/rows.parquet"):
+        prepared += pq.read_table(path, columns=["pixel_sha256"])["pixel_sha256"].to_pylist()
+    assert sorted(embedded) == sorted(int.from_bytes(value[:8], "big", signed=True) for value in prepared)
+    assert len(embedded) == len(list((world.archive / "images").iterdir()))

@@ -31,6 +31,7 @@ KEYS = {
     "chosen",
     "embeddings",
     "floors",
+    "by_group",
     "chosen_minus_floor",
     "per_finding",
     "same_patient_nearest",
@@ -51,7 +52,11 @@ def images(count: int, patients: int, seed: int, first_patient: int = 0) -> Imag
         rng.integers(10, 30, (count, 4)).astype(np.int32),
         torch.as_tensor(labels),
         [f"p{first_patient + number}" for number in rng.integers(patients, size=count)],
-        [(None, "PA", "AP")[n] for n in rng.integers(3, size=count)],
+        {
+            "view": [(None, "PA", "AP")[n] for n in rng.integers(3, size=count)],
+            "sex": ["M", "F"] * (count // 2) + ["M"] * (count % 2),
+            "age": [None] * count,
+        },
         torch.as_tensor(rng.random((count, 32 * 32)), dtype=torch.float32),
         torch.as_tensor(rng.normal(size=(count, 5)), dtype=torch.float32),
         [[{"finding": "Mass", "x": x, "y": y, "w": w, "h": h}] * (n % 5 == 0) for n in range(count)],
@@ -91,7 +96,8 @@ def taken(source: Images, rows: Sequence[int], **changed: Any) -> Images:
         "z_PSND": source.z_PSND[:, :, index],
         "joint_PNC": source.joint_PNC[:, index],
         **{name: getattr(source, name)[index] for name in ("crop_N4", "labels_NC", "pixels_NE", "metadata_NE")},
-        **{name: [getattr(source, name)[row] for row in index] for name in ("patients", "views", "boxes")},
+        **{name: [getattr(source, name)[row] for row in index] for name in ("patients", "boxes")},
+        "groups": {name: [values[row] for row in index] for name, values in source.groups.items()},
     }
     return Images(**(fields | changed))
 
@@ -188,7 +194,7 @@ def test_figures_are_those_of_a_plain_retrieval(
     name: str, figures: dict[str, Any], queries: Images, archive: Images, model: Model
 ) -> None:
     vectors, trained = queries.embeddings(model)[name], archive.embeddings(model)[name]
-    labels, patients, views = queries.labels_NC, codes(queries.patients), codes(queries.views)
+    labels, patients, views = queries.labels_NC, codes(queries.patients), codes(queries.groups["view"])
     asked = (labels == 1).any(1)
     ask = vectors[asked], labels[asked], patients[asked]
     tables = figures["embeddings"][name]
@@ -232,7 +238,8 @@ def twins() -> Images:
     labels[:4, 3] = 1
     labels[4:, 5] = 1
     names = ["a", "a", "b", "b", "c", "c"]
-    return taken(source, [0, 0, 1, 1, 2, 2], labels_NC=labels, patients=names, views=["PA"] * 6)
+    groups = {"view": ["PA"] * 6, "sex": ["M"] * 6, "age": [None] * 6}
+    return taken(source, [0, 0, 1, 1, 2, 2], labels_NC=labels, patients=names, groups=groups)
 
 
 def test_the_own_patient_is_never_a_hit_however_near(model: Model) -> None:
