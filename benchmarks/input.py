@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 from ray.train import RunConfig, ScalingConfig
@@ -27,20 +28,20 @@ from cxr_retrieval.training.loop import TrainJob, Worker
 IMAGES, SIDE, ROUNDS, STEPS = 2000, 128, 3, 20
 
 
-def measure(config: dict[str, TrainJob]) -> list[tuple[float, float]]:
-    """Pairs of seconds for STEPS steps: with real input, and on one batch in memory. Runs in the worker."""
+def measure(config: dict[str, Any]) -> list[tuple[float, float]]:
+    """Pairs of seconds for some steps: with real input, and on one batch in memory. Runs in the worker."""
     worker = Worker(config["job"])
     source = worker._batches()
     worker._step(source)
 
     def seconds(batches: Iterator[Batch]) -> float:
         began = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(config["steps"]):
             worker._step(batches)
         return time.perf_counter() - began
 
     kept = next(source)
-    return [(seconds(source), seconds(repeat(kept))) for _ in range(ROUNDS)]
+    return [(seconds(source), seconds(repeat(kept))) for _ in range(config["rounds"])]
 
 
 def settings_for(archive: str, workspace: str) -> Settings:
@@ -55,7 +56,11 @@ def main() -> None:
         corpus = Corpus(prepare(settings.corpus, folder)[0])
         trainer = TorchTrainer(
             measure,
-            train_loop_config={"job": TrainJob(settings, corpus, os.path.join(folder, "progress.json"))},
+            train_loop_config={
+                "job": TrainJob(settings, corpus, os.path.join(folder, "progress.json")),
+                "rounds": ROUNDS,
+                "steps": STEPS,
+            },
             scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
             run_config=RunConfig(name="input", storage_path=folder),
         )

@@ -69,7 +69,8 @@ def say(text: str) -> None:
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table to standard output; numbers are aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    out.print(title, style="bold", soft_wrap=True)  # not the table's own title, which breaks at the table's width
+    table = Table()
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")

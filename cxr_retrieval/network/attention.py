@@ -51,9 +51,10 @@ def heat_map(activations_BCHW: Tensor, logits_BC: Tensor) -> Tensor:
     """
     # Not an einsum: autocast would make that bfloat16.
     heat_BHW = (activations_BCHW.float() * logits_BC.float().sigmoid()[:, :, None, None]).sum(1)
+    rounding_B11 = 1e-6 * heat_BHW.abs().amax((1, 2), keepdim=True)  # a constant map may differ in its last bit
     heat_BHW = heat_BHW - heat_BHW.amin((1, 2), keepdim=True)
     top_B11 = heat_BHW.amax((1, 2), keepdim=True)
-    return heat_BHW / top_B11.where(top_B11 > 0, 1.0)
+    return (heat_BHW / top_B11.where(top_B11 > 0, 1.0)).where(top_B11 > rounding_B11, 0.0)
 
 
 def largest_component(mask_BHW: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import archive, claim
 
 SMALL = {
-    "prepare": {"IMAGES": 16, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
+    "prepare": {"IMAGES": 48, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
     "embed": {"IMAGES": 64, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "STEPS": 1},
 }
