@@ -29,7 +29,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def built_index(settings: Settings) -> tuple[Artifact, bool]:
-    """The index that these settings build, with whatever it needs done first."""
+    """The index of a trained model's corpus, embedded first where it is not. Raises UserError without that model."""
     pseudonyms = Pseudonyms.of(settings.privacy)  # before any work: a missing key is known at once
     start_ray()
     settings, model = model_of(settings)
