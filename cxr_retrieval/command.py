@@ -43,8 +43,9 @@ def run(
         arguments(parser)
     options = parser.parse_intermixed_args()
     try:
-        keys = [word for word in options.settings if "=" in word]
-        options.rest = [word for word in options.settings if "=" not in word]
+        # A path may hold `=` too: no key has a slash.
+        keys = [word for word in options.settings if "=" in word and "/" not in word.partition("=")[0]]
+        options.rest = [word for word in options.settings if word not in keys]
         if options.rest and words is None:
             raise UserError(f"cannot read {options.rest[0]!r} from {config.COMMAND_LINE}: write section.key=value")
         settings = config.load_settings(options.config, keys + (implied(options) if implied else []))

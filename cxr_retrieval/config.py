@@ -106,6 +106,9 @@ class TrainingSettings(Section):
     learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate (AdamW, warm-up, cosine)")
     weight_decay: float = Field(0.05, ge=0, le=1, description="decoupled weight decay")
     warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps that warms up")
+    averaging: float = Field(
+        0.998, ge=0, lt=1, description="decay of the running average of the weights, which is what becomes the model"
+    )
     shallow_share: float = Field(
         0.3, ge=0, le=1, description="share of the steps until the deepest step has full weight"
     )
@@ -238,7 +241,8 @@ def validate(values: Mapping[str, tuple[Any, str]]) -> Settings:
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         message = first["msg"].removeprefix("Value error, ")
         if key not in values:  # a rule between settings: its message names the keys
-            raise UserError(message) from None
+            origins = dict.fromkeys(origin for name, (_, origin) in values.items() if name in message)
+            raise UserError(f"{message} (in {', '.join(origins)})" if origins else message) from None
         value, origin = values[key]
         raise UserError(f"setting {key}={value!r} in {origin}: {message[0].lower()}{message[1:]}") from None
 

@@ -19,6 +19,7 @@ from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.runtime import start_ray
+from cxr_retrieval.training.model import MODEL_FILE
 from cxr_retrieval.training.run import model_of
 
 
@@ -26,9 +27,20 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     start_ray()
     settings, model = model_of(settings)
     corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
+    warn_of_overlap(settings, model, corpus)
     embedded, _worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
     evaluation, worked = evaluate(settings.evaluation, settings.workspace, model.uri, corpus, embedded)
     show_evaluation(evaluation, worked)
+
+
+def warn_of_overlap(settings: Settings, model: Artifact, corpus: Corpus) -> None:
+    """Say so where an archive that is all test data is the one that the model learnt from."""
+    learnt_from = json.loads(model.read(MODEL_FILE)).get("label_tables")
+    if settings.corpus.split == "all_test" and learnt_from == sorted(corpus.artifact.manifest["label_tables"].values()):
+        console.say(
+            "warning: the model was trained on patients of this very archive, and all of them are test data here:"
+            " for held-out figures give the training run's config instead of model=URI"
+        )
 
 
 def show_evaluation(evaluation: Artifact, worked: bool) -> None:

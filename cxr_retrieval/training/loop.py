@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import JIGSAW_PATCHES, Settings
@@ -97,6 +98,7 @@ class Worker:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.model: nn.Module = ray.train.torch.prepare_model(network)  # wrapped by DDP where there are several workers
         self.network = network
+        self.averaged = AveragedModel(network, multi_avg_fn=running_average(training.averaging), use_buffers=True)
         self.optimizer = _optimizer(self.model, training.learning_rate, training.weight_decay)
         labels = torch.as_tensor(labels_of(self.corpus.take(self.places, ["findings", "unknown"])))
         steps = self.settings.network.steps
@@ -169,6 +171,7 @@ class Worker:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         if torch.isfinite(norm):
             self.optimizer.step()
+            self.averaged.update_parameters(self.network)
             self.centres.apply()
             self.skipped = 0
         else:  # the same on every worker, because gradients are averaged before they are measured
@@ -203,7 +206,7 @@ class Worker:
     def _share_buffers(self) -> None:
         """Every worker evaluates the network that the first one saves: batch statistics differ after the last step."""
         if self.workers > 1:
-            for buffer in self.network.buffers():
+            for buffer in (*self.network.buffers(), *self.averaged.buffers()):
                 dist.broadcast(buffer, src=0)
 
     def _end_epoch(self, epoch: int, record: dict[str, Any]) -> None:
@@ -218,7 +221,7 @@ class Worker:
         if best > self.state.best_map:
             self.state.best_map, self.state.best_epoch = best, epoch
             self.state.best_network = {
-                name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()
+                name: value.detach().cpu().clone() for name, value in self.averaged.module.state_dict().items()
             }
             self.state.best_centres = self.centres.vectors_TCD.cpu().clone()
         self._tell(epoch, self.order.steps, force=True)
@@ -226,7 +229,7 @@ class Worker:
 
     def _finish(self) -> None:
         """With the best weights: the training mean of every embedding, then the choice on validation patients."""
-        self.network.load_state_dict(self.state.best_network)
+        self.averaged.module.load_state_dict(self.state.best_network)
         sums: dict[str, Tensor] = {}
         count = torch.zeros(1, dtype=torch.float64, device=self.device)
         stride = max(1, len(self.places) // CENTRING_IMAGES)
@@ -277,15 +280,15 @@ class Worker:
         return vectors, torch.as_tensor(labels), torch.as_tensor(np.unique(patient_ids, return_inverse=True)[1])
 
     def _embed(self, places: np.ndarray) -> Iterator[tuple[Output, Any]]:
-        """This worker's contiguous share of `places` through the network in evaluation mode."""
-        self.model.eval()
+        """This worker's contiguous share of `places` through the averaged network in evaluation mode."""
+        self.averaged.eval()
         size = 2 * self.settings.training.batch_size
         share = np.array_split(places, self.workers)[self.rank]
         for start in range(0, len(share), size):
             table = self.corpus.take(share[start : start + size], ["pixels", "patient_id", "findings", "unknown"])
             with torch.inference_mode(), self.autocast():
                 images = normalised(pixels_of(table, self.recipe.size).copy(), self.recipe, self.device)
-                yield Output(*self.network(images)), table
+                yield Output(*self.averaged.module(images)), table
 
     def _report(self, metrics: dict[str, Any]) -> None:
         """A barrier: every worker calls it equally often; the first one writes the checkpoint."""
@@ -295,6 +298,7 @@ class Worker:
         with tempfile.TemporaryDirectory(prefix="cxr-checkpoint-") as folder:
             saved = {
                 "network": self.network.state_dict(),
+                "averaged": self.averaged.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "centres": self.centres.state_dict(),
                 "run": vars(self.state),
@@ -308,6 +312,7 @@ class Worker:
             return
         saved = load_state(checkpoint, self.device)
         self.network.load_state_dict(saved["network"])
+        self.averaged.load_state_dict(saved["averaged"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.centres.load_state_dict(saved["centres"])
         self.centres.to(self.device)
@@ -338,12 +343,31 @@ def load_state(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> di
     return saved
 
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def running_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """How an average of weights follows them: by 1 - `decay` a step, and faster in the first steps, whose weights are
+    not worth keeping. Whole numbers (counts of batches) are taken over as they are.
+    """
+
+    def follow(averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:
+        share = 1.0 - min(decay, (1.0 + float(steps)) / (10.0 + float(steps)))
+        for average, weight in zip(averages, weights, strict=True):
+            if average.is_floating_point():
+                average.lerp_(weight, share)
+            else:
+                average.copy_(weight)
+
+    return follow
+
+
 def _optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
     """AdamW; vectors (norms, biases) are not decayed."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     kept = [p for p in model.parameters() if p.dim() <= 1]
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}], lr=rate
+        [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}], lr=rate, fused=True
     )
 
 

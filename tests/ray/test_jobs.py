@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import re
@@ -118,6 +119,7 @@ def untrained_model(workspace: str, archive: Path, size: int = 64) -> str:
         vectors = uncentred(network(normalised(pixels, recipe)))
     facts = {"network": settings.model_dump(), "findings": list(FINDINGS), "chosen": "combined"}
     facts["decode_recipe"] = recipe.to_json()
+    facts["label_tables"] = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in archive.glob("*.csv"))
     draft = Draft("", MODEL_KIND, {"recipe": recipe.id}, ())
     draft = Draft(storage.join(workspace, "models", draft.input_id), MODEL_KIND, draft.settings, ()).begin()
     centring = {name: vector.mean(0) for name, vector in vectors.items()}
@@ -172,6 +174,12 @@ def test_another_archive_is_all_test_and_has_no_archive_gallery(world: World) ->
     for tables in (*figures["embeddings"].values(), *figures["floors"].values()):
         assert set(tables) == {"all", "findings", "same_view"}
     assert "finished before, nothing to do" in done("evaluate", *world.words)
+
+
+def test_a_model_evaluated_on_the_archive_it_learnt_from_is_no_held_out_figure_and_says_so(world: World) -> None:
+    warning = "warning: the model was trained on patients of this very archive"
+    assert warning in job("evaluate", *world.words).err
+    assert warning not in job("evaluate", *world.words, "corpus.split=hash").err
 
 
 def test_plans_say_what_would_run_and_leave_no_trace(world: World, tmp_path: Path) -> None:

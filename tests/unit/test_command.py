@@ -53,6 +53,12 @@ def test_words_and_files_reach_the_job_with_an_absolute_workspace(
     assert run("workspace=s3://bucket/x/")[0][1].workspace == "s3://bucket/x"
 
 
+def test_a_path_with_an_equals_sign_is_a_path(run: Run) -> None:
+    [(_, settings, options)] = run("./view=PA.png", "seed=3", "film.png", words="images")
+    assert options.rest == ["./view=PA.png", "film.png"]
+    assert settings.seed == 3
+
+
 def test_plan_runs_the_plan_and_not_the_job(run: Run) -> None:
     assert [what for what, _, _ in run("--plan")] == ["plan"]
 

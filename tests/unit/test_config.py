@@ -129,6 +129,12 @@ def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> No
 )
 def test_a_rule_between_settings_names_them(words: tuple[str, ...], told: str) -> None:
     assert refused(*words).startswith(told)
+    assert refused(*words).endswith("(in the command line)")
+
+
+def test_a_rule_between_settings_names_the_files_that_broke_it(tmp_path: Path) -> None:
+    file = written(tmp_path, "training: {workers: 3}")
+    assert refused("training.lanes=4", files=(file,)).endswith(f"(in {file}, the command line)")
 
 
 @pytest.mark.parametrize(
