@@ -25,7 +25,7 @@ from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.runtime import start_ray
 
-IMAGES, SIDE, SIZE, ROUNDS = 400, 1024, 256, 3
+IMAGES, SIDE, SIZE, ROUNDS = 1200, 1024, 256, 3
 
 
 def plain_loop(paths: list[Path], out: Path) -> None:
@@ -62,7 +62,7 @@ def plain_loops(processes: ProcessPoolExecutor, folder: Path, to: Path) -> float
 
 def ours(archive: str, workspace: str) -> float:
     """Images per second of prepare."""
-    settings = CorpusSettings(archive=archive, size=SIZE, partition_images=IMAGES // (2 * (os.cpu_count() or 1)))
+    settings = CorpusSettings(archive=archive, size=SIZE, partition_images=IMAGES // (6 * (os.cpu_count() or 1)))
     began = time.perf_counter()
     corpus, _ = prepare(settings, workspace)
     return corpus.counts["prepared"] / (time.perf_counter() - began)
