@@ -25,7 +25,7 @@ from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.runtime import start_ray
 
-IMAGES, SIDE, SIZE, ROUNDS = 1200, 1024, 256, 3
+IMAGES, SIDE, SIZE, ROUNDS = 400, 1024, 256, 3
 
 
 def plain_loop(paths: list[Path], out: Path) -> None:

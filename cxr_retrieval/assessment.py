@@ -83,7 +83,7 @@ def evaluate(
     trained_on = corpus.artifact.manifest["splits"][TRAIN]["images"] > 0
     archive = read_images(embedded, corpus, model, TRAIN) if trained_on else None
     figures = assess(queries, archive, model, settings)
-    figures |= {"corpus": corpus.artifact.input_id, "model": embedded.manifest["inputs"][0], "split": settings.split}
+    figures |= {"corpus": corpus.artifact.input_id, "model": embedded.manifest["model"], "split": settings.split}
     files = [
         draft.write(EVALUATION_FILE, json.dumps(figures, indent=1).encode()),
         draft.write(REPORT_FILE, write_evaluation(figures).encode()),

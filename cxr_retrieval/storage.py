@@ -216,14 +216,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _list_local(folder: str, prefix: str) -> Iterator[StoredFile]:
+def _list_local(folder: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[StoredFile]:
+    state = os.stat(folder)
+    place = (state.st_dev, state.st_ino)
+    if place in above:
+        raise UserError(f"{folder}: a link to a folder that it lies in: remove it")
     with _explained(folder), os.scandir(folder) as entries:
         shown = [e for e in entries if not e.name.startswith(".")]
     # A folder sorts as "name/": the order of whole paths, which is S3's order too.
-    ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir(follow_symlinks=False) else e.name)
+    ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir() else e.name)
     for entry in ordered:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _list_local(entry.path, f"{prefix}{entry.name}/")
+        if entry.is_dir():
+            yield from _list_local(entry.path, f"{prefix}{entry.name}/", above | {place})
         elif entry.is_file():
             yield StoredFile(prefix + entry.name, entry.path, entry.stat().st_size)
 

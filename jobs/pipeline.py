@@ -29,7 +29,7 @@ from cxr_retrieval.index.versions import publish
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, model_of, train
-from jobs.evaluate import show_evaluation
+from jobs.evaluate import show_evaluation, warn_of_overlap
 from jobs.publish import destination
 from jobs.search import gallery, read_query
 
@@ -62,6 +62,8 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
         settings, given = model_of(settings)
     prepared, worked = prepare(settings.corpus, settings.workspace)
     corpus = Corpus(prepared)
+    if given:
+        warn_of_overlap(settings, given, corpus)
     steps.done("prepare", prepared.counts["archive"], corpus.rows, prepared.uri, worked)
 
     model, worked = (given, False) if given else train(settings, corpus)

@@ -50,9 +50,12 @@ def embedding_schema(steps: int, dimensions: int, findings: int) -> pa.Schema:
 
 
 def embeddings_draft(workspace: str, model: Artifact, corpus: Corpus) -> Draft:
-    """The embeddings of a corpus by a model: their identity and their place."""
+    """The embeddings of a corpus by a model: their identity and their place.
+
+    The model counts by its bytes: trained anew under the same settings it may be another, and its vectors too.
+    """
     folder = storage.join(workspace, "embeddings")
-    return Draft.under(folder, KIND, {}, (model.input_id, corpus.artifact.input_id))
+    return Draft.under(folder, KIND, {}, (model.manifest["content_id"], corpus.artifact.input_id))
 
 
 def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: Corpus) -> tuple[Artifact, bool]:
@@ -70,7 +73,7 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
     draft = embeddings_draft(workspace, model, corpus)
     folder = storage.join(storage.parent(draft.uri), "parts")
     ids = [part["input_id"] for part in corpus.artifact.manifest["parts"]]
-    parts = [Draft.under(folder, PART_KIND, {}, (model.input_id, part)) for part in ids]
+    parts = [Draft.under(folder, PART_KIND, {}, (model.manifest["content_id"], part)) for part in ids]
     done = artifacts.find(draft.uri)
     if done:
         return done, False
@@ -102,7 +105,7 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
         "embedded": sum(part.counts["embedded"] for part in finished) - excluded,
         "duplicates_left_out": excluded,
     }
-    return draft.finish([], counts, [ADDS_UP], finished, decode_recipe_id=corpus.recipe.id), True
+    return draft.finish([], counts, [ADDS_UP], finished, decode_recipe_id=corpus.recipe.id, model=model.input_id), True
 
 
 def _gpus() -> int:

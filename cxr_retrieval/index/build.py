@@ -120,12 +120,13 @@ def build_index(
             meter.advance(results[-1].rows)
     files = [entry for result in results for entry in result.files]
     indexed = sum(result.rows for result in results)
+    counts = {"embedded": rows, "indexed": indexed, "id_collisions": len(collisions)}
+    ADDS_UP.check(counts)
     facts = _facts(plan, source, model, pseudonyms, indexed)
     files += [draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)]
     proof = prove(draft.uri, facts, files, settings)
     facts |= {"probes": proof.probes, "proof": asdict(proof)}
     files.append(draft.write(INDEX_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()))
-    counts = {"embedded": rows, "indexed": indexed, "id_collisions": rows - indexed}
     return draft.finish(
         files, counts, [ADDS_UP], recall=proof.recall, shards=len(plan.shards), factory=plan.factory
     ), True
@@ -143,7 +144,7 @@ def _facts(plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms
         "decode_recipe": model.recipe.to_json(),
         "decode_recipe_id": model.recipe.id,
         "corpus": source.corpus.artifact.input_id,
-        "model": source.embeddings.manifest["inputs"][0],
+        "model": source.embeddings.manifest["model"],
         "pseudonymised": pseudonyms.key is not None,
     }
 
@@ -235,6 +236,7 @@ def _build_shard(
         sidecars.append(_sidecar(facts.slice(first, last - first), crops_N4[first:last], pseudonyms))
         thumbnails.append(_thumbnails(source.corpus, part, first, last))
     rows_ND, sidecar, pictures = np.concatenate(vectors), pa.concat_tables(sidecars), pa.concat_tables(thumbnails)
+    assert len(rows_ND) == len(sidecar) == len(pictures) == shard.stop - shard.start, "a shard lost rows"
     dropped = [row - shard.start for row in collisions if shard.start <= row < shard.stop]
     if dropped:
         kept = np.setdiff1d(np.arange(len(rows_ND)), dropped)

@@ -206,7 +206,7 @@ class Worker:
     def _share_buffers(self) -> None:
         """Every worker evaluates the network that the first one saves: batch statistics differ after the last step."""
         if self.workers > 1:
-            for buffer in (*self.network.buffers(), *self.averaged.buffers()):
+            for buffer in (*self.network.buffers(), *self.averaged.module.buffers()):
                 dist.broadcast(buffer, src=0)
 
     def _end_epoch(self, epoch: int, record: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
-from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.runtime import require_cpus
 from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
 from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
@@ -66,6 +67,7 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     require_cpus(
         settings.training.workers, settings.training.cpus_per_worker, settings.training.workers * settings.training.gpu
     )
+    _require_images(settings, corpus)
     build_network(settings.network, len(FINDINGS))  # what is wrong with it is known before workers start
     draft.begin()
     training = settings.training
@@ -93,6 +95,21 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     assert result.checkpoint is not None, "a run that ends has reported its last checkpoint"
     saved = load_state(result.checkpoint)
     return _export(draft, settings, corpus, saved["run"]), True
+
+
+def _require_images(settings: Settings, corpus: Corpus) -> None:
+    """Refuse a corpus that no run can train on, before workers start."""
+    splits = corpus.artifact.manifest["splits"]
+    if splits[TRAIN]["images"] < settings.training.batch_size:
+        raise UserError(
+            f"{splits[TRAIN]['images']} training images are fewer than training.batch_size="
+            f"{settings.training.batch_size}: lower it, or prepare more images"
+        )
+    if splits[VALIDATION]["patients"] < 2:
+        raise UserError(
+            f"{splits[VALIDATION]['patients']} validation patients: choosing an embedding takes at least two; raise"
+            " corpus.validation_share, or prepare more patients"
+        )
 
 
 def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any]) -> Artifact:

@@ -26,6 +26,7 @@ WORDS = [
     "corpus.size=64",
     "corpus.partition_images=32",
     "corpus.row_group_images=16",
+    "corpus.validation_share=0.25",
     "network.dimensions=16",
     "training.epochs=1",
     "training.batch_size=16",

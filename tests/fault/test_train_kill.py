@@ -25,8 +25,8 @@ EPOCHS, BATCH, EVERY = 3, 8, 2
 TIMEOUT_S = 300.0
 pytestmark = pytest.mark.usefixtures("ray_session")
 WORDS = (
-    "corpus.size=64 corpus.partition_images=32 corpus.row_group_images=8 network.dimensions=16"
-    f" training.epochs={EPOCHS} training.batch_size={BATCH} training.lanes=2"
+    "corpus.size=64 corpus.partition_images=32 corpus.row_group_images=8 corpus.validation_share=0.25"
+    f" network.dimensions=16 training.epochs={EPOCHS} training.batch_size={BATCH} training.lanes=2"
 ).split()
 
 

@@ -3,14 +3,15 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import archive, claim
 
 SMALL = {
-    "prepare": {"IMAGES": 48, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
-    "embed": {"IMAGES": 64, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
+    "prepare": {"IMAGES": 96, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
+    "embed": {"IMAGES": 64, "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "STEPS": 1},
 }
 
@@ -26,7 +27,13 @@ def test_a_benchmark_writes_its_claim_with_what_it_was_measured_against(
     monkeypatch.setattr(claim, "RESULTS", tmp_path)
     monkeypatch.setattr(archive, "RESULTS", tmp_path)
     module.main()
-    (written,) = json.loads((tmp_path / f"{name}.json").read_text())
+    claims = json.loads((tmp_path / f"{name}.json").read_text())
+    assert claims
+    for written in claims:
+        _check(written)
+
+
+def _check(written: dict[str, Any]) -> None:
     assert {"claim", "against", "ratio", "target", "holds", "samples", "machine"} <= set(written)
     assert written["ratio"] > 0
     assert written["holds"] == (written["ratio"] >= written["target"])

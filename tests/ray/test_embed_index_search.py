@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +373,18 @@ def test_a_later_row_with_an_id_that_is_taken_is_left_out_and_counted(
     query = shards.shards[2].rows_ND[20].astype(np.float32)
     (hits,) = shards.search(query[None], 1)
     assert (hits[0].shard, hits[0].row) == (2, 20)
+
+
+def test_a_row_that_a_shard_loses_fails_the_build(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = building._build_shard
+
+    def losing(*arguments: Any) -> Any:
+        built = whole(*arguments)
+        return replace(built, rows=built.rows - 1)
+
+    monkeypatch.setattr(building, "_build_shard", losing)
+    with pytest.raises(AccountingError, match="embedded 96 = indexed 95 \\+ id_collisions 0"):
+        build_index(IndexSettings(shard_rows=100, name="losing"), world.workspace, world.source, PLAIN)
 
 
 def test_collisions_are_the_later_rows_of_equal_ids(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from cxr_retrieval.config import CorpusSettings, NetworkSettings, Settings, Trai
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.training.loop import STATE_FILE
 from cxr_retrieval.training.model import Model
 from cxr_retrieval.training.run import model_draft, train
@@ -102,6 +103,23 @@ def test_the_history_holds_every_epoch_with_centres_and_validation(undisturbed):
     best_maps = [max(figures["map"] for figures in record["validation"].values()) for record in records]
     assert max(best_maps) > 0
     assert json.loads(artifact.read("model.json"))["best_epoch"] == best_maps.index(max(best_maps))
+
+
+@pytest.mark.parametrize(
+    ("corpus_settings", "told"),
+    [
+        ({"validation_share": 0.0}, "0 validation patients"),
+        ({"test_share": 0.85, "validation_share": 0.04}, "training"),
+    ],
+)
+def test_a_corpus_that_nothing_can_be_learnt_from_is_refused_before_workers_start(
+    corpus_settings: dict[str, float], told: str, phantom_archive, tmp_path
+):
+    plain = settings(phantom_archive, tmp_path, batch_size=64, lanes=2)
+    prepared = plain.corpus.model_copy(update=corpus_settings)
+    with pytest.raises(UserError, match=told):
+        train(plain, Corpus(prepare(prepared, str(tmp_path))[0]))
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_finished_model_is_not_trained_again(undisturbed, corpus):

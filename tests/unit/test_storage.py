@@ -182,6 +182,19 @@ def test_file_uris_and_plain_paths_are_one(tmp_path: Path) -> None:
     assert storage.canonical("s3://bucket/key/") == "s3://bucket/key"
 
 
+def test_linked_folders_are_listed_and_a_loop_is_refused(tmp_path: Path) -> None:
+    archive, elsewhere = tmp_path / "archive", tmp_path / "elsewhere"
+    archive.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "a.png").write_bytes(b"a")
+    (archive / "images_001").symlink_to(elsewhere)
+    (archive / "images_002").symlink_to(elsewhere)
+    assert [file.path for file in storage.list_files(str(archive))] == ["images_001/a.png", "images_002/a.png"]
+    (elsewhere / "back").symlink_to(archive)
+    with pytest.raises(UserError, match="a link to a folder that it lies in"):
+        list(storage.list_files(str(archive)))
+
+
 def test_what_is_missing_is_a_missing_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "none")
     for door in (storage.read_bytes, storage.arrow_reader, lambda name: list(storage.list_files(name))):
