@@ -27,7 +27,8 @@ from cxr_retrieval.network.progressive import Output, uncentred
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.model import KIND, Model, build_network, write_model
 
-IMAGES, PART, SIDE, BATCH, ROUNDS = 4096, 256, 128, 64, 3
+PART, SIDE, BATCH, ROUNDS = 256, 128, 64, 3
+IMAGES = 8 * PART * (os.cpu_count() or 1)  # parts for every actor after its first
 NETWORK = NetworkSettings(whole_side=96, crop_side=64)
 
 

@@ -217,11 +217,11 @@ def sha256(path: Path) -> str:
 
 
 def _list_local(folder: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[StoredFile]:
-    state = os.stat(folder)
-    place = (state.st_dev, state.st_ino)
-    if place in above:
-        raise UserError(f"{folder}: a link to a folder that it lies in: remove it")
     with _explained(folder), os.scandir(folder) as entries:
+        state = os.stat(folder)
+        place = (state.st_dev, state.st_ino)
+        if place in above:
+            raise UserError(f"{folder}: a link to a folder that it lies in: remove it")
         shown = [e for e in entries if not e.name.startswith(".")]
     # A folder sorts as "name/": the order of whole paths, which is S3's order too.
     ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir() else e.name)

@@ -36,7 +36,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
 def warn_of_overlap(settings: Settings, model: Artifact, corpus: Corpus) -> None:
     """Say so where an archive that is all test data is the one that the model learnt from."""
     learnt_from = json.loads(model.read(MODEL_FILE)).get("label_tables")
-    if settings.corpus.split == "all_test" and learnt_from == sorted(corpus.artifact.manifest["label_tables"].values()):
+    if settings.corpus.split == "all_test" and learnt_from == corpus.label_tables:
         console.say(
             "warning: the model was trained on patients of this very archive, and all of them are test data here:"
             " for held-out figures give the training run's config instead of model=URI"

@@ -37,6 +37,11 @@ class Corpus:
     def rows(self) -> int:
         return self.artifact.counts["prepared"]
 
+    @property
+    def label_tables(self) -> list[str]:
+        """SHA-256 of the archive's tables, sorted: they tell whether two corpora speak of the same labels."""
+        return sorted(self.artifact.manifest["label_tables"].values())
+
     @cached_property
     def files(self) -> list[str]:
         return [storage.join(uri, ROWS_FILE) for uri in self.artifact.part_uris]

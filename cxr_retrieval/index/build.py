@@ -121,7 +121,7 @@ def build_index(
     files = [entry for result in results for entry in result.files]
     indexed = sum(result.rows for result in results)
     counts = {"embedded": rows, "indexed": indexed, "id_collisions": len(collisions)}
-    ADDS_UP.check(counts)
+    ADDS_UP.check(counts)  # before the proof, which takes long
     facts = _facts(plan, source, model, pseudonyms, indexed)
     files += [draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)]
     proof = prove(draft.uri, facts, files, settings)

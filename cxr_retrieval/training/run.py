@@ -128,7 +128,7 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "chosen": final["chosen"],
         "decode_recipe": corpus.recipe.to_json(),
         "corpus": corpus.artifact.input_id,
-        "label_tables": sorted(corpus.artifact.manifest["label_tables"].values()),
+        "label_tables": corpus.label_tables,
         "validation": final["validation"],
         "best_epoch": run["best_epoch"],
         "history": run["history"],

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from benchmarks import archive, claim
 
 SMALL = {
     "prepare": {"IMAGES": 96, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
-    "embed": {"IMAGES": 64, "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
+    "embed": {"IMAGES": 32 * (os.cpu_count() or 1), "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "STEPS": 1},
 }
 

@@ -104,7 +104,7 @@ def plain(case: Archive, grouped: bool) -> list[dict | None]:
     return answers
 
 
-def same_figures(left: QueryFigures, right: QueryFigures) -> None:
+def assert_same_figures(left: QueryFigures, right: QueryFigures) -> None:
     for field in fields(QueryFigures):
         a, b = getattr(left, field.name), getattr(right, field.name)
         if isinstance(a, torch.Tensor):
@@ -128,7 +128,7 @@ def test_figures_equal_plain_loops(seed: int, images: int, ties: bool, grouped: 
 @given(st.integers(0, 10**6), st.integers(2, 60), st.integers(1, 12), st.booleans())
 def test_block_size_changes_nothing(seed: int, images: int, block: int, ties: bool) -> None:
     case = archive(seed, images, ties=ties)
-    same_figures(case.retrieve(), case.retrieve(block=block))
+    assert_same_figures(case.retrieve(), case.retrieve(block=block))
 
 
 def test_bounded_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_bounded_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     whole = case.retrieve()
     monkeypatch.setattr(retrieval, "MAX_PAIRS", 500)
     monkeypatch.setattr(retrieval, "_ROWS_AT_ONCE", 7)
-    same_figures(whole, case.retrieve())
+    assert_same_figures(whole, case.retrieve())
 
 
 def test_equal_vectors_tie_wherever_they_stand_in_the_gallery() -> None:
