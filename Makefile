@@ -18,8 +18,9 @@ demo: $(READY)  ## draw phantom radiographs and run the whole path on them; ends
 	$(BIN)/python -m jobs.phantom --config jobs/configs/demo.yaml
 	$(BIN)/python -m jobs.pipeline --config jobs/configs/demo.yaml
 
-test: lint  ## install what is needed, lint, type-check, check import direction, run every test
-	$(BIN)/python -m pytest
+test: $(READY)  ## install what is needed, lint, type-check, check import direction, run every test
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
+	$(BIN)/python -m pytest tests/fault tests/ray tests/browser tests/gpu -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## formatting, lint, types, import direction
 	$(BIN)/ruff format --check .

@@ -11,6 +11,11 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 for name in ("STATE_ACTOR_RECONCILIATION", "PREEMPTION_WATCHER"):
     os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+# Tests run in several processes: a thread that spins at a barrier takes the core from another one's work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Worker processes wait for the next test instead of ending after a second: what they have imported stays imported.
+os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+os.environ.setdefault("RAY_num_workers_soft_limit", "6")
 
 NIH_SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "nih"
 

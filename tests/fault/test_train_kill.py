@@ -21,7 +21,7 @@ from cxr_retrieval.training.loop import PROGRESS_FILE, STATE_FILE
 from cxr_retrieval.training.run import model_draft, train
 
 ROOT = Path(__file__).parents[2]
-EPOCHS, BATCH, EVERY = 3, 8, 2
+EPOCHS, BATCH, EVERY = 2, 8, 2
 TIMEOUT_S = 300.0
 pytestmark = pytest.mark.usefixtures("ray_session")
 WORDS = (
