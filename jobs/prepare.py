@@ -11,7 +11,7 @@ import argparse
 
 from cxr_retrieval import command, console
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.archive import read_archive
+from cxr_retrieval.corpus.archive import ignored_text, read_archive
 from cxr_retrieval.corpus.preparation import partitions, prepare
 from cxr_retrieval.runtime import start_ray
 
@@ -33,6 +33,8 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     )
     for reason, count in sorted(corpus.manifest["quarantine_reasons"].items()):
         console.say(f"quarantined {count:,}: {reason}")
+    if ignored := corpus.manifest.get("ignored_files"):
+        console.say(ignored_text(ignored))
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class Archive:
     label_rows: int
     labels_without_image: int
     table_hashes: dict[str, str]
+    ignored: dict[str, int]
+    """How many files of each other ending lie in the archive: neither images that can be read nor its tables."""
 
     @property
     def digest(self) -> str:
@@ -50,6 +52,7 @@ class _Tables:
     table: storage.StoredFile | None = None
     boxes: storage.StoredFile | None = None
     test_list: storage.StoredFile | None = None
+    ignored: Counter[str] = field(default_factory=Counter)
 
 
 def rows_digest(rows: pa.Table) -> str:
@@ -84,7 +87,11 @@ def read_archive(settings: CorpusSettings) -> Archive:
         if file
     }
     return Archive(
-        pa.Table.from_pylist(rows, schema=ARCHIVE), label_rows, sum(name not in names for name in labels), hashes
+        pa.Table.from_pylist(rows, schema=ARCHIVE),
+        label_rows,
+        sum(name not in names for name in labels),
+        hashes,
+        dict(sorted(found.ignored.items())),
     )
 
 
@@ -113,13 +120,27 @@ def _sort_files(uri: str) -> _Tables:
                 found.boxes = file
             elif "/" not in file.path and name.startswith(TEST_LIST):
                 found.test_list = file
+            else:
+                found.ignored[_ending(name)] += 1
     except FileNotFoundError:
         raise UserError(
             f"{uri}: there is no such folder; set corpus.archive to the archive's folder or prefix"
         ) from None
     if not found.listing:
-        raise UserError(f"{uri}: the archive is empty, no {', '.join(IMAGE_ENDINGS)} file in it")
+        others = f"; {ignored_text(found.ignored)}" if found.ignored else ""
+        raise UserError(f"{uri}: the archive is empty, no {', '.join(IMAGE_ENDINGS)} file in it{others}")
     return found
+
+
+def _ending(name: str) -> str:
+    _, dot, ending = name.rpartition(".")
+    return f".{ending.lower()}" if dot else "no ending"
+
+
+def ignored_text(ignored: Mapping[str, int]) -> str:
+    """What a person is told of files of other endings: how many, and of which."""
+    counted = ", ".join(f"{ending} {count:,}" for ending, count in sorted(ignored.items()))
+    return f"{sum(ignored.values()):,} files of other kinds were left alone ({counted})"
 
 
 def _row(

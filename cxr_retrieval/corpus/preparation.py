@@ -290,6 +290,7 @@ def _finish(
         label_rows=archive.label_rows,
         labels_without_image=archive.labels_without_image,
         label_tables=archive.table_hashes,
+        ignored_files=archive.ignored,
         quarantine_reasons=dict(reasons),
         exclusion_rules=dict(rules),
         duplicates_across_patients=pc.sum(pc.invert(exclusions["same_patient"])).as_py() or 0,

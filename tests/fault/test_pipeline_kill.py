@@ -1,10 +1,11 @@
-"""The whole path, killed again and again with every process of its Ray, ends as if it had never been killed."""
+"""The whole path of `make demo`, killed again and again with all of its Ray, ends as if it had never been killed."""
 
 import contextlib
 import csv
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,11 @@ IMAGES = 96
 STEPS = {"step1", "step2", "step3", "global", "local", "combined", "profile"}
 CUTOFFS = {"2", "4", "6", "8"}
 TIMEOUT_S = 600
+ROOT = Path(__file__).parents[2]
+# So small that the walk takes seconds; the demo's own settings stay in force beside them.
 WORDS = [
+    f"phantom.images={IMAGES}",
+    "phantom.size=128",
     "corpus.size=64",
     "corpus.partition_images=32",
     "corpus.row_group_images=16",
@@ -35,7 +40,6 @@ WORDS = [
     "index.shard_rows=40",
     "evaluation.draws=100",
     "search.queries=2",
-    "privacy.pseudonymise=false",
 ]
 # Every descendant inherits it, whatever session or group Ray gives it.
 MARK = "CXR_TEST_PIPELINE"
@@ -65,18 +69,29 @@ def kill_all(mark: str) -> int:
     return len(killed)
 
 
+def demo_commands() -> list[list[str]]:
+    """What `make demo` runs after the install, with this interpreter."""
+    shown = subprocess.run(["make", "-n", "-o", ".venv/.ready", "demo"], cwd=ROOT, check=True, capture_output=True)
+    words = [shlex.split(line) for line in shown.stdout.decode().splitlines()]
+    assert all(word[0] == ".venv/bin/python" for word in words)
+    return [[sys.executable, *word[1:]] for word in words]
+
+
 class Pipeline:
-    def __init__(self, archive: Path, folder: Path) -> None:
-        self.workspace, self._folder, self._mark = folder / "workspace", folder, folder.as_posix()
-        words = [f"workspace={self.workspace}", f"corpus.archive={archive}", *WORDS]
-        self._command = [sys.executable, "-m", "jobs.pipeline", *words]
+    def __init__(self, folder: Path) -> None:
+        self.archive, self.workspace = folder / "archive", folder / "workspace"
+        self._folder, self._mark = folder, folder.as_posix()
+        words = [f"workspace={self.workspace}", f"corpus.archive={self.archive}", f"phantom.out={self.archive}", *WORDS]
+        draw, pipeline = demo_commands()
+        subprocess.run([*draw, *words], cwd=ROOT, check=True, capture_output=True)
+        self._command = [*pipeline, *words]
         self._environment = os.environ | {MARK: self._mark, cache.VARIABLE: str(folder / "cache"), "RAY_ADDRESS": ""}
 
     @contextlib.contextmanager
     def started(self) -> Iterator[subprocess.Popen[bytes]]:
         with (self._folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+                self._command, cwd=ROOT, stdout=log, stderr=log, env=self._environment, start_new_session=True
             )
             try:
                 yield process
@@ -116,8 +131,8 @@ class Pipeline:
         return found
 
 
-def test_a_pipeline_killed_at_three_stages_ends_with_every_row(phantom_archive: Path, tmp_path: Path) -> None:
-    pipeline = Pipeline(phantom_archive, tmp_path)
+def test_a_demo_killed_at_three_stages_ends_with_every_row(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path)
     stages = [
         lambda: pipeline.has("corpora/*/parts/*/manifest.json"),
         lambda: pipeline.has("runs/*/progress.json"),
@@ -157,15 +172,15 @@ def test_a_pipeline_killed_at_three_stages_ends_with_every_row(phantom_archive: 
     assert "<html" in Path(summary["gallery"]).read_text()[:200].lower()
 
     # The ids are those of the archive's images, whatever happened on the way; each image is there once.
-    (table,) = phantom_archive.glob("Data_Entry*.csv")
+    (table,) = pipeline.archive.glob("Data_Entry*.csv")
     names = [row["Image Index"] for row in csv.DictReader(table.read_text().splitlines())]
-    (build,) = (pipeline.workspace / "indexes" / "chest" / "builds").iterdir()
+    (build,) = (pipeline.workspace / "indexes" / "phantoms" / "builds").iterdir()
     ids = [
         row_id
         for number in range(summary["shards"])
         for row_id in pq.read_table(build / f"shards/{number:05d}.parquet", columns=["id"])["id"].to_pylist()
     ]
     assert ids == [row_id(name) for name in sorted(names)]
-    to = str(pipeline.workspace / "indexes" / "chest")
+    to = str(pipeline.workspace / "indexes" / "phantoms")
     assert resolve(to, "latest").id == summary["version"]
     assert verify(to, "latest") == []

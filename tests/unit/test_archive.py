@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.archive import Archive, read_archive, rows_digest
+from cxr_retrieval.corpus.archive import Archive, ignored_text, read_archive, rows_digest
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.errors import UserError
 
@@ -209,6 +209,17 @@ def test_a_line_that_is_no_box_is_named_by_file_and_number(box: str, folder: Fol
 def test_an_archive_without_an_image_is_refused(folder: Folder) -> None:
     folder.table(line("a.png"))
     assert "the archive is empty, no .png, .jpg, .jpeg file in it" in folder.refused()
+
+
+def test_files_of_other_kinds_are_counted_and_named(folder: Folder) -> None:
+    folder.images("a.png", "scans/1.dcm", "scans/2.DCM", "README", "notes.txt", "old/Data_Entry_2017.csv", ".hidden")
+    folder.table(line("a.png"))
+    ignored = folder.read().ignored
+    assert ignored == {".csv": 1, ".dcm": 2, ".txt": 1, "no ending": 1}
+    told = "5 files of other kinds were left alone (.csv 1, .dcm 2, .txt 1, no ending 1)"
+    assert ignored_text(ignored) == told
+    (folder.path / "a.png").unlink()
+    assert told in folder.refused()
 
 
 def test_a_missing_folder_is_refused(folder: Folder) -> None:
