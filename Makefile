@@ -20,7 +20,7 @@ demo: $(READY)  ## draw phantom radiographs and run the whole path on them; ends
 
 test: $(READY)  ## install what is needed, lint, type-check, check import direction, run every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
-	$(BIN)/python -m pytest tests/fault tests/ray tests/browser tests/gpu -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore=tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## formatting, lint, types, import direction
 	$(BIN)/ruff format --check .

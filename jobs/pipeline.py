@@ -30,6 +30,7 @@ from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, model_of, train
 from jobs.evaluate import show_evaluation, warn_of_overlap
+from jobs.prepare import say_what_was_left_alone
 from jobs.publish import destination
 from jobs.search import gallery, read_query
 
@@ -64,6 +65,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     corpus = Corpus(prepared)
     if given:
         warn_of_overlap(settings, given, corpus)
+    say_what_was_left_alone(prepared)
     steps.done("prepare", prepared.counts["archive"], corpus.rows, prepared.uri, worked)
 
     model, worked = (given, False) if given else train(settings, corpus)

@@ -10,6 +10,7 @@ quarantined with its reason. Run again, it does only what is missing.
 import argparse
 
 from cxr_retrieval import command, console
+from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.archive import ignored_text, read_archive
 from cxr_retrieval.corpus.preparation import partitions, prepare
@@ -33,6 +34,11 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     )
     for reason, count in sorted(corpus.manifest["quarantine_reasons"].items()):
         console.say(f"quarantined {count:,}: {reason}")
+    say_what_was_left_alone(corpus)
+
+
+def say_what_was_left_alone(corpus: Artifact) -> None:
+    """One line about the archive's files of other kinds, if there are any."""
     if ignored := corpus.manifest.get("ignored_files"):
         console.say(ignored_text(ignored))
 

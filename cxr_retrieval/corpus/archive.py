@@ -8,6 +8,7 @@ import csv
 import gzip
 import hashlib
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from cxr_retrieval.errors import UserError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
+COMPANIONS = ("phantom.json", "train_val_list")  # belong to an archive, and nothing in them is needed
 AGES = range(0, 121)  # NIH's table has a few impossible ages, such as 414: unknown, the image stays
 BOX_SPELLING = {"Infiltrate": "Infiltration"}  # NIH's box table spells one finding in its own way
 
@@ -120,7 +122,7 @@ def _sort_files(uri: str) -> _Tables:
                 found.boxes = file
             elif "/" not in file.path and name.startswith(TEST_LIST):
                 found.test_list = file
-            else:
+            elif not name.startswith(COMPANIONS):
                 found.ignored[_ending(name)] += 1
     except FileNotFoundError:
         raise UserError(
@@ -133,14 +135,15 @@ def _sort_files(uri: str) -> _Tables:
 
 
 def _ending(name: str) -> str:
-    _, dot, ending = name.rpartition(".")
-    return f".{ending.lower()}" if dot else "no ending"
+    """A file's ending where it is one; a name that goes on after its last dot may be a patient's, and is not told."""
+    found = re.search(r"\.[a-z][a-z0-9]{0,4}$", name.lower())
+    return found.group() if found else "no ending"
 
 
 def ignored_text(ignored: Mapping[str, int]) -> str:
     """What a person is told of files of other endings: how many, and of which."""
     counted = ", ".join(f"{ending} {count:,}" for ending, count in sorted(ignored.items()))
-    return f"{sum(ignored.values()):,} files of other kinds were left alone ({counted})"
+    return f"files of other kinds that were left alone: {sum(ignored.values()):,} ({counted})"
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""The whole path of `make demo`, killed again and again with all of its Ray, ends as if it had never been killed."""
+"""The pipeline of `make demo`, killed again and again with all of its Ray, ends as if it had never been killed."""
 
 import contextlib
 import csv
@@ -71,7 +71,10 @@ def kill_all(mark: str) -> int:
 
 def demo_commands() -> list[list[str]]:
     """What `make demo` runs after the install, with this interpreter."""
-    shown = subprocess.run(["make", "-n", "-o", ".venv/.ready", "demo"], cwd=ROOT, check=True, capture_output=True)
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    shown = subprocess.run(
+        ["make", "-n", "-o", ".venv/.ready", "demo"], cwd=ROOT, env=outside, check=True, stdout=subprocess.PIPE
+    )
     words = [shlex.split(line) for line in shown.stdout.decode().splitlines()]
     assert all(word[0] == ".venv/bin/python" for word in words)
     return [[sys.executable, *word[1:]] for word in words]
@@ -83,7 +86,7 @@ class Pipeline:
         self._folder, self._mark = folder, folder.as_posix()
         words = [f"workspace={self.workspace}", f"corpus.archive={self.archive}", f"phantom.out={self.archive}", *WORDS]
         draw, pipeline = demo_commands()
-        subprocess.run([*draw, *words], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([*draw, *words], cwd=ROOT, check=True, timeout=TIMEOUT_S)
         self._command = [*pipeline, *words]
         self._environment = os.environ | {MARK: self._mark, cache.VARIABLE: str(folder / "cache"), "RAY_ADDRESS": ""}
 

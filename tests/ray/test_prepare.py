@@ -106,7 +106,9 @@ def test_partitions_cover_every_row_once_and_in_order() -> None:
         assert all(cut.stop - cut.start == size for cut in cuts[:-1])
 
 
-def test_rows_are_accounted_for_with_every_kind_of_bad_input(archive: Path, tmp_path: Path) -> None:
+def test_rows_are_accounted_for_with_every_kind_of_bad_input(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images, found = archive / "images", names(archive)
     cut, text, empty, tiny, bits, twice = (images / name for name in found[:6])
     cut.write_bytes(cut.read_bytes()[:2000])
@@ -123,9 +125,14 @@ def test_rows_are_accounted_for_with_every_kind_of_bad_input(archive: Path, tmp_
     tail = "0,9001,50,F,PA,1,1,1,1"
     label(archive, f"flat.png,Gout,{tail}", f"flat2.png,Mass,{tail}", "side.png,Mass,0,9002,50,F,LL,1,1,1,1")
     label(archive, f"gone1.png,Mass,{tail}", f"gone2.png,Mass,{tail}")
+    (archive / "scan.dcm").write_bytes(b"of another kind")
     settings = corpus_settings(archive, views=["PA", "AP"])
     made, worked = prepare(settings, str(tmp_path / "work"))
     assert worked
+    assert made.manifest["ignored_files"] == {".dcm": 1}
+    capsys.readouterr()
+    job.run(Settings(workspace=str(tmp_path / "work"), corpus=settings), Namespace())
+    assert "left alone: 1 (.dcm 1)" in capsys.readouterr().err
     reasons = {
         "damaged": 1,
         "not_an_image": 2,

@@ -167,6 +167,8 @@ def test_two_workers_see_the_same_rows_and_give_the_same_loss(undisturbed, two_w
     model = Model.open(two_workers.uri)
     assert model.chosen in model.embedding_names
     assert artifact.counts["steps"] * WHOLE_EPOCHS / EPOCHS >= 20
+    curve = [record["cross_entropy"] for record in history(artifact)]
+    assert abs(curve[WHOLE_EPOCHS - 1] / curve[0] - 1) > 50 * 1e-4, "nothing was learnt: nothing could differ"
     for name in ("loss", "ccloss", "cross_entropy", "centre_cosine"):
         one, two = ([record[name] for record in history(model)] for model in (artifact, two_workers))
         assert np.array(two[:WHOLE_EPOCHS]) == pytest.approx(np.array(one[:WHOLE_EPOCHS]), rel=1e-4, abs=1e-5), name

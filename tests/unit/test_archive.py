@@ -211,12 +211,13 @@ def test_an_archive_without_an_image_is_refused(folder: Folder) -> None:
     assert "the archive is empty, no .png, .jpg, .jpeg file in it" in folder.refused()
 
 
-def test_files_of_other_kinds_are_counted_and_named(folder: Folder) -> None:
+def test_files_of_other_kinds_are_counted_by_their_endings(folder: Folder) -> None:
     folder.images("a.png", "scans/1.dcm", "scans/2.DCM", "README", "notes.txt", "old/Data_Entry_2017.csv", ".hidden")
-    folder.table(line("a.png"))
+    folder.images("scans/1.2.840.10008", "scans/1.2.840.10009", "scan.Smith John")  # a name is not told as an ending
+    folder.table(line("a.png")).table(name="train_val_list.txt")
     ignored = folder.read().ignored
-    assert ignored == {".csv": 1, ".dcm": 2, ".txt": 1, "no ending": 1}
-    told = "5 files of other kinds were left alone (.csv 1, .dcm 2, .txt 1, no ending 1)"
+    assert ignored == {".csv": 1, ".dcm": 2, ".txt": 1, "no ending": 4}
+    told = "files of other kinds that were left alone: 8 (.csv 1, .dcm 2, .txt 1, no ending 4)"
     assert ignored_text(ignored) == told
     (folder.path / "a.png").unlink()
     assert told in folder.refused()
