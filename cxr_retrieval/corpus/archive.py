@@ -26,7 +26,8 @@ from cxr_retrieval.errors import UserError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
-COMPANIONS = ("phantom.json", "train_val_list")  # belong to an archive, and nothing in them is needed
+PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from
+COMPANIONS = (PHANTOM_PLAN, "train_val_list")  # belong to an archive, and nothing in them is needed
 AGES = range(0, 121)  # NIH's table has a few impossible ages, such as 414: unknown, the image stays
 BOX_SPELLING = {"Infiltrate": "Infiltration"}  # NIH's box table spells one finding in its own way
 
@@ -93,7 +94,7 @@ def read_archive(settings: CorpusSettings) -> Archive:
         label_rows,
         sum(name not in names for name in labels),
         hashes,
-        dict(sorted(found.ignored.items())),
+        dict(found.ignored),
     )
 
 

@@ -10,11 +10,10 @@ import cv2
 import pytest
 
 from cxr_retrieval.config import CorpusSettings, PhantomSettings
-from cxr_retrieval.corpus.archive import read_archive
+from cxr_retrieval.corpus.archive import PHANTOM_PLAN, read_archive
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.phantom.archive import (
     BOXES_FILE,
-    PLAN_FILE,
     TABLE_FILE,
     PhantomArchive,
     write_phantom_archive,
@@ -119,7 +118,7 @@ def test_an_archive_that_is_not_of_phantoms_is_left_as_it_is(table: str | None, 
         f"{tmp_path} holds files that are not of phantoms: choose another phantom.out"
     )
     assert hashes(tmp_path) == before
-    assert not (tmp_path / PLAN_FILE).exists()
+    assert not (tmp_path / PHANTOM_PLAN).exists()
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import ray
 from cxr_retrieval import storage
 from cxr_retrieval.config import PhantomSettings
 from cxr_retrieval.console import Meter
+from cxr_retrieval.corpus.archive import PHANTOM_PLAN
 from cxr_retrieval.corpus.phantom.cohort import film_count
 from cxr_retrieval.corpus.phantom.radiographs import (
     bbox_header,
@@ -23,7 +24,7 @@ from cxr_retrieval.corpus.phantom.radiographs import (
 )
 from cxr_retrieval.errors import UserError
 
-PLAN_FILE, IMAGES = "phantom.json", "images"
+IMAGES = "images"
 TABLE_FILE, BOXES_FILE = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
 PATIENTS_AT_ONCE = 8
 
@@ -48,14 +49,14 @@ def write_phantom_archive(settings: PhantomSettings) -> tuple[PhantomArchive, bo
     patients = patients_for(settings.images, settings.seed)
     archive = PhantomArchive(uri, settings.images, len(patients))
     wanted = json.dumps(settings.model_dump(exclude={"out"}), sort_keys=True).encode()
-    plan, whole = storage.read_tagged(storage.join(uri, PLAN_FILE)), storage.exists(storage.join(uri, TABLE_FILE))
+    plan, whole = storage.read_tagged(storage.join(uri, PHANTOM_PLAN)), storage.exists(storage.join(uri, TABLE_FILE))
     if plan is None and _holds_files(uri):
         raise UserError(f"{uri} holds files that are not of phantoms: choose another phantom.out")
     if plan is not None and plan[0] != wanted:
         raise UserError(f"{uri} holds phantoms of other settings: choose another phantom.out")
     if whole:
         return archive, False
-    storage.write_bytes(storage.join(uri, PLAN_FILE), wanted)
+    storage.write_bytes(storage.join(uri, PHANTOM_PLAN), wanted)
     surplus = sum(film_count(patient, settings.seed) for patient in patients) - settings.images
     tasks = [
         {
