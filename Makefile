@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint unit bench clean
+.PHONY: help demo s3 test lint unit bench clean
 
 help:  ## print every target with its sentence
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,15 @@ $(READY): pyproject.toml constraints/requirements.txt
 demo: $(READY)  ## draw phantom radiographs and run the whole path on them; ends with a gallery
 	$(BIN)/python -m jobs.phantom --config jobs/configs/demo.yaml
 	$(BIN)/python -m jobs.pipeline --config jobs/configs/demo.yaml
+
+S3_DEMO := --config jobs/configs/demo.yaml phantom.out=s3://cxr/archive corpus.archive=s3://cxr/archive workspace=s3://cxr/workspace
+WITH_S3 := $(BIN)/python -m cluster.object_store --data demo-s3
+
+s3: $(READY)  ## the demo's path on object storage: a real S3 server is started here, and stopped at the end
+	$(WITH_S3) $(BIN)/python -m jobs.phantom $(S3_DEMO)
+	$(WITH_S3) $(BIN)/python -m jobs.pipeline $(S3_DEMO)
+	$(WITH_S3) $(BIN)/python -m jobs.search s3://cxr/archive/images/00000001_000.png \
+		--index s3://cxr/workspace/indexes/phantoms@latest --gallery demo-s3/similar.html
 
 test: $(READY)  ## install what is needed, lint, type-check, check import direction, run every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
@@ -35,4 +44,4 @@ bench: $(READY)  ## every benchmark, each against its limit or peer; ratios go t
 	for name in prepare input embed; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:  ## remove what runs wrote, but not the virtual environment
-	rm -rf demo workspace benchmarks/results
+	rm -rf demo demo-s3 workspace benchmarks/results

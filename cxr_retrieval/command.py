@@ -1,13 +1,17 @@
 """The command line that every job shares: settings, help, plan, errors in one line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cxr_retrieval import config, console, storage
 from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
+
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job, and for no other
 
 Job = Callable[[Settings, argparse.Namespace], None]
 
@@ -20,12 +24,13 @@ def run(
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     *,
     words: str | None = None,
+    on_cluster: bool = True,
     implied: Callable[[argparse.Namespace], list[str]] | None = None,
 ) -> None:
     """Parse the command line, then run `job` (or `plan` under --plan). Ends the process with its exit status.
 
     `words` names what may stand on the command line beside settings (it arrives as `options.rest`); `implied` turns a
-    job's own options into settings.
+    job's own options into settings. Places that the settings name are looked at first, unless the job needs no cluster.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
@@ -49,11 +54,19 @@ def run(
         if options.rest and words is None:
             raise UserError(f"cannot read {options.rest[0]!r} from {config.COMMAND_LINE}: write section.key=value")
         settings = config.load_settings(options.config, keys + (implied(options) if implied else []))
+        places = config.places(settings)
+        if on_cluster and SUBMITTED in os.environ:
+            refuse_relative(places)
         settings = settings.model_copy(update={"workspace": storage.canonical(settings.workspace)})
         if options.print_config:
             console.out.print(config.dump_settings(settings), end="", soft_wrap=True)
             return
+        if on_cluster:
+            for uri in places.values():
+                storage.check(uri)
         (plan if options.plan else job)(settings, options)
+        if sent_again := storage.retries():
+            console.say(f"storage: {sent_again:,} requests were sent again (throttled, cut off or timed out)")
     except KeyboardInterrupt:
         console.say("stopped; run the same command again to go on")
         sys.exit(130)
@@ -63,6 +76,16 @@ def run(
             raise  # a bug: its traceback is what helps
         console.say(f"error: {mendable}")
         sys.exit(1)
+
+
+def refuse_relative(places: dict[str, str]) -> None:
+    """Refuse places that mean another folder on every machine. Raises UserError with the first one's name."""
+    for key, uri in places.items():
+        if not storage.is_s3(uri) and not Path(uri.removeprefix("file://")).expanduser().is_absolute():
+            raise UserError(
+                f"{key}={uri} is a relative path, which a submitted job would look for in Ray's own scratch folder:"
+                " give s3://bucket/prefix, or an absolute path that every node sees"
+            )
 
 
 def settings_help() -> str:

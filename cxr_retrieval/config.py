@@ -256,6 +256,25 @@ def settings_fields() -> Iterator[tuple[str, Any]]:
             yield name, field
 
 
+def with_values(settings: Settings, values: Mapping[str, Any], origin: str) -> Settings:
+    """These settings with some dotted keys set anew, checked as `load_settings` checks. `origin` is named in errors."""
+    known = {key: (value, "the settings") for key, value in _flat(settings.model_dump(mode="json"))}
+    return validate(known | {key: (value, origin) for key, value in values.items()})
+
+
+def places(settings: Settings) -> dict[str, str]:
+    """The settings that name files or folders which every node of a cluster reads or writes, those that are set."""
+    named = {
+        "workspace": settings.workspace,
+        "model": settings.model,
+        "corpus.archive": settings.corpus.archive,
+        "phantom.out": settings.phantom.out,
+        "network.weights": settings.network.weights,
+        "publish.to": settings.publish.to,
+    }
+    return {key: uri for key, uri in named.items() if uri is not None}
+
+
 def describe_type(annotation: Any) -> str:
     """A field's type in a user's words: `int`, `text`, `margin | softmax`."""
     if get_origin(annotation) is Literal:

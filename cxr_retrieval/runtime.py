@@ -2,9 +2,15 @@
 
 import logging
 import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cxr_retrieval import config, storage
+from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
 
 # Set before Ray starts its processes, which inherit them.
@@ -17,16 +23,17 @@ QUIET = {
 }
 
 
-def require_cpus(workers: int, cpus_per_worker: float, gpus: int) -> None:
-    """Refuse a training run that leaves Ray Data no CPU, or wants more GPUs than there are: it would wait for ever.
+def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int) -> None:
+    """Refuse a training run that leaves Ray Data not the CPUs that one task of its `reading` takes, or wants more GPUs
+    than there are: it would wait for ever.
 
     Raises UserError with the numbers. Ray must be running.
     """
     cpus, found = ray.cluster_resources().get("CPU", 0.0), ray.cluster_resources().get("GPU", 0.0)
-    if cpus - workers * cpus_per_worker < 1:
+    if cpus - workers * cpus_per_worker < reading:
         raise UserError(
-            f"training.workers={workers} with training.cpus_per_worker={cpus_per_worker:g} leave Ray Data under one of"
-            f" {cpus:g} CPUs: lower one of them"
+            f"training.workers={workers} with training.cpus_per_worker={cpus_per_worker:g} leave Ray Data under"
+            f" {reading:g} of {cpus:g} CPUs: lower one of them"
         )
     if gpus > found:
         raise UserError(
@@ -34,8 +41,11 @@ def require_cpus(workers: int, cpus_per_worker: float, gpus: int) -> None:
         )
 
 
-def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names (set under `ray job submit`), else start Ray on this machine."""
+def start_ray(settings: Settings | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS names (set under `ray job submit`), else start Ray on this machine.
+
+    Raises UserError where the settings name a local folder that other nodes of the cluster do not see.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
@@ -50,3 +60,47 @@ def start_ray() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    if settings is not None:
+        _require_shared(settings)
+
+
+def _require_shared(settings: Settings) -> None:
+    """Refuse a local folder that is not the same folder on every node (a network mount is)."""
+    mine = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != mine]
+    local = {key: storage.canonical(uri) for key, uri in config.places(settings).items() if not storage.is_s3(uri)}
+    if not others or not local:
+        return
+    workspace = Path(local["workspace"]) if "workspace" in local else None
+    token = workspace / f".seen-by-all-{secrets.token_hex(4)}" if workspace else None
+    if token:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    try:
+        wanted = {key: str(token) if key == "workspace" else path for key, path in local.items()}
+        there = {key: path for key, path in wanted.items() if os.path.exists(path)}
+        look = ray.remote(num_cpus=0)(_missing)
+        for missing in ray.get(
+            [
+                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(there)
+                for node in others
+            ]
+        ):
+            refuse_unshared(missing, local)
+    finally:
+        if token:
+            token.unlink(missing_ok=True)
+
+
+def refuse_unshared(missing: Iterable[str], local: dict[str, str]) -> None:
+    """Raises UserError for the first of the keys whose folder another node does not see."""
+    for key in missing:
+        raise UserError(
+            f"{key}={local[key]} lies on this node's own disk, and the cluster has several nodes:"
+            " give s3://bucket/prefix, or a folder that every node mounts"
+        )
+
+
+def _missing(paths: dict[str, str]) -> list[str]:
+    """The keys of the paths that this node does not see. Runs in a Ray task on every other node."""
+    return [key for key, path in paths.items() if not os.path.exists(path)]

@@ -2,6 +2,9 @@
 
 Bulk data goes through pyarrow filesystems, conditional writes through boto3 (S3) or a lock file, fsync and rename
 (local), streamed text through smart_open. A write is seen whole or not at all. Nothing is deleted here.
+
+What passes by itself (throttling, cut connections, timeouts, a conflict of writers) is tried again with growing pauses
+and counted; what a person must mend is told in one line.
 """
 
 import base64
@@ -9,27 +12,47 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
+import random
+import re
 import secrets
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
 import pyarrow as pa
 import pyarrow.fs as pafs
 import smart_open
+import urllib3.exceptions
+from botocore.config import Config
 
 from cxr_retrieval.errors import UserError
 
 CHUNK = 1 << 20
-CONFLICTS = 6  # tries of one conditional write
+TRIES = 8  # of one request: about half a minute with the pauses between them
+DENIED_TRIES = 3  # S3 under load has been seen to deny what it allows
+CHECK_TRIES = 4
 S3 = "s3://"
+# A body that breaks off while it is read: the request itself had succeeded, so boto3 is done with it.
+CUT = (
+    botocore.exceptions.ResponseStreamingError,
+    botocore.exceptions.IncompleteReadError,
+    botocore.exceptions.ReadTimeoutError,
+    urllib3.exceptions.HTTPError,
+)
+DENIED = ("AccessDenied", "403")
+LASTING = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken", "WrongRegion")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -63,10 +86,41 @@ def is_s3(uri: str) -> bool:
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """A pyarrow filesystem and the path in it, for readers that take both."""
+    """A pyarrow filesystem and the path in it, for libraries that take both. It tries again by itself, uncounted."""
     if is_s3(uri):
-        return _s3_filesystem(), uri.removeprefix(S3)
+        return _s3_filesystem(TRIES), uri.removeprefix(S3)
     return pafs.LocalFileSystem(), canonical(uri)
+
+
+def check(uri: str) -> None:
+    """Ask object storage for one name under `uri`: what is wrong with keys, bucket or route is known before the work.
+
+    Raises UserError, one line with the remedy. Local paths are not asked.
+    """
+    if is_s3(uri):
+        bucket, key = _bucket_key(canonical(uri))
+        with _explained(uri):
+            try:
+                _s3_client(CHECK_TRIES).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+            except botocore.exceptions.ClientError as error:
+                if _SAME.get(_code(error), _code(error)) != "SlowDown":  # busy, but it knows who asks
+                    raise
+
+
+def retries() -> int:
+    """Requests to object storage that this process has sent again so far, and what was added to them."""
+    return _RETRIES.count
+
+
+def add_retries(count: int) -> None:
+    """Count what another process of this job reports of itself."""
+    _RETRIES.add(count)
+
+
+def forget_clients() -> None:
+    """Read the AWS_* variables anew at the next request."""
+    _s3_client.cache_clear()
+    _s3_filesystem.cache_clear()
 
 
 def list_files(uri: str) -> Iterator[StoredFile]:
@@ -104,19 +158,19 @@ def read_bytes(uri: str) -> bytes:
     if not is_s3(uri):
         with _explained(uri):
             return Path(uri).read_bytes()
-    bucket, key = _bucket_key(uri)
-    with _explained(uri):
-        body: bytes = _s3_client().get_object(Bucket=bucket, Key=key)["Body"].read()
-        return body
+    return _get(uri)[0]
 
 
-def open_text(uri: str) -> IO[str]:
+@contextlib.contextmanager
+def open_text(uri: str) -> Iterator[IO[str]]:
     """A text file, streamed and decompressed by its ending (`.gz`). Bytes that are not UTF-8 become U+FFFD."""
     uri = canonical(uri)
-    with _explained(uri):
-        options = {"client": _s3_client()} if is_s3(uri) else {}
-        stream: IO[str] = smart_open.open(uri, encoding="utf-8-sig", errors="replace", transport_params=options)
-        return stream
+    options = {"client": _s3_client()} if is_s3(uri) else {}
+    with (
+        _explained(uri),
+        smart_open.open(uri, encoding="utf-8-sig", errors="replace", transport_params=options) as stream,
+    ):
+        yield stream
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -181,10 +235,7 @@ def read_tagged(uri: str) -> tuple[bytes, str] | None:
         if not is_s3(uri):
             data = read_bytes(uri)
             return data, hashlib.sha256(data).hexdigest()
-        bucket, key = _bucket_key(uri)
-        with _explained(uri):
-            answer = _s3_client().get_object(Bucket=bucket, Key=key)
-            return answer["Body"].read(), answer["ETag"]
+        return _get(uri)
     except FileNotFoundError:
         return None
 
@@ -247,23 +298,120 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _get(uri: str) -> tuple[bytes, str]:
+    """The whole object and its tag."""
+    bucket, key = _bucket_key(uri)
+
+    def get() -> tuple[bytes, str]:
+        answer = _s3_client().get_object(Bucket=bucket, Key=key)
+        return answer["Body"].read(), answer["ETag"]
+
+    with _explained(uri):
+        return _persistently(get)
+
+
 def _put(uri: str, source: Path, **condition: str) -> bool:
     bucket, key = _bucket_key(uri)
     digest = base64.b64encode(bytes.fromhex(sha256(source))).decode()
-    attempt = 0
-    while True:
+
+    def put() -> bool:
         try:
             with source.open("rb") as body:
                 _s3_client().put_object(Bucket=bucket, Key=key, Body=body, ChecksumSHA256=digest, **condition)
-            return True
         except botocore.exceptions.ClientError as error:
-            attempt += 1
             if _status(error) == 412:
                 return False
-            # 409: another conditional write was under way. S3 asks to try again; boto3 does not by itself.
-            if _status(error) != 409 or attempt == CONFLICTS:
+            raise
+        return True
+
+    return _persistently(put)
+
+
+def _persistently(request: Callable[[], Result]) -> Result:
+    """What boto3 does not try again by itself: a conflict of writers (409), an answer cut in its middle, a denial."""
+    for attempt in range(1, TRIES):
+        try:
+            return request()
+        except botocore.exceptions.ClientError as error:
+            if not (_status(error) == 409 or (_code(error) in DENIED and attempt < DENIED_TRIES)):
                 raise
-            time.sleep(0.1 * 2**attempt)
+        except CUT:
+            pass  # the next try decides; the last one's error is the one that is told
+        _RETRIES.pause(attempt)
+    return request()
+
+
+class _Retries:
+    """How many requests of this process were sent again."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int = 1) -> None:
+        with self._lock:
+            self.count += count
+
+    def pause(self, attempt: int) -> None:
+        """Count one more try and wait before it: longer every time, and not in step with others."""
+        self.add()
+        time.sleep(min(0.1 * 2**attempt, 10.0) * random.uniform(0.5, 1.0))
+
+    def seen(self, request: Any, **_: Any) -> None:
+        """boto3's event for every request that it is about to send."""
+        if request.context.get("retries", {}).get("attempt", 1) > 1:
+            self.add()
+
+
+_RETRIES = _Retries()
+
+
+class _S3File(io.RawIOBase):
+    """An object read by pyarrow, range by range; a range that fails is asked for again, and counted."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._file: pa.NativeFile = self._tried(lambda: _s3_filesystem(1).open_input_file(uri.removeprefix(S3)))
+        self._size: int = self._file.size()
+        self._at = 0
+
+    def _tried(self, request: Callable[[], Result]) -> Result:
+        with _explained(self._uri):
+            for attempt in range(1, TRIES):
+                try:
+                    return request()
+                except OSError as error:
+                    code = _arrow_code(error)
+                    if code is None or code in LASTING or (code in DENIED and attempt == DENIED_TRIES):
+                        raise
+                _RETRIES.pause(attempt)
+            return request()
+
+    def read(self, size: int | None = -1) -> bytes:
+        size = self._size - self._at if size is None or size < 0 else min(size, self._size - self._at)
+        if size <= 0:
+            return b""
+        data: bytes = self._tried(lambda: self._file.read_at(size, self._at))
+        self._at += len(data)
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def _bucket_key(uri: str) -> tuple[str, str]:
@@ -275,16 +423,96 @@ def _status(error: botocore.exceptions.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-@cache
-def _s3_client() -> Any:
-    return boto3.client("s3")
+def _code(error: botocore.exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 @cache
-def _s3_filesystem() -> pafs.S3FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = boto3.session.Session().region_name
-    return pafs.S3FileSystem(endpoint_override=endpoint, region=region, force_virtual_addressing=False)
+def _s3_client(tries: int = TRIES) -> Any:
+    # A session of its own: the default one remembers the credentials that it found first.
+    session = boto3.session.Session()
+    client = session.client(
+        "s3",
+        region_name=_region(session),
+        config=Config(
+            retries={"mode": "legacy", "total_max_attempts": tries},  # the newer modes stop trying after an outage
+            connect_timeout=10 if tries == TRIES else 5,
+            read_timeout=60,
+            max_pool_connections=32,
+        ),
+    )
+    client.meta.events.register("request-created.s3", _RETRIES.seen)
+    return client
+
+
+@cache
+def _s3_filesystem(tries: int) -> pafs.S3FileSystem:
+    client = _s3_client()
+    endpoint = client.meta.endpoint_url
+    own = not (urlsplit(endpoint).hostname or "").endswith(".amazonaws.com")
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint if own else None,
+        region=_region(boto3.session.Session()),
+        connect_timeout=10,
+        request_timeout=60,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=tries),
+        force_virtual_addressing=False,
+    )
+
+
+def _region(session: boto3.session.Session) -> str | None:
+    return os.environ.get("AWS_REGION") or session.region_name  # boto3 knows AWS_DEFAULT_REGION only
+
+
+# What storage answers, and what a person does about it.
+_REMEDIES = {
+    "InvalidAccessKeyId": "storage does not know this access key: check AWS_ACCESS_KEY_ID (or AWS_PROFILE)",
+    "SignatureDoesNotMatch": "the secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
+    "NoSuchBucket": "there is no such bucket: check the name, or create it",
+    "AccessDenied": "these credentials have no right to it: cluster/iam-policy.json lists the rights that jobs need",
+    "ExpiredToken": "the session token has expired: get new credentials and run the same command again, it goes on",
+    "WrongRegion": "the bucket is in another region: set AWS_REGION to {region}",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
+    "SlowDown": f"storage still asks to slow down after {TRIES} tries: run the same command again later, it goes on",
+    "NoRoute": "no answer from {endpoint}: check the network, and AWS_ENDPOINT_URL_S3 if it is set",
+    "NoCredentials": "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role",
+}
+_SAME = {
+    "403": "AccessDenied",
+    "AllAccessDisabled": "AccessDenied",
+    "AccountProblem": "AccessDenied",
+    "InvalidToken": "ExpiredToken",
+    "ExpiredTokenException": "ExpiredToken",
+    "TokenRefreshRequired": "ExpiredToken",
+    "RequestExpired": "ExpiredToken",
+    "PermanentRedirect": "WrongRegion",
+    "AuthorizationHeaderMalformed": "WrongRegion",
+    "IllegalLocationConstraintException": "WrongRegion",
+    "301": "WrongRegion",
+    "503": "SlowDown",
+    "ServiceUnavailable": "SlowDown",
+    "Throttling": "SlowDown",
+    "NetworkConnection": "NoRoute",
+}
+
+
+def _told(uri: str, code: str, region: str = "its region") -> UserError:
+    remedy = _REMEDIES.get(_SAME.get(code, code))
+    if remedy is None:
+        return UserError(f"{uri}: storage answered {code}; run the same command again, it goes on")
+    return UserError(f"{uri}: {remedy.format(region=region, endpoint=_s3_client().meta.endpoint_url)}")
+
+
+def _arrow_code(error: OSError) -> str | None:
+    """S3's word for what pyarrow writes in its own (ACCESS_DENIED); None where it is no answer of S3."""
+    found = re.search(r"AWS Error ([A-Z_]+)", str(error)) if error.errno is None else None
+    if found is None:
+        return None
+    status = re.search(r"HTTP status (\d+)", str(error))
+    code = found.group(1).title().replace("_", "")
+    if code == "Unknown" and status:
+        code = status.group(1)
+    return _SAME.get(code, code)
 
 
 @contextlib.contextmanager
@@ -294,20 +522,18 @@ def _explained(uri: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (
-        botocore.exceptions.NoCredentialsError,
-        botocore.exceptions.PartialCredentialsError,
-        botocore.exceptions.ConnectionError,
-        botocore.exceptions.HTTPClientError,
-    ) as error:
-        raise UserError(f"{uri}: {error}; check the AWS_* variables") from error
+    except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError) as error:
+        raise _told(uri, "NoCredentials") from error
+    except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
+        raise _told(uri, "NoRoute") from error
+    except botocore.exceptions.BotoCoreError as error:
+        if not isinstance(error, botocore.exceptions.IncompleteReadError):
+            raise UserError(f"{uri}: {' '.join(str(error).split())}; check the AWS_* variables and files") from error
+        raise _told(uri, "NoRoute") from error
     except botocore.exceptions.ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        if code in ("NoSuchKey", "404"):
+        if _code(error) in ("NoSuchKey", "404"):
             raise FileNotFoundError(uri) from error
-        raise UserError(
-            f"{uri}: storage answered {code or error}; check bucket, rights and the AWS_* variables"
-        ) from error
+        raise _told(uri, _code(error), _bucket_region(error)) from error
     except OSError as error:
         remedies = {
             errno.ENOSPC: "no space left: free some and run the same command again, it goes on where it stopped",
@@ -319,13 +545,25 @@ def _explained(uri: str) -> Iterator[None]:
         }
         if error.errno in remedies:
             raise UserError(f"{uri}: {remedies[error.errno]}") from error
-        if error.errno is None and "AWS Error" in str(error):  # how pyarrow tells of S3
-            raise UserError(f"{uri}: {error}; check bucket, rights and the AWS_* variables") from error
+        if (code := _arrow_code(error)) is not None:
+            raise _told(uri, code) from error
+        if isinstance(cause := getattr(error, "backend_error", None), botocore.exceptions.ClientError):  # smart_open's
+            if _code(cause) in ("NoSuchKey", "404"):
+                raise FileNotFoundError(uri) from error
+            raise _told(uri, _code(cause), _bucket_region(cause)) from error
         raise
+
+
+def _bucket_region(error: botocore.exceptions.ClientError) -> str:
+    told = error.response.get("Error", {}).get("Region")
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return str(told or headers.get("x-amz-bucket-region") or "its region")
 
 
 def arrow_reader(uri: str) -> pa.NativeFile:
     """A random-access pyarrow file for Parquet readers. Raises FileNotFoundError where there is none."""
-    files, path = filesystem(uri)
+    uri = canonical(uri)
+    if is_s3(uri):
+        return pa.PythonFile(_S3File(uri), mode="r")
     with _explained(uri):
-        return files.open_input_file(path)
+        return pafs.LocalFileSystem().open_input_file(uri)

@@ -24,7 +24,7 @@ from cxr_retrieval.training.run import model_of
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
-    start_ray()
+    start_ray(settings)
     settings, model = model_of(settings)
     corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
     warn_of_overlap(settings, model, corpus)

@@ -31,7 +31,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
 def built_index(settings: Settings) -> tuple[Artifact, bool]:
     """The index of a trained model's corpus, embedded first where it is not. Raises UserError without that model."""
     pseudonyms = Pseudonyms.of(settings.privacy)  # before any work: a missing key is known at once
-    start_ray()
+    start_ray(settings)
     settings, model = model_of(settings)
     corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
     embedded, _worked = embed(settings.embedding, settings.workspace, model.uri, corpus)

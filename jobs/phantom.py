@@ -25,7 +25,7 @@ def implied(options: argparse.Namespace) -> list[str]:
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
-    start_ray()
+    start_ray(settings)
     show_archive(*write_phantom_archive(settings.phantom))
 
 

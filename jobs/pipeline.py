@@ -43,20 +43,23 @@ class Steps:
 
     rows: list[list[Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    retries: dict[str, int] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    sent: int = field(default_factory=storage.retries)
 
     def done(self, name: str, rows_in: int, rows_out: int, where: str, worked: bool = True) -> None:
         now = time.monotonic()
         self.seconds[name] = round(now - self.began, 1)
-        self.rows.append(
-            [name, rows_in, rows_out, self.seconds[name], where if worked else f"{where} (finished before)"]
-        )
+        again, self.sent = storage.retries() - self.sent, storage.retries()
+        self.retries[name] = again
+        state = where if worked else f"{where} (finished before)"
+        self.rows.append([name, rows_in, rows_out, self.seconds[name], again, state])
         self.began = now
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
     pseudonyms = Pseudonyms.of(settings.privacy)
-    start_ray()
+    start_ray(settings)
     steps = Steps()
     given = None
     if settings.model is not None:
@@ -88,13 +91,14 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     page, queries, hits = _search(settings, corpus, f"{to}@{published.alias}")
     steps.done("search", queries, hits, page)
 
-    console.show_table("Steps", ["step", "rows in", "rows out", "seconds", "where"], steps.rows)
+    console.show_table("Steps", ["step", "rows in", "rows out", "seconds", "storage retries", "where"], steps.rows)
     show_evaluation(evaluation, evaluated)
     figures = json.loads(evaluation.read(EVALUATION_FILE))
     summary = _summary(prepared, embedded, build, figures) | {
         "version": published.version,
         "alias": published.alias,
         "seconds": steps.seconds,
+        "storage_retries": steps.retries,
         "gallery": page,
     }
     storage.write_bytes(storage.join(settings.workspace, SUMMARY_FILE), json.dumps(summary, indent=1).encode())

@@ -18,7 +18,7 @@ from cxr_retrieval.runtime import start_ray
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
-    start_ray()
+    start_ray(settings)
     corpus, worked = prepare(settings.corpus, settings.workspace)
     counts = corpus.counts
     console.show_table(

@@ -184,4 +184,4 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command.run("search", __doc__, run, plan, arguments, words="images", implied=implied)
+    command.run("search", __doc__, run, plan, arguments, words="images", on_cluster=False, implied=implied)

@@ -21,7 +21,7 @@ from cxr_retrieval.training.run import model_draft, train
 def run(settings: Settings, _: argparse.Namespace) -> None:
     if settings.model is not None:
         raise UserError("model is set, but this job trains one: leave it out, or use jobs.evaluate or jobs.pipeline")
-    start_ray()
+    start_ray(settings)
     corpus, _worked = prepare(settings.corpus, settings.workspace)
     model, worked = train(settings, Corpus(corpus))
     show_model(model, worked)

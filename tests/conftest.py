@@ -1,10 +1,15 @@
 """Fixtures that all tests share: one Ray for the session, and small archives in NIH's layout."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from cluster.object_store import BUCKET, HOST, ObjectStore, free_ports, running
+from tests.proxy import FaultProxy, fault_proxy
 
 # Read by Ray when it starts: a lost worker is noticed in a fraction of a second instead of in several.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -16,6 +21,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Worker processes wait for the next test instead of ending after a second: what they have imported stays imported.
 os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 os.environ.setdefault("RAY_num_workers_soft_limit", "6")
+
+# Decided before Ray starts, whose processes inherit it; the server itself starts with the first test that wants it.
+STORE = ObjectStore(Path(tempfile.gettempdir()) / f"cxr-s3-{os.getpid()}")
+PROXY_PORT = free_ports(1)  # all requests pass through it, and break when a test wants them to
+os.environ.update(STORE.variables | {"AWS_ENDPOINT_URL": f"http://{HOST}:{PROXY_PORT}"})
+for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
+    os.environ.pop(name, None)
 
 NIH_SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "nih"
 
@@ -30,6 +42,34 @@ def ray_session() -> Iterator[None]:
     start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """A real S3 server with ports of its own, for all tests of a session."""
+    with running(STORE) as store:
+        yield store
+    shutil.rmtree(store.data, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def proxy_of_session(object_store: ObjectStore) -> Iterator[FaultProxy]:
+    with fault_proxy(object_store.port, PROXY_PORT) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faults(proxy_of_session: FaultProxy) -> Iterator[FaultProxy]:
+    """What lies between every client of this session and the server: it passes all on until it is told otherwise."""
+    proxy_of_session.reset()
+    yield proxy_of_session
+    proxy_of_session.reset()
+
+
+@pytest.fixture
+def s3(faults: FaultProxy, tmp_path: Path) -> str:  # noqa: ARG001  # the door to the server
+    """A prefix of the server's bucket that no other test writes to."""
+    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,13 @@ import ray
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.console import Meter
 from cxr_retrieval.corpus.archive import Archive, read_archive, rows_digest
 from cxr_retrieval.corpus.decoding import Limits, Recipe, RejectedImage, decode
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.rows import EXCLUSIONS, LABELS, QUARANTINE, corpus_schema
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.progress import Progress
 
 KIND, PART_KIND = "corpus", "corpus-part"
 MANIFEST_FILE, ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = (
@@ -105,8 +105,11 @@ def prepare(settings: CorpusSettings, workspace: str) -> tuple[Artifact, bool]:
         return done, False
     plan.draft.begin()
     manifest = _write_manifest(plan.draft, plan.slices)
-    finished = _prepare_parts(plan, settings)
-    return _finish(plan.draft, manifest, finished, plan.archive, settings), True
+    found = [artifacts.find(part.uri) for part in plan.parts]
+    before = sum(part.counts["archive"] for part in found if part)
+    with Progress(workspace, plan.draft, "prepare", plan.archive.rows.num_rows, before=before) as progress:
+        finished = _prepare_parts(plan, found, settings, progress)
+        return _finish(plan.draft, manifest, finished, plan.archive, settings), True
 
 
 def _write_manifest(draft: Draft, slices: Sequence[pa.Table]) -> FileEntry:
@@ -119,26 +122,27 @@ def _write_manifest(draft: Draft, slices: Sequence[pa.Table]) -> FileEntry:
     return entry.value
 
 
-def _prepare_parts(plan: CorpusPlan, settings: CorpusSettings) -> list[Artifact]:
+def _prepare_parts(
+    plan: CorpusPlan, found: list[Artifact | None], settings: CorpusSettings, progress: Progress
+) -> list[Artifact]:
+    """All parts of the corpus; those not `found` are prepared."""
     draft, parts = plan.draft, plan.parts
-    found = {part.input_id: artifacts.find(part.uri) for part in parts}
-    missing = [n for n, part in enumerate(parts) if found[part.input_id] is None]
-    images = sum(plan.slices[n].num_rows for n in missing)
+    missing = [n for n, part in enumerate(found) if part is None]
     total = plan.archive.rows.num_rows
-    quarantined = sum(part.counts["quarantined"] for part in found.values() if part)
+    quarantined = sum(part.counts["quarantined"] for part in found if part)
     if missing:
         tasks = [{"group": n, "uri": parts[n].uri} for n in missing]
         task = _PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(parts[0].settings), settings)
         results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(task)
-        with Meter("prepare", images) as meter:
-            for result in results.iter_rows():
-                if result["error"]:
-                    raise UserError(result["error"])
-                quarantined += result["quarantined"]
-                meter.advance(result["archive"])
-                _check_quarantine(quarantined, total, settings, draft.uri, final=False)
+        for result in results.iter_rows():
+            if result["error"]:
+                raise UserError(result["error"])
+            storage.add_retries(result["retries"])
+            quarantined += result["quarantined"]
+            progress.advance(result["archive"])
+            _check_quarantine(quarantined, total, settings, draft.uri, final=False)
     _check_quarantine(quarantined, total, settings, draft.uri, final=True)
-    return [found[part.input_id] or artifacts.load(part.uri, PART_KIND) for part in parts]
+    return [part or artifacts.load(parts[n].uri, PART_KIND) for n, part in enumerate(found)]
 
 
 def _check_quarantine(bad: int, total: int, settings: CorpusSettings, uri: str, *, final: bool) -> None:
@@ -158,14 +162,16 @@ class _PartTask:
         self._settings = settings
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        before = storage.retries()
         try:
             with storage.arrow_reader(self._manifest_uri) as file:
                 rows = pq.ParquetFile(file).read_row_group(task["group"])
             part = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
             counts = prepare_part(part, rows, self._settings).counts
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
-            return {"archive": 0, "quarantined": 0, "error": str(error)}
-        return {"archive": counts["archive"], "quarantined": counts["quarantined"], "error": ""}
+            return {"archive": 0, "quarantined": 0, "retries": 0, "error": str(error)}
+        done = {name: counts[name] for name in ("archive", "quarantined")}
+        return {**done, "retries": storage.retries() - before, "error": ""}
 
 
 def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artifact:

@@ -21,11 +21,11 @@ import torch
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation
 from cxr_retrieval.config import EmbeddingSettings
-from cxr_retrieval.console import Meter
 from cxr_retrieval.corpus.preparation import ROWS_FILE
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.network.steps import PASSES
+from cxr_retrieval.progress import Progress
 from cxr_retrieval.training.model import KIND as MODEL_KIND
 from cxr_retrieval.training.model import Model
 
@@ -79,9 +79,34 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
         return done, False
     draft.begin()
     found = [artifacts.find(part.uri) for part in parts]
+    with Progress(workspace, draft, "embed", _rows(corpus), before=_rows(corpus, found)) as progress:
+        finished = _embed_parts(parts, found, settings, model_uri, corpus, progress)
+    excluded = sum(len(rows) for rows in corpus.excluded.values())
+    counts = {
+        "prepared": corpus.rows,
+        "embedded": sum(part.counts["embedded"] for part in finished) - excluded,
+        "duplicates_left_out": excluded,
+    }
+    return draft.finish([], counts, [ADDS_UP], finished, decode_recipe_id=corpus.recipe.id, model=model.input_id), True
+
+
+def _rows(corpus: Corpus, found: list[Artifact | None] | None = None) -> int:
+    """Rows of the corpus' parts, duplicates too; only of those whose embeddings were found, if they are given."""
+    parts = corpus.artifact.manifest["parts"]
+    return sum(part["counts"]["prepared"] for n, part in enumerate(parts) if found is None or found[n])
+
+
+def _embed_parts(
+    parts: list[Draft],
+    found: list[Artifact | None],
+    settings: EmbeddingSettings,
+    model_uri: str,
+    corpus: Corpus,
+    progress: Progress,
+) -> list[Artifact]:
+    """All parts of the embeddings; those not `found` are embedded."""
     missing = [number for number, part in enumerate(found) if part is None]
     if missing:
-        rows = sum(corpus.artifact.manifest["parts"][number]["counts"]["prepared"] for number in missing)
         tasks = [
             {"rows": corpus.files[n], "uri": parts[n].uri, "inputs": list(parts[n].inputs), "model": model_uri}
             for n in missing
@@ -93,19 +118,12 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
             num_cpus=0 if _gpus() else 1,
             num_gpus=1 if _gpus() else 0,
         )
-        with Meter("embed", rows) as meter:
-            for result in results.iter_rows():
-                if result["error"]:
-                    raise UserError(result["error"])
-                meter.advance(result["embedded"])
-    finished = [part or artifacts.load(parts[n].uri, PART_KIND) for n, part in enumerate(found)]
-    excluded = sum(len(rows) for rows in corpus.excluded.values())
-    counts = {
-        "prepared": corpus.rows,
-        "embedded": sum(part.counts["embedded"] for part in finished) - excluded,
-        "duplicates_left_out": excluded,
-    }
-    return draft.finish([], counts, [ADDS_UP], finished, decode_recipe_id=corpus.recipe.id, model=model.input_id), True
+        for result in results.iter_rows():
+            if result["error"]:
+                raise UserError(result["error"])
+            storage.add_retries(result["retries"])
+            progress.advance(result["embedded"])
+    return [part or artifacts.load(parts[n].uri, PART_KIND) for n, part in enumerate(found)]
 
 
 def _gpus() -> int:
@@ -125,6 +143,7 @@ class _Embedder:
         self._model: Model | None = None
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        before = storage.retries()
         try:
             if self._model is None:
                 self._model = Model.open(task["model"])
@@ -133,8 +152,8 @@ class _Embedder:
             part = Draft(task["uri"], PART_KIND, {}, tuple(task["inputs"])).begin()
             counts = embed_part(part, task["rows"], self._model, self._batch_size).counts
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
-            return {"embedded": 0, "error": str(error)}
-        return {"embedded": counts["embedded"], "error": ""}
+            return {"embedded": 0, "retries": 0, "error": str(error)}
+        return {"embedded": counts["embedded"], "retries": storage.retries() - before, "error": ""}
 
 
 def embed_part(part: Draft, rows_uri: str, model: Model, batch_size: int) -> Artifact:

@@ -19,7 +19,6 @@ import ray
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import IndexSettings
-from cxr_retrieval.console import Meter
 from cxr_retrieval.corpus.preparation import ROWS_FILE
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.embedding.stream import read_part
@@ -29,6 +28,7 @@ from cxr_retrieval.index.proof import prove
 from cxr_retrieval.index.shards import INDEX_FILE, shard_files
 from cxr_retrieval.network.progressive import Output, embeddings
 from cxr_retrieval.privacy import Pseudonyms, row_id
+from cxr_retrieval.progress import Progress
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
 KIND = "index"
@@ -113,23 +113,26 @@ def build_index(
     build = ray.remote(max_retries=3)(_build_shard)
     waiting = [build.remote(draft, shard, plan, source, pseudonyms, collisions, quantizer) for shard in plan.shards]
     results: list[_Built] = []
-    with Meter("index", rows, "rows") as meter:
+    with Progress(workspace, draft, "index", rows, "rows") as progress:
         while waiting:
             (ready,), waiting = ray.wait(waiting, num_returns=1)
             results.append(ray.get(ready))
-            meter.advance(results[-1].rows)
-    files = [entry for result in results for entry in result.files]
-    indexed = sum(result.rows for result in results)
-    counts = {"embedded": rows, "indexed": indexed, "id_collisions": len(collisions)}
-    ADDS_UP.check(counts)  # before the proof, which takes long
-    facts = _facts(plan, source, model, pseudonyms, indexed)
-    files += [draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)]
-    proof = prove(draft.uri, facts, files, settings)
-    facts |= {"probes": proof.probes, "proof": asdict(proof)}
-    files.append(draft.write(INDEX_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()))
-    return draft.finish(
-        files, counts, [ADDS_UP], recall=proof.recall, shards=len(plan.shards), factory=plan.factory
-    ), True
+            storage.add_retries(results[-1].retries)
+            progress.advance(results[-1].rows)
+        files = [entry for result in results for entry in result.files]
+        indexed = sum(result.rows for result in results)
+        counts = {"embedded": rows, "indexed": indexed, "id_collisions": len(collisions)}
+        ADDS_UP.check(counts)  # before the proof, which takes long
+        facts = _facts(plan, source, model, pseudonyms, indexed)
+        files += [
+            draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)
+        ]
+        proof = prove(draft.uri, facts, files, settings)
+        facts |= {"probes": proof.probes, "proof": asdict(proof)}
+        files.append(draft.write(INDEX_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()))
+        return draft.finish(
+            files, counts, [ADDS_UP], recall=proof.recall, shards=len(plan.shards), factory=plan.factory
+        ), True
 
 
 def _facts(plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms, rows: int) -> dict[str, Any]:
@@ -216,6 +219,7 @@ def find_collisions(source: Source, pseudonyms: Pseudonyms) -> list[int]:
 class _Built:
     rows: int
     files: list[FileEntry]
+    retries: int
 
 
 def _build_shard(
@@ -228,6 +232,7 @@ def _build_shard(
     centroids: np.ndarray | None,
 ) -> _Built:
     """Build one shard and write its four files. Runs in a Ray task."""
+    before = storage.retries()
     model = Model.open(source.model_uri)
     vectors, sidecars, thumbnails = [], [], []
     for part, first, last in _overlaps(source.part_rows(), shard.start, shard.stop):
@@ -252,7 +257,7 @@ def _build_shard(
         with draft.staged(paths[kind]) as (local, entry):
             pq.write_table(table, local, compression="zstd", row_group_size=group)
         files.append(entry.value)
-    return _Built(len(rows_ND), files)
+    return _Built(len(rows_ND), files, storage.retries() - before)
 
 
 def _faiss_index(plan: IndexPlan, vectors_ND: np.ndarray, centroids: np.ndarray | None) -> Any:

@@ -18,6 +18,7 @@ from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.training.order import Order
 
 WINDOWS_AT_ONCE = 4
+READ_CPUS = 0.25  # logical CPUs of a task that reads: small, so that it fits beside a worker on a node of one core
 COLUMNS = ["pixels", "findings", "unknown"]
 
 
@@ -68,7 +69,13 @@ class WorkerInput:
         with ray.data.DataContext.current(context):
             read: Any = self._read  # Ray's types do not know that a table may come out
             blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                read, batch_size=1, batch_format="numpy", zero_copy_batch=True
+                read,
+                batch_size=1,
+                batch_format="numpy",
+                zero_copy_batch=True,
+                num_cpus=READ_CPUS,
+                # Else the task would wait for room in the placement group of a sweep's trial, which has none.
+                scheduling_strategy="SPREAD",
             )
             references: list[Any] = blocks.materialize().to_arrow_refs()
         return references

@@ -40,6 +40,7 @@ from cxr_retrieval.training.objective import Objective, gather_centres
 from cxr_retrieval.training.order import Order, group_rows
 
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
+CURVE = "curve"  # in what an epoch reports: a point for every epoch so far, also for those before a restart
 CENTRING_IMAGES = 20_000  # the training mean is taken over at most so many images
 PROGRESS_EVERY_S = 2.0
 SKIPPED_LIMIT = 20  # optimizer steps in a row without a finite gradient that end the run
@@ -53,6 +54,8 @@ class TrainJob:
     settings: Settings
     corpus: Corpus
     progress_uri: str
+    beside: int = 0
+    """Runs of the same size that share each machine's cores with this one."""
 
 
 @dataclass
@@ -83,7 +86,8 @@ class Worker:
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         # Workers of one machine share its cores: more threads than cores spin at every barrier and halve the speed.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        sharing = context.get_local_world_size() * (1 + job.beside)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
         self.recipe = self.corpus.recipe
         self.autocast = _precision(self.settings.training.precision, self.device)
         torch.manual_seed(self.settings.seed)
@@ -225,7 +229,7 @@ class Worker:
             }
             self.state.best_centres = self.centres.vectors_TCD.cpu().clone()
         self._tell(epoch, self.order.steps, force=True)
-        self._report(record)
+        self._report(record | {CURVE: [curve_point(past) for past in self.state.history]})
 
     def _finish(self) -> None:
         """With the best weights: the training mean of every embedding, then the choice on validation patients."""
@@ -334,6 +338,16 @@ class Worker:
             "last_epoch": {name: last[name] for name in ("loss", "validation") if name in last},
         }
         storage.write_bytes(self.job.progress_uri, json.dumps(facts).encode())
+
+
+def curve_point(record: Mapping[str, Any]) -> dict[str, float]:
+    """An epoch's place in the learning curve: epochs from 1, validation mAP of its best embedding in 0 to 1."""
+    return {
+        "epoch": record["epoch"] + 1,
+        "value": max(figures["map"] for figures in record["validation"].values()),
+        "loss": record["loss"],
+        "centre_cosine": sum(record["centre_cosine"]) / len(record["centre_cosine"]),
+    }
 
 
 def load_state(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -4,10 +4,10 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from cxr_retrieval import artifacts, console, storage
@@ -19,7 +19,9 @@ from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import require_cpus
+from cxr_retrieval.training.input import READ_CPUS
 from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
 from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
 
@@ -64,41 +66,60 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     done = artifacts.find(draft.uri)
     if done:
         return done, False
-    require_cpus(
-        settings.training.workers, settings.training.cpus_per_worker, settings.training.workers * settings.training.gpu
-    )
-    _require_images(settings, corpus)
-    build_network(settings.network, len(FINDINGS))  # what is wrong with it is known before workers start
+    training = settings.training
+    require_cpus(training.workers, training.cpus_per_worker, READ_CPUS, training.workers * training.gpu)
+    require_trainable(settings, corpus)
     draft.begin()
+    progress_uri = storage.join(settings.workspace, "runs", draft.input_id, PROGRESS_FILE)
+    trainer = trainer_of(settings, corpus, draft.input_id)
+    before, total = _images_done(progress_uri), planned_images(settings, corpus)
+    with Progress(settings.workspace, draft, "train", total, before=min(before, total)) as progress:
+        with _followed(progress_uri, progress, before):
+            result = trainer.fit()
+        assert result.checkpoint is not None, "a run that ends has reported its last checkpoint"
+        saved = load_state(result.checkpoint)
+        return _export(draft, settings, corpus, saved["run"]), True
+
+
+def trainer_of(
+    settings: Settings, corpus: Corpus, run: str, beside: int = 0, callbacks: Sequence[UserCallback] = ()
+) -> TorchTrainer:
+    """The Ray Train run of that name; its state lies in the workspace, and a trainer of the same name goes on from it.
+
+    `beside` runs of the same size share each machine's cores with it.
+    """
     training = settings.training
     runs = storage.join(settings.workspace, "runs")
-    progress_uri = storage.join(runs, draft.input_id, PROGRESS_FILE)
     filesystem, path = storage.filesystem(runs)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
-        train_loop_config={"job": TrainJob(settings, corpus, progress_uri)},
+        train_loop_config={"job": TrainJob(settings, corpus, storage.join(runs, run, PROGRESS_FILE), beside)},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.gpu,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.gpu else {}),
         ),
         run_config=RunConfig(
-            name=draft.input_id,
+            name=run,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # Ray's types do not know that this is one
         ),
     )
-    with _progress_shown(progress_uri):
-        result = trainer.fit()
-    assert result.checkpoint is not None, "a run that ends has reported its last checkpoint"
-    saved = load_state(result.checkpoint)
-    return _export(draft, settings, corpus, saved["run"]), True
 
 
-def _require_images(settings: Settings, corpus: Corpus) -> None:
-    """Refuse a corpus that no run can train on, before workers start."""
+def planned_images(settings: Settings, corpus: Corpus) -> int:
+    """Images that a run sees, over all epochs; the last images of an epoch that fill no batch are left out."""
+    training = settings.training
+    steps = corpus.artifact.manifest["splits"][TRAIN]["images"] // training.batch_size
+    return int(steps * training.batch_size * training.epochs)
+
+
+def require_trainable(settings: Settings, corpus: Corpus) -> None:
+    """Refuse a network that cannot be built and a corpus that no run can train on, before workers start."""
+    build_network(settings.network, len(FINDINGS))
     splits = corpus.artifact.manifest["splits"]
     if splits[TRAIN]["images"] < settings.training.batch_size:
         raise UserError(
@@ -139,10 +160,10 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
 
 
 @contextlib.contextmanager
-def _progress_shown(uri: str) -> Iterator[None]:
-    """Show what the first worker writes about its progress while `fit` blocks this thread."""
+def _followed(uri: str, progress: Progress, before: int) -> Iterator[None]:
+    """Take over what the first worker writes about its progress while `fit` blocks this thread."""
     stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(uri, stop), daemon=True)
+    thread = threading.Thread(target=_follow, args=(uri, stop, progress, before), daemon=True)
     thread.start()
     try:
         yield
@@ -151,23 +172,22 @@ def _progress_shown(uri: str) -> Iterator[None]:
         thread.join()
 
 
-def _follow(uri: str, stop: threading.Event) -> None:
-    meter: console.Meter | None = None
-    seen = 0
-    with contextlib.ExitStack() as stack:
-        while True:
-            ended = stop.wait(POLL_S)
-            found = storage.read_tagged(uri)
-            facts = json.loads(found[0]) if found else None
-            if facts and meter is None:
-                seen = facts["images"]  # what an earlier try has done does not count as speed
-                meter = stack.enter_context(console.Meter("train", facts["total_images"] - seen))
-            elif facts and meter and facts["images"] > seen:
-                validation = facts["last_epoch"].get("validation", {})
-                best = max((figures["map"] for figures in validation.values()), default=None)
-                note = f"epoch {facts['epoch']} of {facts['epochs']}"
-                note += f", validation mAP {100 * best:.1f}" if best is not None else ""
-                meter.advance(facts["images"] - seen, note)
-                seen = facts["images"]
-            if ended:
-                return
+def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> None:
+    ended = False
+    while not ended:
+        ended = stop.wait(POLL_S)
+        found = storage.read_tagged(uri)
+        facts = json.loads(found[0]) if found else None
+        if facts and facts["images"] > seen:
+            validation = facts["last_epoch"].get("validation", {})
+            best = max((figures["map"] for figures in validation.values()), default=None)
+            note = f"epoch {facts['epoch']} of {facts['epochs']}"
+            note += f", validation mAP {100 * best:.1f}" if best is not None else ""
+            progress.advance(facts["images"] - seen, note)
+            seen = facts["images"]
+
+
+def _images_done(uri: str) -> int:
+    """What an earlier try has done, which does not count as speed."""
+    found = storage.read_tagged(uri)
+    return int(json.loads(found[0])["images"]) if found else 0

@@ -1,13 +1,10 @@
 """Promises of the jobs from an archive to a search, run by their command lines."""
 
 import base64
-import contextlib
 import csv
 import hashlib
-import io
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -35,47 +32,13 @@ from cxr_retrieval.network.progressive import uncentred
 from cxr_retrieval.privacy import KEY_VARIABLE
 from cxr_retrieval.training.model import KIND as MODEL_KIND
 from cxr_retrieval.training.model import build_network, normalised, write_model
+from tests.commands import done, job
 
 IMAGES = 96
 SMALL = ["corpus.partition_images=32", "corpus.row_group_images=16", "index.shard_rows=40", "evaluation.draws=100"]
 PUBLIC = "privacy.pseudonymise=false"
 
 pytestmark = pytest.mark.usefixtures("ray_session", "environment")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of a refusal."""
-        assert self.code == 1, self.err
-        assert "Traceback" not in self.err
-        (line,) = self.err.splitlines()
-        return line.removeprefix("error: ")
-
-
-def job(name: str, *words: str) -> Outcome:
-    """`python -m jobs.NAME WORDS`, in this process and on its Ray."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [f"jobs.{name}", *words])
-        patch.delitem(sys.modules, f"jobs.{name}", raising=False)
-        try:
-            runpy.run_module(f"jobs.{name}", run_name="__main__")
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
-
-
-def done(name: str, *words: str) -> str:
-    outcome = job(name, *words)
-    assert outcome.code == 0, outcome.err
-    return outcome.out
 
 
 @dataclass(frozen=True)

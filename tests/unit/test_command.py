@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_retrieval import command
+from cxr_retrieval import command, storage
 from cxr_retrieval.command import settings_help, user_error_in
 from cxr_retrieval.config import Settings, load_settings, settings_fields
 from cxr_retrieval.errors import UserError
@@ -43,6 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_words_and_files_reach_the_job_with_an_absolute_workspace(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checked: list[str] = []
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("seed: 1\ntraining: {epochs: 3}\n")
     (tmp_path / "b.yaml").write_text("training: {epochs: 4}\n")
@@ -50,7 +51,9 @@ def test_words_and_files_reach_the_job_with_an_absolute_workspace(
     assert what == "job"
     assert (settings.seed, settings.training.epochs, settings.training.workers) == (1, 4, 2)
     assert settings.workspace == str(tmp_path / "here")
+    monkeypatch.setattr(storage, "check", checked.append)
     assert run("workspace=s3://bucket/x/")[0][1].workspace == "s3://bucket/x"
+    assert checked == ["s3://bucket/x/"]  # asked before the job
 
 
 def test_a_path_with_an_equals_sign_is_a_path(run: Run) -> None:
@@ -115,7 +118,7 @@ def test_a_bug_is_not_made_a_line(bug: Exception, run: Run) -> None:
 
 
 SCRIPT = """
-from cxr_retrieval import command
+from cxr_retrieval import command, storage
 from cxr_retrieval.errors import UserError
 
 def the_job_itself(settings, options):
@@ -203,3 +206,22 @@ def test_errors_that_cause_each_other_end_the_search() -> None:
     one, two = RuntimeError("one"), RuntimeError("two")
     one.__cause__, two.__cause__ = two, one
     assert user_error_in(one) is None
+
+
+@pytest.mark.parametrize(
+    "word", ["workspace=here", "workspace=/abs corpus.archive=there", "workspace=s3://b/x model=m"]
+)
+def test_a_submitted_job_refuses_a_relative_path_by_its_name(
+    word: str, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(command.SUBMITTED, "{}")
+    with pytest.raises(SystemExit):
+        run(*word.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {word.split()[-1]} is a relative path")
+    assert "s3://bucket/prefix" in line
+
+
+def test_a_submitted_search_needs_no_workspace(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(command.SUBMITTED, "{}")
+    assert run("film.png", words="images", on_cluster=False)

@@ -9,9 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import botocore.exceptions
 import pytest
 
 from cxr_retrieval import storage
@@ -167,7 +165,7 @@ def test_an_unknown_scheme_is_refused_by_every_door(uri: str, tmp_path: Path) ->
         lambda: storage.create(uri, tmp_path / "source"),
         lambda: storage.replace(uri, b"", None),
         lambda: storage.read_tagged(uri),
-        lambda: storage.open_text(uri),
+        lambda: storage.open_text(uri).__enter__(),
         lambda: storage.arrow_reader(uri),
     ]
     for door in doors:
@@ -256,39 +254,3 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tiny_disk: Path, t
     assert storage.read_bytes(uri) == b"old"
     storage.write_bytes(uri, bytes(10_000))  # the failed tries left no scratch that fills the disk
     assert not storage.exists(str(tiny_disk / "new"))
-
-
-class Answers:
-    """An S3 client whose puts answer with these HTTP statuses, one after the other."""
-
-    def __init__(self, *statuses: int) -> None:
-        self.statuses = list(statuses)
-
-    def put_object(self, **_: Any) -> None:
-        status = self.statuses.pop(0)
-        if status != 200:
-            answer: Any = {"Error": {"Code": str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
-            raise botocore.exceptions.ClientError(answer, "PutObject")
-
-
-@pytest.mark.parametrize(
-    ("statuses", "won"), [((200,), True), ((412,), False), ((409, 409, 200), True), ((409, 412), False)]
-)
-def test_s3_conflicts_are_tried_again_and_a_failed_condition_is_not(
-    statuses: tuple[int, ...], won: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = Answers(*statuses)
-    monkeypatch.setattr(storage, "_s3_client", lambda: client)
-    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
-    (tmp_path / "source").write_bytes(b"x")
-    assert storage.create("s3://bucket/key", tmp_path / "source") == won
-    assert client.statuses == []
-
-
-def test_s3_conflicts_without_end_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = Answers(*[409] * storage.CONFLICTS)
-    monkeypatch.setattr(storage, "_s3_client", lambda: client)
-    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
-    (tmp_path / "source").write_bytes(b"x")
-    with pytest.raises(UserError, match="s3://bucket/key: storage answered 409"):
-        storage.create("s3://bucket/key", tmp_path / "source")

@@ -76,6 +76,7 @@ def write_phantom_archive(settings: PhantomSettings) -> tuple[PhantomArchive, bo
             group = json.loads(result["rows"])
             if "error" in group:
                 raise UserError(group["error"])
+            storage.add_retries(group["retries"])
             rows += group["rows"]
             boxes += group["boxes"]
             meter.advance(len(group["rows"]))
@@ -94,6 +95,7 @@ def _holds_files(uri: str) -> bool:
 def _draw(item: dict[str, str]) -> dict[str, str]:
     """Draw a group of patients and store their films, without the last patient's surplus. Runs in a Ray Data task."""
     cv2.setNumThreads(1)  # tasks run side by side, one a core
+    before = storage.retries()
     task = json.loads(item["task"])
     images = [image for patient in task["patients"] for image in draw_patient(patient, task["seed"], task["size"])]
     images = images[: len(images) - task.get("surplus", 0)]
@@ -105,7 +107,8 @@ def _draw(item: dict[str, str]) -> dict[str, str]:
     except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
         return {"rows": json.dumps({"error": str(error)})}
     boxes = [line for image in images for line in bbox_rows(image)]
-    return {"rows": json.dumps({"rows": [data_entry_row(image) for image in images], "boxes": boxes})}
+    rows = [data_entry_row(image) for image in images]
+    return {"rows": json.dumps({"rows": rows, "boxes": boxes, "retries": storage.retries() - before})}
 
 
 def _csv(lines: list[str]) -> bytes:

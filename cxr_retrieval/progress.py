@@ -1,0 +1,140 @@
+"""How far a piece of work is: shown where it runs, and kept in the workspace for `jobs.status` on another terminal.
+
+Every piece of work, known by its artifact's id, keeps one small file in `runs/progress`; a driver that is alive writes
+it anew every few seconds, so a file that grows old tells of a driver that was killed.
+"""
+
+import contextlib
+import datetime
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Literal
+
+from cxr_retrieval import artifacts, storage
+from cxr_retrieval.artifacts import Draft
+from cxr_retrieval.console import Meter, say
+from cxr_retrieval.errors import UserError
+
+FOLDER = "progress"
+EVERY_S = 5.0
+SILENT_S = 60.0  # a driver that has not been heard of for so long is taken for dead
+State = Literal["finished", "running", "failed", "silent"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of one piece of work. Times are ISO 8601 in UTC; `rate` is in units a second."""
+
+    step: str
+    uri: str
+    unit: str
+    total: int
+    done: int
+    rate: float
+    started: str
+    updated: str
+    note: str = ""
+    error: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From the start of its last run to the last that was heard of it."""
+        return (_time(self.updated) - _time(self.started)).total_seconds()
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.total - self.done) / self.rate if self.rate else None
+
+    def silent_for(self) -> float:
+        return (datetime.datetime.now(datetime.UTC) - _time(self.updated)).total_seconds()
+
+    def state(self) -> State:
+        if artifacts.find(self.uri) is not None:
+            return "finished"
+        if self.error is not None:
+            return "failed"
+        return "silent" if self.silent_for() > SILENT_S else "running"
+
+
+class Progress:
+    """The progress of one artifact: a meter here, and a file in the workspace. `before` of `total` was done earlier."""
+
+    def __init__(
+        self, workspace: str, draft: Draft, step: str, total: int, unit: str = "images", before: int = 0
+    ) -> None:
+        self._file = storage.join(_folder(workspace), f"{draft.kind}-{draft.input_id}.json")
+        self._meter = Meter(step, total - before, unit)
+        self._step, self._uri, self._unit, self._total = step, draft.uri, unit, total
+        self._before, self._done, self._note = before, before, ""
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="progress", daemon=True)
+
+    def __enter__(self) -> "Progress":
+        self._started = self._now = datetime.datetime.now(datetime.UTC)
+        self._meter.__enter__()
+        self._keep(None)
+        self._heart.start()
+        return self
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Report `count` more units done."""
+        self._done, self._note = self._done + count, note
+        self._meter.advance(count, note)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._heart.join()
+        self._meter.__exit__(kind, error, trace)
+        if error is None:
+            self._keep(None)
+            return
+        with contextlib.suppress(UserError):  # what ended the work is what counts, and it is on its way
+            self._keep(" ".join(str(error).split())[:500] or type(error).__name__)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(EVERY_S):
+            try:
+                self._keep(None)
+            except UserError as error:
+                say(f"progress is not kept for jobs.status: {error}")
+                return
+
+    def _keep(self, error: str | None) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        seconds = max((now - self._started).total_seconds(), 1e-6)
+        status = Status(
+            step=self._step,
+            uri=self._uri,
+            unit=self._unit,
+            total=self._total,
+            done=self._done,
+            rate=round((self._done - self._before) / seconds, 3),
+            started=self._started.isoformat(timespec="milliseconds"),
+            updated=now.isoformat(timespec="milliseconds"),
+            note=self._note,
+            error=error,
+        )
+        storage.write_bytes(self._file, json.dumps(asdict(status), indent=1).encode())
+
+
+def statuses(workspace: str) -> Iterator[Status]:
+    """Every piece of work that was begun in a workspace, in the order in which their last runs began."""
+    try:
+        files = list(storage.list_files(_folder(workspace)))
+    except FileNotFoundError:
+        return
+    found = [Status(**json.loads(storage.read_bytes(file.uri))) for file in files]
+    yield from sorted(found, key=lambda status: status.started)
+
+
+def _folder(workspace: str) -> str:
+    return storage.join(workspace, "runs", FOLDER)
+
+
+def _time(text: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(text)

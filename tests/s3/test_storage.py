@@ -1,0 +1,238 @@
+"""Promises of the one door to files on object storage: a real S3 server, and a proxy that breaks what passes."""
+
+import contextlib
+import gzip
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.object_store import BUCKET, ObjectStore
+from cxr_retrieval import storage
+from cxr_retrieval.errors import UserError
+from tests import proxy
+from tests.proxy import FaultProxy
+
+
+@pytest.fixture(autouse=True)
+def fresh_clients() -> Iterator[None]:
+    storage.forget_clients()
+    yield
+    storage.forget_clients()
+
+
+@contextlib.contextmanager
+def variables(monkeypatch: pytest.MonkeyPatch, **values: str | None) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        for name, value in values.items():
+            patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
+        storage.forget_clients()
+        yield
+    storage.forget_clients()
+
+
+pytestmark = pytest.mark.usefixtures("faults")
+
+
+def one_line(uri: str) -> str:
+    with pytest.raises(UserError) as caught:
+        storage.check(uri)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_written_is_read_listed_and_there(s3: str) -> None:
+    names = ["b", "a/z", "a.b", ".git/config", "a-b/c", "a/sub/y", "\u00e9", "a0"]
+    for name in names:
+        storage.write_bytes(f"{s3}/{name}", name.encode())
+    files = list(storage.list_files(s3))
+    assert sorted(file.path for file in files) == sorted(name for name in names if not name.startswith("."))
+    assert all(storage.read_bytes(file.uri) == file.path.encode() for file in files)
+    assert all(file.size == len(file.path.encode()) for file in files)
+    assert storage.exists(f"{s3}/a/z")
+    assert not storage.exists(f"{s3}/a")
+    for door in (storage.read_bytes, storage.arrow_reader, lambda uri: storage.open_text(uri).__enter__()):
+        with pytest.raises(FileNotFoundError):
+            door(f"{s3}/none")
+    assert storage.read_tagged(f"{s3}/none") is None
+
+
+def test_a_write_that_fails_leaves_the_old_object(s3: str) -> None:
+    storage.write_bytes(f"{s3}/x", b"old")
+    with contextlib.suppress(RuntimeError), storage.staged(f"{s3}/x") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError
+    assert storage.read_bytes(f"{s3}/x") == b"old"
+
+
+def test_text_is_streamed_and_decompressed(s3: str) -> None:
+    storage.write_bytes(f"{s3}/t.csv.gz", gzip.compress("\ufeffa,b\n\u00e9,2\n".encode()))
+    with storage.open_text(f"{s3}/t.csv.gz") as lines:
+        assert list(lines) == ["a,b\n", "\u00e9,2\n"]
+
+
+def test_parquet_is_read_by_ranges(s3: str) -> None:
+    table = pa.table({"n": list(range(50_000)), "text": ["x" * 40] * 50_000})
+    with storage.staged(f"{s3}/t.parquet") as path:
+        pq.write_table(table, path, row_group_size=1000, compression="none")
+    with storage.arrow_reader(f"{s3}/t.parquet") as file:
+        assert pq.ParquetFile(file).read_row_group(7)["n"].to_pylist() == list(range(7000, 8000))
+    with storage.arrow_reader(f"{s3}/t.parquet") as file:
+        assert pq.read_table(file) == table
+
+
+def test_of_racing_writers_one_creates_and_one_replaces(s3: str, tmp_path: Path) -> None:
+    for racer in range(8):
+        (tmp_path / str(racer)).write_bytes(b"%d" % racer)
+
+    def race(work: Callable[[int], bool]) -> list[int]:
+        with ThreadPoolExecutor(8) as pool:
+            return [racer for racer, won in enumerate(pool.map(work, range(8))) if won]
+
+    (winner,) = race(lambda racer: storage.create(f"{s3}/object", tmp_path / str(racer)))
+    assert storage.read_bytes(f"{s3}/object") == b"%d" % winner
+    tag = None
+    for generation in range(3):
+        (winner,) = race(lambda racer: storage.replace(f"{s3}/alias", b"%d of %d" % (racer, generation), tag))  # noqa: B023
+        data, tag = storage.read_tagged(f"{s3}/alias") or (b"", None)
+        assert data == b"%d of %d" % (winner, generation)
+
+
+def test_the_remedy_for_credentials_is_told_in_one_line(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"s3://{BUCKET}/x"
+    storage.check(uri)
+    with variables(monkeypatch, AWS_SECRET_ACCESS_KEY="wrong"):
+        assert "check AWS_SECRET_ACCESS_KEY" in one_line(uri)
+    with variables(monkeypatch, AWS_ACCESS_KEY_ID="UNKNOWN"):
+        assert "check AWS_ACCESS_KEY_ID" in one_line(uri)
+    with variables(monkeypatch, AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None):
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+        assert "no credentials: set AWS_ACCESS_KEY_ID" in one_line(uri)
+    secret = object_store.secret
+    assert secret not in one_line("s3://cxr-that-is-not-there/x")
+
+
+def test_a_bucket_that_is_not_there_is_told() -> None:
+    assert "there is no such bucket" in one_line("s3://cxr-that-is-not-there/x")
+
+
+def test_no_route_is_told_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    with variables(monkeypatch, AWS_ENDPOINT_URL="http://127.0.0.1:9"):
+        assert "no answer from http://127.0.0.1:9: check the network" in one_line(f"s3://{BUCKET}/x")
+    assert time.monotonic() - began < 20
+
+
+def test_rights_that_are_missing_are_told(object_store: ObjectStore, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{s3}/x", b"x")
+    reader = {"AWS_ACCESS_KEY_ID": object_store.key[::-1], "AWS_SECRET_ACCESS_KEY": object_store.secret[::-1]}
+    with variables(monkeypatch, **reader):
+        assert storage.read_bytes(f"{s3}/x") == b"x"
+        with pytest.raises(UserError, match=r"no right to it: cluster/iam-policy\.json"):
+            storage.write_bytes(f"{s3}/x", b"y")
+    assert storage.read_bytes(f"{s3}/x") == b"x"
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [(proxy.EXPIRED, "the session token has expired"), (proxy.WRONG_REGION, "set AWS_REGION to")],
+)
+def test_an_expired_token_and_a_wrong_region_are_told(faults: FaultProxy, fault: str, remedy: str) -> None:
+    faults.inject(fault, 10)
+    assert remedy in one_line(f"s3://{BUCKET}/x")
+
+
+PASSING = [proxy.SLOW, proxy.CUT, proxy.LOST_ANSWER, proxy.HALF_ANSWER]
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_what_passes_by_itself_is_tried_again_and_counted(faults: FaultProxy, s3: str, fault: str) -> None:
+    content = os.urandom(50_000)
+    faults.inject(fault, 2, lambda method, path: method == "PUT" and "?" not in path)
+    before = storage.retries()
+    storage.write_bytes(f"{s3}/object", content)
+    # Half an answer to a PUT has no body to be cut: nothing was lost, and nothing is sent again.
+    assert storage.retries() - before == (0 if fault == proxy.HALF_ANSWER else 2)
+    faults.inject(fault, 2, lambda method, _: method == "GET")
+    before = storage.retries()
+    assert storage.read_bytes(f"{s3}/object") == content
+    assert storage.retries() - before == 2
+    faults.inject(fault, 2, lambda method, _: method == "GET")
+    before = storage.retries()
+    with storage.arrow_reader(f"{s3}/object") as file:
+        assert file.read() == content
+    assert 1 <= storage.retries() - before <= 2  # a connection that was cut is opened once more below pyarrow, unseen
+    assert len([request for request in faults.seen if request[0] == "GET"]) >= 5
+
+
+def test_a_conflict_is_tried_again_and_a_lost_race_is_not(faults: FaultProxy, s3: str) -> None:
+    faults.inject(proxy.CONFLICT, 2, lambda method, _: method == "PUT")
+    before = storage.retries()
+    assert storage.replace(f"{s3}/alias", b"one", None)
+    assert storage.retries() - before == 2
+    puts = len([method for method, _ in faults.seen if method == "PUT"])
+    assert not storage.replace(f"{s3}/alias", b"two", None)  # 412: somebody else won
+    assert len([method for method, _ in faults.seen if method == "PUT"]) == puts + 1
+    assert storage.read_bytes(f"{s3}/alias") == b"one"
+
+
+def test_conflicts_without_end_are_one_clear_line(faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    faults.inject(proxy.CONFLICT, 1000, lambda method, _: method == "PUT")
+    with pytest.raises(UserError, match=f"{s3}/alias: storage answered ConditionalRequestConflict; run the same"):
+        storage.replace(f"{s3}/alias", b"one", None)
+
+
+def test_a_denial_that_passes_is_survived_and_one_that_stays_is_told(faults: FaultProxy, s3: str) -> None:
+    storage.write_bytes(f"{s3}/x", b"x")
+    faults.inject(proxy.DENIED, 2, lambda method, _: method == "GET")
+    assert storage.read_bytes(f"{s3}/x") == b"x"
+    faults.inject(proxy.DENIED, 10, lambda method, _: method == "GET")
+    with pytest.raises(UserError, match="no right to it"):
+        storage.read_bytes(f"{s3}/x")
+
+
+def test_a_server_that_never_stops_refusing_is_told_in_one_line(
+    faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    faults.inject(proxy.SLOW, 1000)
+    with pytest.raises(UserError, match="still asks to slow down after 8 tries: run the same command again"):
+        storage.read_bytes(f"{s3}/x")
+    assert len(faults.seen) == storage.TRIES
+
+
+def test_a_write_whose_answer_was_lost_is_not_written_twice(faults: FaultProxy, s3: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"content")
+    faults.inject(proxy.LOST_ANSWER, 1, lambda method, _: method == "PUT")
+    storage.create(f"{s3}/object", tmp_path / "source")  # either answer is true: it was ours, or it is there
+    assert storage.read_bytes(f"{s3}/object") == b"content"
+
+
+def test_a_server_that_was_killed_has_kept_everything(object_store: ObjectStore, s3: str) -> None:
+    storage.write_bytes(f"{s3}/x", b"x" * 100_000)
+    object_store.kill()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(storage.read_bytes, f"{s3}/x")  # asked while it is down, answered when it is back
+        time.sleep(1.0)
+        object_store.start()
+        assert reading.result(timeout=60) == b"x" * 100_000
+
+
+def test_a_job_says_what_is_wrong_before_it_starts_anything() -> None:
+    command = [sys.executable, "-m", "jobs.prepare", f"corpus.archive=s3://{BUCKET}/none", f"workspace=s3://{BUCKET}/w"]
+    environment = os.environ | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: s3://{BUCKET}/w: the secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY"
+    ]
