@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo s3 test lint unit bench clean
+.PHONY: help demo s3 cluster-demo submitted test lint unit bench clean
 
 help:  ## print every target with its sentence
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,22 @@ s3: $(READY)  ## the demo's path on object storage: a real S3 server is started 
 	$(WITH_S3) $(BIN)/python -m jobs.search s3://cxr/archive/images/00000001_000.png \
 		--index s3://cxr/workspace/indexes/phantoms@latest --gallery demo-s3/similar.html
 
+SUBMIT := $(BIN)/ray job submit --working-dir . -- python -m
+
+cluster-demo: $(READY)  ## every job by `ray job submit`, with token authentication, on object storage, on this machine
+	$(BIN)/python -m cluster.object_store --data demo-cluster $(BIN)/python -m cluster.local $(MAKE) --no-print-directory submitted
+
+submitted:  ## what cluster-demo submits to the cluster that RAY_API_SERVER_ADDRESS names
+	$(SUBMIT) jobs.phantom $(S3_DEMO)
+	$(SUBMIT) jobs.prepare $(S3_DEMO)
+	$(SUBMIT) jobs.train $(S3_DEMO)
+	$(SUBMIT) jobs.evaluate $(S3_DEMO)
+	$(SUBMIT) jobs.index $(S3_DEMO)
+	$(SUBMIT) jobs.publish $(S3_DEMO)
+	$(SUBMIT) jobs.search s3://cxr/archive/images/00000001_000.png --index s3://cxr/workspace/indexes/phantoms@latest
+	$(SUBMIT) jobs.pipeline $(S3_DEMO)
+	$(SUBMIT) jobs.status workspace=s3://cxr/workspace
+
 test: $(READY)  ## install what is needed, lint, type-check, check import direction, run every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
 	$(BIN)/python -m pytest tests --ignore=tests/unit -n 2 --dist loadfile --no-loadscope-reorder
@@ -44,4 +60,4 @@ bench: $(READY)  ## every benchmark, each against its limit or peer; ratios go t
 	for name in prepare input embed; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:  ## remove what runs wrote, but not the virtual environment
-	rm -rf demo demo-s3 workspace benchmarks/results
+	rm -rf demo demo-s3 demo-cluster workspace benchmarks/results

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDTH = 1120
 LABEL_WIDTH = 190
@@ -14,6 +14,12 @@ _GAP = 26
 _STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 _INTERVALS = 4
 _TEXT_LIMIT = 27
+_MOST_TICKS = 7
+_INSET = 16
+_GLYPH = 6.6
+_BAR_STEPS = 32
+# Nine even samples of matplotlib's viridis: its lightness rises steadily, so it survives colour blindness and print.
+_VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,151 @@ def axis(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 @dataclass(frozen=True)
+class Dimension:
+    """One direction of a plane: its name, its ends, and its grid lines, each a value and what is written there."""
+
+    title: str
+    note: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value stands between the ends: 0 at `low`, 1 at `high`."""
+        if self.log:
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies between the ends."""
+        return self.low <= value <= self.high
+
+
+def percent_axis(title: str, values: Iterable[float]) -> Dimension:
+    """A direction for figures in 0 to 1, written in percent, with round ends that hold all of them."""
+    low, high, step = axis(values)
+    ticks = (low + step * i for i in range(round((high - low) / step) + 1))
+    return Dimension(title, "percent", low, high, tuple((tick, f"{100 * tick:.3g}") for tick in ticks))
+
+
+def number_axis(title: str, note: str, values: Iterable[float], log: bool = False) -> Dimension:
+    """A direction that ends at the least and the greatest of the values (at least one; all positive where `log`)."""
+    known = list(values)
+    low, high = min(known), max(known)
+    if low == high:
+        low, high = (low / 2, high * 2) if log else (low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1))
+    ticks = _log_ticks(low, high) if log else _even_ticks(low, high)
+    return Dimension(title, note, low, high, tuple((tick, f"{tick:.4g}") for tick in ticks), log)
+
+
+def choice_axis(title: str, note: str, texts: Sequence[str]) -> Dimension:
+    """A direction with one place for each text, at 0, 1, 2, ..."""
+    return Dimension(
+        title, note, -0.5, max(len(texts), 1) - 0.5, tuple((float(i), text) for i, text in enumerate(texts))
+    )
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal grid line and what stands beside it."""
+
+    y: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A plot of one direction against another, in pixels: its frame, its grid lines, and where values lie."""
+
+    x: Dimension
+    y: Dimension
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    columns: tuple[Tick, ...]
+    rows: tuple[Level, ...]
+
+    def at_x(self, value: float) -> float:
+        """The pixel column of a value."""
+        return _between(self.left + _INSET, self.right - _INSET, self.x.share(value))
+
+    def at_y(self, value: float) -> float:
+        """The pixel row of a value."""
+        return _between(self.bottom - _INSET, self.top + _INSET, self.y.share(value))
+
+
+def plane(x: Dimension, y: Dimension, width: float, height: float, beside: float = 16) -> Plane:
+    """Lay out a plane, leaving `beside` pixels at its right, for a colour bar for example."""
+    names = [_shorten(text, 16) for _, text in y.ticks]
+    left, right = 54 + _GLYPH * max(map(len, names), default=0), width - beside
+    # Texts of neighbouring grid lines must not run into each other; numbers are few and short by their making.
+    limit = max(3, int((right - left) / max(len(x.ticks), 1) / _GLYPH))
+    empty = Plane(x, y, width, height, left, right, 12, height - 64, (), ())
+    return replace(
+        empty,
+        columns=tuple(Tick(empty.at_x(value), _shorten(text, limit)) for value, text in x.ticks),
+        rows=tuple(Level(empty.at_y(value), name) for (value, _), name in zip(y.ticks, names, strict=True)),
+    )
+
+
+@dataclass(frozen=True)
+class ColourBar:
+    """What colour means what figure: strips (y, height, colour) from the top down, and figures beside them."""
+
+    x: float
+    title: str
+    strips: tuple[tuple[float, float, str], ...]
+    levels: tuple[Level, ...]
+
+
+def colour_bar(values: Dimension, beside: Plane) -> ColourBar:
+    """The colours of a direction as a bar at the right of a plane."""
+    tall = (beside.bottom - beside.top) / _BAR_STEPS
+    strips = tuple(
+        # A hair of overlap, or the ground shines through between two strips.
+        (round(beside.top + tall * i, 2), round(tall + 0.5, 2), viridis(1 - (i + 0.5) / _BAR_STEPS))
+        for i in range(_BAR_STEPS)
+    )
+    levels = (Level(_between(beside.bottom, beside.top, values.share(value)), text) for value, text in values.ticks)
+    return ColourBar(beside.right + 18, f"{values.title}, {values.note}", strips, tuple(levels))
+
+
+def viridis(share: float) -> str:
+    """The colour `#rrggbb` of a share from 0 (dark) to 1 (light)."""
+    place = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
+    first = min(int(place), len(_VIRIDIS) - 2)
+    pairs = zip(bytes.fromhex(_VIRIDIS[first]), bytes.fromhex(_VIRIDIS[first + 1]), strict=True)
+    return "#" + bytes(round(low + (high - low) * (place - first)) for low, high in pairs).hex()
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**power for power in powers for digit in digits]
+        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(ticks) <= _MOST_TICKS:
+            break
+    # Within a fraction of a decade there is hardly a power to write; over very many, every one is too much.
+    return ticks[:: math.ceil(len(ticks) / _MOST_TICKS)] if len(ticks) > 2 else _even_ticks(low, high)
+
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    least = (high - low) / (_MOST_TICKS - 1)
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _between(start: float, end: float, share: float) -> float:
+    return round(start + share * (end - start), 2)
+
+
+@dataclass(frozen=True)
 class _Scale:
     left: float
     right: float
@@ -176,5 +327,5 @@ def _row_y(row: int) -> float:
     return HEAD + ROW_HEIGHT * (row + 0.5)
 
 
-def _shorten(name: str) -> str:
-    return name if len(name) <= _TEXT_LIMIT else name[: _TEXT_LIMIT - 3] + "..."
+def _shorten(name: str, limit: int = _TEXT_LIMIT) -> str:
+    return name if len(name) <= limit else name[: max(limit - 3, 1)] + "..."

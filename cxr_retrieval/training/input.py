@@ -74,8 +74,6 @@ class WorkerInput:
                 batch_format="numpy",
                 zero_copy_batch=True,
                 num_cpus=READ_CPUS,
-                # Else the task would wait for room in the placement group of a sweep's trial, which has none.
-                scheduling_strategy="SPREAD",
             )
             references: list[Any] = blocks.materialize().to_arrow_refs()
         return references

@@ -43,6 +43,7 @@ def test_every_job_command_of_the_readme_runs_as_it_stands(
     settings["corpus"]["archive"] = str(phantom_archive)
     Path("my.yaml").write_text(yaml.safe_dump(settings))
     image = next((phantom_archive / "images").iterdir())
+    Path("tune_spaces").symlink_to(Path(__file__).parents[2] / "tune_spaces")
     monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
     commands = job_commands()
     assert len(commands) >= 8
@@ -52,6 +53,8 @@ def test_every_job_command_of_the_readme_runs_as_it_stands(
         words = command[3:]
         for name, value in replaced.items():
             words = [re.sub(rf"\b{name}\b", value, word) for word in words]
+        if command[2] == "jobs.tune":
+            words.append("--plan")  # a sweep itself takes a minute: test_tune runs one
         monkeypatch.setattr(sys, "argv", [command[2], *words])
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
         if command[2] == "jobs.evaluate":

@@ -1,0 +1,122 @@
+"""Promises of a sweep on a real Ray: early stopping, failing trials, kills, and a best config that train takes."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from cxr_retrieval.config import load_settings
+from tests import processes
+from tests.commands import done, job
+from tests.processes import wait_until
+
+TINY = [
+    "corpus.size=64",
+    "corpus.partition_images=32",
+    "corpus.row_group_images=16",
+    "corpus.validation_share=0.25",
+    "network.dimensions=16",
+    "training.epochs=7",
+    "training.batch_size=16",
+    "training.lanes=2",
+]
+
+
+def space_file(folder: Path, **values: object) -> str:
+    space = {
+        "name": "tiny",
+        "search": "grid",
+        "epochs": 2,
+        "reduction": 2,
+        "settings": {"losses.contrastive_from": 0},
+        "space": {"losses.centre_rate": {"choice": [0.02, 0.2]}},
+    }
+    file = folder / "space.yaml"
+    file.write_text(yaml.safe_dump(space | values))
+    return str(file)
+
+
+def sweep_of(workspace: Path) -> Path:
+    (folder,) = (workspace / "reports" / "sweeps").iterdir()
+    return folder
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_sweep_survives_a_trial_that_fails_and_stops_one_early(phantom_archive: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
+    free = ray.available_resources()["CPU"]
+    # 96 features on the last stage fit no weights file: the trial with it fails when it builds its network.
+    (tmp_path / "weights").write_bytes(b"not weights")
+    axes = {
+        "losses.centre_rate": {"choice": [0.02, 0.2]},
+        "network.weights": {"choice": [None, str(tmp_path / "weights")]},
+    }
+    out = done("tune", "--space", space_file(tmp_path, space=axes), *words)
+    folder = sweep_of(workspace)
+    facts = json.loads((folder / "sweep.json").read_text())
+    states = sorted(trial["state"] for trial in facts["trials"])
+    assert states.count("failed") == 2
+    assert set(states) <= {"failed", "finished", "stopped"}
+    failed = [trial for trial in facts["trials"] if trial["state"] == "failed"]
+    assert all("safetensors" in trial["error"] for trial in failed)
+    assert all(trial["settings"]["network.weights"] for trial in failed)
+    assert "failed" in out
+    best = load_settings([str(folder / "best.yaml")])
+    winner = next(trial for trial in facts["trials"] if trial["id"] == facts["best"])
+    assert best.losses.centre_rate == winner["settings"]["losses.centre_rate"]
+    assert best.training.epochs == 7  # the full budget
+    assert best.corpus.archive == str(phantom_archive)
+    assert "<html" in (folder / "sweep.html").read_text()[:200].lower()
+    # Whoever was stopped has given back what it had.
+    end = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != free and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == free
+    again = done("tune", "--space", space_file(tmp_path, space=axes), *words)
+    assert "finished before, nothing to do" in again
+    planned = done("train", "--config", str(folder / "best.yaml"), "--plan")
+    assert "to do" in planned
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_point_that_the_schema_refuses_ends_the_sweep_before_it_starts(phantom_archive: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
+    for axes, told in (
+        ({"losses.centre_rate": {"choice": [0.1, 3.0]}}, "losses.centre_rate=3.0"),
+        ({"losses.centre_rat": {"choice": [0.1, 0.3]}}, "did you mean 'losses.centre_rate'"),
+        ({"training.lanes": {"choice": [1, 3]}, "training.workers": {"choice": [1, 2]}}, "is not a multiple"),
+    ):
+        outcome = job("tune", "--space", space_file(tmp_path, space=axes), *words)
+        assert outcome.code == 1
+        assert told in outcome.err
+    assert not (workspace / "reports").exists()
+    assert not any((workspace / "runs").glob("*-*"))
+
+
+def test_a_sweep_that_is_killed_goes_on_and_keeps_the_trials_that_ended(phantom_archive: Path, tmp_path: Path) -> None:
+    workspace, log = tmp_path / "workspace", tmp_path / "log"
+    words = ["--space", space_file(tmp_path, epochs=1, scheduler="none"), *TINY]
+    words += [f"workspace={workspace}", f"corpus.archive={phantom_archive}", "training.cpus_per_worker=1.2"]
+
+    def ended() -> list[Path]:
+        """Trials that have reported their last epoch."""
+        found = [path for path in workspace.glob("runs/*/*/result.json") if path.read_text().endswith("\n")]
+        return [path.parent for path in found]
+
+    with processes.job("tune", *words, log=log) as process:
+        wait_until(lambda: bool(ended()), process, log)
+    before = {path.name for path in ended()}
+    assert before
+    with processes.job("tune", *words, log=log) as process:
+        assert process.wait(processes.TIMEOUT_S) == 0, log.read_text()
+    assert "going on with a sweep that was begun before" in log.read_text()
+    trials = json.loads((sweep_of(workspace) / "sweep.json").read_text())["trials"]
+    assert before <= {trial["id"] for trial in trials}
+    assert [trial["state"] for trial in trials] == ["finished"] * 2
+    assert sorted(trial["settings"]["losses.centre_rate"] for trial in trials) == [0.02, 0.2]
+    assert all([point["epoch"] for point in trial["curve"]] == [1] for trial in trials)

@@ -1,0 +1,138 @@
+"""Promises about what a sweep may look at: refused in one line before it starts, and the same points every time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cxr_retrieval.config import Settings, TrainingSettings, load_settings
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.training.sweep import Axis, Space, read_space, trials_at_once
+
+SPACES = sorted((Path(__file__).parents[2] / "tune_spaces").glob("*.yaml"))
+CENTRE = {"losses.centre_rate": {"log_uniform": [0.01, 0.5]}}
+
+
+def space(tmp_path: Path, **values: Any) -> Space:
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump({"name": "x", "space": CENTRE} | values))
+    return read_space(str(file))
+
+
+def test_the_four_spaces_that_come_with_it_are_there() -> None:
+    assert [file.stem for file in SPACES] == ["centers", "crop", "joint", "smoke"]
+    searched = {key for file in SPACES for key in read_space(str(file)).space}
+    assert {"losses.centre_rate", "network.crop_threshold"} <= searched
+
+
+@pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
+def test_what_a_space_searches_is_at_work_within_its_budget(file: Path) -> None:
+    """A trial is short: what joins late in a full run must join at once in it, or the search sees nothing of it."""
+    found = read_space(str(file))
+    if any(key.startswith("losses.c") for key in found.space):
+        assert found.settings["losses.contrastive_from"] == 0
+    if any(key.startswith("network.crop") for key in found.space):
+        assert found.settings["training.crop_from"] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"space": {}}, "space: dictionary should have at least 1 item"),
+        ({"space": {"losses.centre_rate": {}}}, "exactly one of uniform, log_uniform, integers, choice"),
+        ({"space": {"losses.centre_rate": {"uniform": [0.5, 0.1]}}}, "a lower and a higher bound"),
+        ({"space": {"losses.centre_rate": {"log_uniform": [0, 0.1]}}}, "bounds above 0"),
+        ({"space": {"losses.centre_rate": {"choice": [0.1]}}}, "two values or more"),
+        ({"space": {"losses.centre_rate": {"normal": [0, 1]}}}, "extra inputs are not permitted"),
+        ({"search": "grid"}, "grid needs a choice for every setting"),
+        ({"grace_epochs": 5, "epochs": 4}, "grace_epochs is more than epochs"),
+        ({"space": {"corpus.size": {"choice": [64, 128]}}}, "corpus.size cannot be searched"),
+        ({"settings": {"training.epochs": 3}}, "training.epochs is the budget"),
+        ({"search": "bayes"}, "input should be 'random', 'grid' or 'optuna'"),
+        ({"trails": 3}, "trails: extra inputs are not permitted"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused_in_one_line(values: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        space(tmp_path, **values)
+    assert told in str(caught.value)
+    assert "space.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_space_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        read_space(str(tmp_path / "none.yaml"))
+    for text in ("a: [", "- 1", ""):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"tune space .*bad\.yaml") as caught:
+            read_space(str(tmp_path / "bad.yaml"))
+        assert "\n" not in str(caught.value)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.floats(0.001, 0.5), st.floats(0.001, 0.4))
+def test_points_lie_in_the_space_and_are_the_same_every_time(seed: int, low: float, width: float) -> None:
+    axes = {
+        "losses.centre_rate": Axis(log_uniform=(low, low + width)),
+        "network.steps": Axis(integers=(1, 3)),
+        "network.crop_threshold": Axis(uniform=(low, low + width)),
+        "losses.form": Axis(choice=["margin", "softmax"]),
+    }
+    found = Space(name="x", trials=7, seed=seed, space=axes)
+    points = found.points()
+    assert points == found.points()
+    assert len(points) == 7
+    for point in points:
+        assert low <= point["losses.centre_rate"] <= low + width
+        assert low <= point["network.crop_threshold"] <= low + width
+        assert point["network.steps"] in (1, 2, 3)
+        assert point["losses.form"] in ("margin", "softmax")
+        assert all(type(value) in (int, float, str) for value in point.values()), "YAML and JSON write them"
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    axes = {"losses.centre_rate": Axis(choice=[0.1, 0.2]), "network.steps": Axis(choice=[1, 2, 3])}
+    points = Space(name="x", search="grid", space=axes).points()
+    assert len(points) == 6
+    assert {(p["losses.centre_rate"], p["network.steps"]) for p in points} == {
+        (rate, steps) for rate in (0.1, 0.2) for steps in (1, 2, 3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("training", "cpus", "gpus", "trials"),
+    [
+        ({}, 2, 0, 2),
+        ({"workers": 2}, 2, 0, 1),
+        ({"workers": 2, "cpus_per_worker": 4.0, "gpu": True}, 64, 8, 4),
+        ({"workers": 2, "cpus_per_worker": 4.0, "gpu": True}, 20, 8, 2),
+    ],
+)
+def test_as_many_trials_run_as_the_cluster_holds(training: Any, cpus: float, gpus: float, trials: int) -> None:
+    assert trials_at_once(TrainingSettings(**training), cpus, gpus) == trials
+
+
+def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers() -> None:
+    with pytest.raises(UserError, match=r"training\.workers=4.*2 CPUs and 0 GPUs"):
+        trials_at_once(TrainingSettings(workers=4), 2, 0)
+    with pytest.raises(UserError, match=r"training\.gpu=true.*0 GPUs"):
+        trials_at_once(TrainingSettings(gpu=True), 64, 0)
+
+
+def test_the_best_point_is_a_config_that_train_takes(tmp_path: Path) -> None:
+    from cxr_retrieval.config import dump_settings, with_values
+
+    found = space(tmp_path, settings={"losses.contrastive_from": 0})
+    base = with_values(Settings(workspace=str(tmp_path)), found.settings, "x")
+    best = with_values(base, {"losses.centre_rate": 0.037}, "x")
+    file = tmp_path / "best.yaml"
+    file.write_text(dump_settings(best))
+    read = load_settings([str(file)])
+    assert (read.losses.centre_rate, read.losses.contrastive_from) == (0.037, 0)
+    assert read.training.epochs == base.training.epochs  # the full budget, not a trial's
+    with pytest.raises(UserError, match=r"losses\.centre_rate=3.*space\.yaml.*less than or equal to 1"):
+        with_values(base, {"losses.centre_rate": 3}, str(tmp_path / "space.yaml"))
