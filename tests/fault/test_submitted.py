@@ -1,0 +1,96 @@
+"""Promises of submitted jobs: token authentication, logs, exit codes; a driver that is killed is submitted again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import Head, head
+from tests.processes import ROOT, TIMEOUT_S
+
+TINY = [
+    "corpus.size=64",
+    "corpus.partition_images=32",
+    "corpus.row_group_images=16",
+    "corpus.validation_share=0.25",
+    "network.dimensions=16",
+    "training.epochs=3",
+    "training.batch_size=16",
+    "training.lanes=2",
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Head]:
+    with head() as running:
+        yield running
+
+
+def submission(cluster: Head, job: str, *words: str, **variables: str) -> subprocess.Popen[str]:
+    """`ray job submit` from a terminal that has what leads to the cluster, and nothing else of Ray."""
+    terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ray = str(Path(sys.executable).parent / "ray")
+    return subprocess.Popen(
+        [ray, "job", "submit", "--working-dir", ".", "--", "python", "-m", f"jobs.{job}", *words],
+        cwd=ROOT,
+        env=terminal | cluster.variables | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def submitted(cluster: Head, job: str, *words: str, **variables: str) -> tuple[int, str]:
+    with submission(cluster, job, *words, **variables) as process:
+        printed, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, printed
+
+
+def test_a_relative_workspace_is_refused_by_its_name_and_the_submission_fails(
+    cluster: Head, phantom_archive: Path
+) -> None:
+    code, printed = submitted(cluster, "prepare", f"corpus.archive={phantom_archive}")
+    assert code != 0
+    assert "error: workspace=./workspace is a relative path" in printed
+    assert "Traceback" not in printed.partition("error: workspace")[2].splitlines()[0]
+
+
+def test_who_has_no_token_is_refused(cluster: Head) -> None:
+    code, printed = submitted(cluster, "status", "workspace=/tmp", RAY_AUTH_TOKEN="0" * 64)
+    assert code != 0
+    assert "token" in printed.lower()
+
+
+def test_a_driver_that_is_killed_is_submitted_again_and_goes_on(
+    cluster: Head, phantom_archive: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "workspace"
+    words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
+    with submission(cluster, "train", *words) as process:
+        end = time.monotonic() + TIMEOUT_S
+        while not any(workspace.glob("runs/*/checkpoint_*/state.pt")):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        found = subprocess.run(["pgrep", "-f", f"jobs.train workspace={workspace}"], capture_output=True, text=True)
+        drivers = [int(pid) for pid in found.stdout.split() if int(pid) != process.pid]
+        assert drivers
+        for pid in drivers:
+            os.kill(pid, signal.SIGKILL)
+        printed, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode != 0, printed
+    assert not any(workspace.glob("models/*/manifest.json"))
+    code, printed = submitted(cluster, "train", *words)
+    assert code == 0, printed
+    (model,) = workspace.glob("models/*/model.json")
+    assert [epoch["epoch"] for epoch in json.loads(model.read_text())["history"]] == [0, 1, 2]
+    assert str(model.parent) in printed.replace("\n", "")
+    code, printed = submitted(cluster, "status", f"workspace={workspace}")
+    assert code == 0
+    assert printed.count("finished") == 2
