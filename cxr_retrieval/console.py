@@ -47,7 +47,8 @@ class Meter:
         """Report `count` more units done; `note` is shown behind the rate."""
         self._done += count
         now = time.monotonic()
-        rate = f"{self._done / max(now - self._start, 1e-6):,.0f} {self._unit}/s"
+        a_second = self._done / max(now - self._start, 1e-6)
+        rate = f"{a_second:,.0f} {self._unit}/s" if a_second >= 1 else f"{60 * a_second:.1f} {self._unit}/min"
         if self._bar:
             self._bar.update(self._task, completed=self._done, note=f"{rate} {note}")
         elif now - self._last >= LINE_EVERY_S or self._done == self._total:

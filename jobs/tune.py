@@ -16,7 +16,8 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.report.sweep import next_steps, sweep_page
+from cxr_retrieval.report.advice import next_steps
+from cxr_retrieval.report.sweep import sweep_page
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.sweep import Space, Sweep, read_space, run_sweep
 

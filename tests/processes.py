@@ -40,13 +40,13 @@ def kill_all(mark: str) -> int:
 
 @contextlib.contextmanager
 def job(name: str, *words: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m jobs.NAME WORDS` as a process of its own, killed at the end with all of its Ray."""
+    """`python -m jobs.NAME WORDS` as a process of its own, on a Ray of its own; killed at the end with all of it."""
     mark = f"{log}-{time.monotonic_ns()}"
     with log.open("ab") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", f"jobs.{name}", *words],
             cwd=ROOT,
-            env=os.environ | environment | {MARK: mark},
+            env=os.environ | {"RAY_ADDRESS": ""} | environment | {MARK: mark},
             stdout=written,
             stderr=written,
             start_new_session=True,
@@ -64,4 +64,4 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[bytes], lo
     while not reached():
         assert process.poll() is None, f"the job ended too early: {log.read_text(errors='replace')}"
         assert time.monotonic() < end, f"not reached: {log.read_text(errors='replace')}"
-        time.sleep(0.02)
+        time.sleep(0.005)

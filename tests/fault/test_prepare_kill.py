@@ -1,16 +1,8 @@
 """A prepare whose every process is killed leaves nothing that reads as done, and run again it gives equal bytes."""
 
-import contextlib
 import json
-import os
 import random
-import secrets
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -22,11 +14,10 @@ from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.preparation import KIND, PART_KIND, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
+from tests.processes import TIMEOUT_S, job, wait_until
 
-PROJECT = Path(__file__).parents[2]
 SETTINGS = {"size": 64, "partition_images": 8, "row_group_images": 8}
 PARTS = 96 // 8
-MARK = "CXR_TEST_MARK"  # inherited by every process that a job starts, Ray's in their own groups too
 
 
 @pytest.fixture(scope="module")
@@ -37,41 +28,6 @@ def archive(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         film = cv2.resize(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (1000, 1000), interpolation=cv2.INTER_CUBIC)
         assert cv2.imwrite(str(path), film, [cv2.IMWRITE_PNG_COMPRESSION, 1])
     return copy
-
-
-class Job:
-    """`python -m jobs.prepare` as a process of its own, with a Ray of its own."""
-
-    def __init__(self, archive: Path, workspace: Path) -> None:
-        self._mark = secrets.token_hex(8)
-        words = [f"corpus.{name}={value}" for name, value in SETTINGS.items()]
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.prepare", f"corpus.archive={archive}", f"workspace={workspace}", *words],
-            cwd=PROJECT,
-            env=environment | {MARK: self._mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def kill(self) -> None:
-        """Kill the process group at once, then whatever of this job lives outside it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        while left := list(self._alive()):
-            for process in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            time.sleep(0.02)
-        self.process.communicate()
-
-    def _alive(self) -> Iterator[int]:
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"{MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
-                    yield int(folder.name)
 
 
 def finished_parts(workspace: Path) -> dict[str, int]:
@@ -91,15 +47,11 @@ def test_a_prepare_that_is_killed_goes_on_and_gives_equal_bytes(archive: Path, t
     undisturbed, _ = prepare(CorpusSettings(archive=str(archive), **SETTINGS), str(tmp_path / "undisturbed"))
     workspace = tmp_path / "killed"
     enough = random.randint(1, PARTS // 3)
-    killed = Job(archive, workspace)
-    try:
-        limit = time.monotonic() + 300
-        while len(finished_parts(workspace)) < enough:
-            assert killed.process.poll() is None, killed.process.communicate()
-            assert time.monotonic() < limit, "no part was finished in time"
-            time.sleep(0.002)
-    finally:
-        killed.kill()
+    log = tmp_path / "log"
+    words = [f"corpus.{name}={value}" for name, value in SETTINGS.items()]
+    words += [f"corpus.archive={archive}", f"workspace={workspace}"]
+    with job("prepare", *words, log=log) as process:
+        wait_until(lambda: len(finished_parts(workspace)) >= enough, process, log)
     kept = finished_parts(workspace)
     moment = f"killed when {len(kept)} of {PARTS} parts were finished, {enough} were waited for"
     assert len(kept) >= enough, moment
@@ -111,13 +63,9 @@ def test_a_prepare_that_is_killed_goes_on_and_gives_equal_bytes(archive: Path, t
         done = artifacts.load(str(workspace / "corpora" / "chest" / "parts" / part), PART_KIND)
         assert all(done.read(entry.path) for entry in done.files), moment
 
-    again = Job(archive, workspace)
-    try:
-        out, err = again.process.communicate(timeout=300)
-    finally:
-        again.kill()
-    assert again.process.returncode == 0, err
-    assert "nothing to do" not in out
+    with job("prepare", *words, log=log) as process:
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()
+    assert "nothing to do" not in log.read_text()
     assert kept.items() <= finished_parts(workspace).items(), moment
     resumed = artifacts.load(str(folder), KIND)
     assert resumed.input_id == undisturbed.input_id

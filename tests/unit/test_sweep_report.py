@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cxr_retrieval.config import validate
+from cxr_retrieval.report.advice import ENOUGH_FOR_EFFECT, REPEATS, next_steps
 from cxr_retrieval.report.charts import (
     choice_axis,
     colour_bar,
@@ -18,7 +19,7 @@ from cxr_retrieval.report.charts import (
     plane,
     viridis,
 )
-from cxr_retrieval.report.sweep import ENOUGH_FOR_EFFECT, REPEATS, next_steps, sweep_page
+from cxr_retrieval.report.sweep import sweep_page
 
 HOSTILE = "</svg><script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 RATE, THRESHOLD = "losses.centre_rate", "network.crop_threshold"
