@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo s3 cluster-demo submitted test lint unit bench clean
 
 help:  ## print every target with its sentence
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,7 @@ s3: $(READY)  ## the demo's path on object storage: a real S3 server is started 
 SUBMIT := $(BIN)/ray job submit --working-dir . -- python -m
 
 cluster-demo: $(READY)  ## every job by `ray job submit`, with token authentication, on object storage, on this machine
-	$(BIN)/python -m cluster.object_store --data demo-cluster $(BIN)/python -m cluster.local $(MAKE) --no-print-directory submitted
+	$(BIN)/python -m cluster.object_store --data demo-cluster $(BIN)/python -m cluster.local make --no-print-directory submitted
 
 submitted:  ## what cluster-demo submits to the cluster that RAY_API_SERVER_ADDRESS names
 	$(SUBMIT) jobs.phantom $(S3_DEMO)
@@ -41,6 +41,7 @@ submitted:  ## what cluster-demo submits to the cluster that RAY_API_SERVER_ADDR
 	$(SUBMIT) jobs.publish $(S3_DEMO)
 	$(SUBMIT) jobs.search s3://cxr/archive/images/00000001_000.png --index s3://cxr/workspace/indexes/phantoms@latest
 	$(SUBMIT) jobs.pipeline $(S3_DEMO)
+	$(SUBMIT) jobs.tune --space tune_spaces/smoke.yaml $(S3_DEMO)
 	$(SUBMIT) jobs.status workspace=s3://cxr/workspace
 
 test: $(READY)  ## install what is needed, lint, type-check, check import direction, run every test

@@ -53,7 +53,9 @@ def run(
         options.rest = [word for word in options.settings if word not in keys]
         if options.rest and words is None:
             raise UserError(f"cannot read {options.rest[0]!r} from {config.COMMAND_LINE}: write section.key=value")
-        settings = config.load_settings(options.config, keys + (implied(options) if implied else []))
+        settings = config.load_settings(
+            options.config, keys + (implied(options) if implied else []), storage.read_bytes
+        )
         places = config.places(settings)
         if on_cluster and SUBMITTED in os.environ:
             refuse_relative(places)

@@ -6,7 +6,7 @@ line that names the key, where it was written and the nearest key that exists, b
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -205,15 +205,23 @@ class Settings(Section):
         return self
 
 
-def load_settings(files: Sequence[str] = (), words: Sequence[str] = ()) -> Settings:
+def read_local(file: str) -> bytes:
+    return Path(file).read_bytes()
+
+
+def load_settings(
+    files: Sequence[str] = (), words: Sequence[str] = (), read: Callable[[str], bytes] = read_local
+) -> Settings:
     """Settings from YAML `files` (later ones win) and `section.key=value` `words` (they win over files).
+
+    `read` gives a file's bytes, wherever it lies.
 
     Raises UserError, one line, for a file that cannot be read, a key that does not exist (with the nearest one that
     does), a value of the wrong type or out of range.
     """
     values: dict[str, tuple[Any, str]] = {}
     for file in files:
-        values.update({key: (value, file) for key, value in _flat(_read_yaml(file))})
+        values.update({key: (value, file) for key, value in _flat(_read_yaml(file, read))})
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -302,9 +310,9 @@ def dump_settings(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def _read_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(read(file).decode())
     except FileNotFoundError:
         raise UserError(f"config file {file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

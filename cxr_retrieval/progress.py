@@ -9,7 +9,7 @@ import datetime
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Literal
 
@@ -97,12 +97,14 @@ class Progress:
             self._keep(" ".join(str(error).split())[:500] or type(error).__name__)
 
     def _beat(self) -> None:
+        told = False
         while not self._ended.wait(EVERY_S):
             try:
                 self._keep(None)
-            except UserError as error:
-                say(f"progress is not kept for jobs.status: {error}")
-                return
+            except UserError as error:  # an outage that the work itself may survive
+                if not told:
+                    say(f"progress is not kept for jobs.status: {error}")
+                told = True
 
     def _keep(self, error: str | None) -> None:
         now = datetime.datetime.now(datetime.UTC)
@@ -128,7 +130,9 @@ def statuses(workspace: str) -> Iterator[Status]:
         files = list(storage.list_files(_folder(workspace)))
     except FileNotFoundError:
         return
-    found = [Status(**json.loads(storage.read_bytes(file.uri))) for file in files]
+    names = {field.name for field in fields(Status)}
+    read = [json.loads(storage.read_bytes(file.uri)) for file in files]
+    found = [Status(**{name: value for name, value in facts.items() if name in names}) for facts in read]
     yield from sorted(found, key=lambda status: status.started)
 
 

@@ -23,6 +23,9 @@ QUIET = {
 }
 
 
+WRITTEN = ("workspace", "phantom.out", "publish.to")  # folders that may be made now, on this node alone
+
+
 def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int) -> None:
     """Refuse a training run that leaves Ray Data not the CPUs that one task of its `reading` takes, or wants more GPUs
     than there are: it would wait for ever.
@@ -71,13 +74,12 @@ def _require_shared(settings: Settings) -> None:
     local = {key: storage.canonical(uri) for key, uri in config.places(settings).items() if not storage.is_s3(uri)}
     if not others or not local:
         return
-    workspace = Path(local["workspace"]) if "workspace" in local else None
-    token = workspace / f".seen-by-all-{secrets.token_hex(4)}" if workspace else None
-    if token:
+    tokens = {key: Path(local[key]) / f".seen-by-all-{secrets.token_hex(4)}" for key in WRITTEN if key in local}
+    for token in tokens.values():
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     try:
-        wanted = {key: str(token) if key == "workspace" else path for key, path in local.items()}
+        wanted = local | {key: str(token) for key, token in tokens.items()}
         there = {key: path for key, path in wanted.items() if os.path.exists(path)}
         look = ray.remote(num_cpus=0)(_missing)
         for missing in ray.get(
@@ -88,7 +90,7 @@ def _require_shared(settings: Settings) -> None:
         ):
             refuse_unshared(missing, local)
     finally:
-        if token:
+        for token in tokens.values():
             token.unlink(missing_ok=True)
 
 

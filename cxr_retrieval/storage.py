@@ -41,6 +41,7 @@ CHUNK = 1 << 20
 TRIES = 8  # of one request: about half a minute with the pauses between them
 DENIED_TRIES = 3  # S3 under load has been seen to deny what it allows
 CHECK_TRIES = 4
+READ_TIMEOUT_S = 60.0
 S3 = "s3://"
 # A body that breaks off while it is read: the request itself had succeeded, so boto3 is done with it.
 CUT = (
@@ -101,10 +102,20 @@ def check(uri: str) -> None:
         bucket, key = _bucket_key(canonical(uri))
         with _explained(uri):
             try:
-                _s3_client(CHECK_TRIES).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+                answer = _s3_client(CHECK_TRIES).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+                _check_region(uri, answer)
+                _s3_filesystem(CHECK_TRIES).get_file_info(bucket)  # bulk reads find their credentials another way
             except botocore.exceptions.ClientError as error:
                 if _SAME.get(_code(error), _code(error)) != "SlowDown":  # busy, but it knows who asks
                     raise
+
+
+def _check_region(uri: str, answer: Any) -> None:
+    """boto3 follows a bucket into another region, pyarrow does not: it would fail in the middle of the work."""
+    headers = answer["ResponseMetadata"]["HTTPHeaders"]
+    region, ours = headers.get("x-amz-bucket-region"), _s3_client().meta.region_name
+    if region and ours and region != ours and ours != "aws-global":
+        raise _told(uri, "WrongRegion", region)
 
 
 def retries() -> int:
@@ -146,7 +157,12 @@ def exists(uri: str) -> bool:
     bucket, key = _bucket_key(uri)
     try:
         with _explained(uri):
-            _s3_client().head_object(Bucket=bucket, Key=key)
+            try:
+                _s3_client().head_object(Bucket=bucket, Key=key)
+            except botocore.exceptions.ClientError as error:
+                if _code(error) != "404":
+                    check(uri)  # the answer to a HEAD has no text: this one tells what is wrong
+                raise
     except FileNotFoundError:
         return False
     return True
@@ -437,7 +453,7 @@ def _s3_client(tries: int = TRIES) -> Any:
         config=Config(
             retries={"mode": "legacy", "total_max_attempts": tries},  # the newer modes stop trying after an outage
             connect_timeout=10 if tries == TRIES else 5,
-            read_timeout=60,
+            read_timeout=READ_TIMEOUT_S,
             max_pool_connections=32,
         ),
     )
@@ -449,12 +465,12 @@ def _s3_client(tries: int = TRIES) -> Any:
 def _s3_filesystem(tries: int) -> pafs.S3FileSystem:
     client = _s3_client()
     endpoint = client.meta.endpoint_url
-    own = not (urlsplit(endpoint).hostname or "").endswith(".amazonaws.com")
+    own = not re.fullmatch(r"s3([.-][a-z0-9-]+)?\.amazonaws\.com(\.cn)?", urlsplit(endpoint).hostname or "")
     return pafs.S3FileSystem(
         endpoint_override=endpoint if own else None,
         region=_region(boto3.session.Session()),
         connect_timeout=10,
-        request_timeout=60,
+        request_timeout=READ_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=tries),
         force_virtual_addressing=False,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.object_store import BUCKET, HOST, ObjectStore, free_ports, running
+from cluster.object_store import BUCKET, HOST, PORTS, ObjectStore, running
 from tests.proxy import FaultProxy, fault_proxy
 
 # Read by Ray when it starts: a lost worker is noticed in a fraction of a second instead of in several.
@@ -24,7 +24,7 @@ os.environ.setdefault("RAY_num_workers_soft_limit", "6")
 
 # Decided before Ray starts, whose processes inherit it; the server itself starts with the first test that wants it.
 STORE = ObjectStore(Path(tempfile.gettempdir()) / f"cxr-s3-{os.getpid()}")
-PROXY_PORT = free_ports(1)  # all requests pass through it, and break when a test wants them to
+PROXY_PORT = STORE.port + PORTS - 1  # all requests pass through it, and break when a test wants them to
 os.environ.update(STORE.variables | {"AWS_ENDPOINT_URL": f"http://{HOST}:{PROXY_PORT}"})
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)

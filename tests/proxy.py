@@ -16,6 +16,8 @@ SLOW_DOWN = (
 Fault = str
 SLOW, CUT, LOST_ANSWER, HALF_ANSWER, STALL = "slow down", "cut", "lost answer", "half an answer", "stall"
 CONFLICT, DENIED, EXPIRED, WRONG_REGION = "conflict", "denied", "expired", "wrong region"
+ELSEWHERE = "elsewhere"  # a right answer that names another region, as after a redirect that was followed
+STALL_S = 3.0
 ANSWERS = {
     SLOW: (503, SLOW_DOWN),
     CONFLICT: (409, SLOW_DOWN.replace(b"SlowDown", b"ConditionalRequestConflict")),
@@ -85,7 +87,7 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
             if fault == CUT:
                 return self.hang_up()
             if fault == STALL:
-                time.sleep(2.0)
+                time.sleep(STALL_S)
                 return self.hang_up()
             if fault in ANSWERS:
                 status, text = ANSWERS[fault]
@@ -105,8 +107,11 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
                 server.close()
             if fault == LOST_ANSWER:
                 return self.hang_up()
+            headers = answer.getheaders()
+            if fault == ELSEWHERE:
+                headers.append(("x-amz-bucket-region", "eu-west-3"))
             cut_at = len(data) // 2 if fault == HALF_ANSWER else len(data)
-            return self.answer(answer.status, answer.getheaders(), data, cut_at)
+            return self.answer(answer.status, headers, data, cut_at)
 
         def body(self) -> bytes:
             """The body as it came on the wire: what was sent in chunks is passed on in the same chunks."""

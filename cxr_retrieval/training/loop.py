@@ -5,6 +5,7 @@ S steps, P passes, B images, C findings, D dimensions.
 
 import contextlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -29,6 +30,7 @@ from cxr_retrieval.config import JIGSAW_PATCHES, Settings
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import TRAIN, VALIDATION
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
@@ -41,6 +43,7 @@ from cxr_retrieval.training.order import Order, group_rows
 
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
 CURVE = "curve"  # in what an epoch reports: a point for every epoch so far, also for those before a restart
+logger = logging.getLogger(__name__)
 CENTRING_IMAGES = 20_000  # the training mean is taken over at most so many images
 PROGRESS_EVERY_S = 2.0
 SKIPPED_LIMIT = 20  # optimizer steps in a row without a finite gradient that end the run
@@ -119,8 +122,9 @@ class Worker:
         self._restore()
 
     def run(self) -> None:
-        if self.state.final is not None:
-            return  # killed between the last report and the model artifact: the checkpoint holds everything
+        if self.state.final is not None:  # killed after the last report: the checkpoint holds everything
+            self._report_final()
+            return
         training = self.settings.training
         batches = self._batches()
         while self.state.step < self.total_steps:
@@ -229,7 +233,7 @@ class Worker:
             }
             self.state.best_centres = self.centres.vectors_TCD.cpu().clone()
         self._tell(epoch, self.order.steps, force=True)
-        self._report(record | {CURVE: [curve_point(past) for past in self.state.history]})
+        self._report(record | {CURVE: self._curve()})
 
     def _finish(self) -> None:
         """With the best weights: the training mean of every embedding, then the choice on validation patients."""
@@ -254,7 +258,16 @@ class Worker:
             "chosen": chosen,
             "centring_images": int(count.item()),
         }
-        self._report({"epoch": self.settings.training.epochs, "chosen": chosen, "validation": figures})
+        self._report_final()
+
+    def _report_final(self) -> None:
+        """The whole curve once more: who listens may not have heard of the last epoch before he was killed."""
+        assert self.state.final is not None
+        final = {name: self.state.final[name] for name in ("chosen", "validation")}
+        self._report(final | {"epoch": self.settings.training.epochs, CURVE: self._curve()})
+
+    def _curve(self) -> list[dict[str, float]]:
+        return [curve_point(past) for past in self.state.history]
 
     def _validation_vectors(self, centring: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Named embeddings [V, ...], labels [V, C] and patient codes [V] of all validation images, on every worker.
@@ -337,7 +350,10 @@ class Worker:
             "step": step,
             "last_epoch": {name: last[name] for name in ("loss", "validation") if name in last},
         }
-        storage.write_bytes(self.job.progress_uri, json.dumps(facts).encode())
+        try:
+            storage.write_bytes(self.job.progress_uri, json.dumps(facts).encode())
+        except UserError as error:  # for a person to look at: no reason to end a run
+            logger.warning("progress is not told: %s", error)
 
 
 def curve_point(record: Mapping[str, Any]) -> dict[str, float]:

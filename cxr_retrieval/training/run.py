@@ -176,7 +176,11 @@ def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> N
     ended = False
     while not ended:
         ended = stop.wait(POLL_S)
-        found = storage.read_tagged(uri)
+        try:
+            found = storage.read_tagged(uri)
+        except UserError as error:  # what is only shown does not end a run
+            console.say(f"progress cannot be read: {error}")
+            continue
         facts = json.loads(found[0]) if found else None
         if facts and facts["images"] > seen:
             validation = facts["last_epoch"].get("validation", {})

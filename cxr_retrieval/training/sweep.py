@@ -4,6 +4,7 @@ A trial is a Ray Train run with as many workers as the settings say; the trial i
 """
 
 import datetime
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,13 @@ KIND = "sweep"
 METRIC = "value"  # validation mAP of an epoch's best embedding
 POINT = "point"
 TRIAL_CPUS = 0.05  # a trial only waits for its run, but Ray Tune knows none that takes nothing
-# Not to be searched: where things are, and what a trial's corpus is.
-FIXED = ("workspace", "model", "corpus.", "phantom.", "index.", "publish.", "search.", "privacy.", "evaluation.")
+# Not to be searched: where things are, what a trial's corpus is, and what it takes of the cluster.
+FIXED = (
+    *("workspace", "model", "corpus.", "phantom.", "index.", "publish.", "search.", "privacy.", "evaluation."),
+    *("training.workers", "training.gpu", "training.cpus_per_worker"),  # how many trials fit is counted once
+)
+MOST_CORNERS = 1024
+TRIAL_FAILURES = 1  # tries after a trial has failed: a node may be lost
 
 
 class Axis(Section):
@@ -140,10 +146,10 @@ class Space(Section):
 def read_space(file: str) -> Space:
     """A space from its YAML file. Raises UserError, one line, for whatever is wrong with it."""
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(storage.read_bytes(file))
     except FileNotFoundError:
         raise UserError(f"tune space {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"tune space {file} cannot be read: {' '.join(str(error).split())}") from None
     try:
         return Space.model_validate(tree)
@@ -169,12 +175,11 @@ class Sweep:
     def of(cls, space: Space, file: str, settings: Settings, corpus: Corpus) -> "Sweep":
         """Check every setting that the space can give. Raises UserError for the first that the schema refuses."""
         base = with_values(settings, space.settings, file)
-        known = {key for key, _ in settings_fields()}
         sweep = cls(space, file, base, corpus)
-        for key, axis in space.space.items():
-            for value in axis.extremes:
-                with_values(base, {key: value}, file)
-            assert key in known, "with_values refuses unknown keys"
+        # Rules between settings too: every corner of the space, as far as they can be counted.
+        corners = itertools.product(*(axis.extremes for axis in space.space.values()))
+        for corner in itertools.islice(corners, MOST_CORNERS):
+            sweep.trial_settings(dict(zip(space.space, corner, strict=True)))
         for point in space.points() if space.search != "optuna" else []:
             sweep.trial_settings(point)
         return sweep
@@ -225,8 +230,11 @@ def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
     run = f"{sweep.draft.input_id}-{tune.get_context().get_trial_id()}"
     # Not from within the trial's placement group: all that the run starts would be looked for in there, where there is
     # no room for it, and what gives an early-stopped trial's workers back would never start (Ray 2.60).
-    outside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(scheduling_strategy=outside)
+    here = ray.get_runtime_context()
+    outside = NodeAffinitySchedulingStrategy(here.get_node_id(), soft=True)
+    # What gives the workers back asks the cluster by its address, and without one asks whichever Ray began last.
+    address = {"env_vars": {"RAY_ADDRESS": here.gcs_address}}
+    fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(scheduling_strategy=outside, runtime_env=address)
     ray.get(fit.remote(settings, sweep.corpus, run, beside, _EpochReport()))
 
 
@@ -272,12 +280,13 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
         tune.with_parameters(_run_trial, sweep=sweep, beside=min(at_once, count) - 1), {"CPU": TRIAL_CPUS}
     )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ray Tune would return a sweep that was stopped as if it had ended
     with Progress(sweep.base.workspace, draft, "tune", count, "trials") as progress:
         _Shown.progress, _Shown.best = progress, 0.0
         path = storage.join(runs, draft.input_id)
         if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
             console.say("going on with a sweep that was begun before")
-            tuner = tune.Tuner.restore(path, trainable, storage_filesystem=filesystem)
+            tuner = tune.Tuner.restore(path, trainable, storage_filesystem=filesystem, restart_errored=True)
         else:
             tuner = tune.Tuner(
                 trainable,
@@ -296,10 +305,13 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
                     storage_path=runs,
                     storage_filesystem=filesystem,
                     callbacks=[_Shown()],
+                    failure_config=tune.FailureConfig(max_failures=TRIAL_FAILURES),
                     verbose=0,
                 ),
             )
         results = tuner.fit()
+        if len(results) < count:
+            raise UserError(f"{len(results)} of {count} trials have ended: run the same command again, it goes on")
         return _facts(sweep, [_trial(sweep, results[number]) for number in range(len(results))])
 
 

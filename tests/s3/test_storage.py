@@ -174,6 +174,30 @@ def test_what_passes_by_itself_is_tried_again_and_counted(faults: FaultProxy, s3
     assert len([request for request in faults.seen if request[0] == "GET"]) >= 5
 
 
+def test_a_server_that_does_not_answer_in_time_is_asked_again(
+    faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.5)
+    storage.forget_clients()
+    storage.write_bytes(f"{s3}/object", b"content")
+    faults.inject(proxy.STALL, 2, lambda method, _: method == "GET")
+    before, began = storage.retries(), time.monotonic()
+    assert storage.read_bytes(f"{s3}/object") == b"content"
+    assert storage.retries() - before == 2
+    assert time.monotonic() - began < 2 * proxy.STALL_S, "it waited until the server hung up"
+
+
+def test_the_region_that_a_bucket_is_in_is_named(faults: FaultProxy) -> None:
+    faults.inject(proxy.ELSEWHERE, 1)
+    assert "the bucket is in another region: set AWS_REGION to eu-west-3" in one_line(f"s3://{BUCKET}/x")
+
+
+def test_an_answer_without_a_text_is_explained_all_the_same(faults: FaultProxy) -> None:
+    faults.inject(proxy.EXPIRED, 50)
+    with pytest.raises(UserError, match="the session token has expired"):
+        storage.exists(f"s3://{BUCKET}/x")
+
+
 def test_a_conflict_is_tried_again_and_a_lost_race_is_not(faults: FaultProxy, s3: str) -> None:
     faults.inject(proxy.CONFLICT, 2, lambda method, _: method == "PUT")
     before = storage.retries()
