@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo s3 cluster-demo submitted test lint unit bench clean
 
 help:  ## print every target with its sentence
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 $(READY): pyproject.toml constraints/requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Promises on several nodes: work is spread over them, and one that is lost in the middle costs no row.
+"""Promises on several nodes: one that is lost in the middle costs no row.
 
 The nodes are Ray nodes of one machine: what they share is its disk, what they do not share is their processes.
 """
