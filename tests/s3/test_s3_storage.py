@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.object_store import BUCKET, ObjectStore
+from cxr_retrieval import s3 as s3_door
 from cxr_retrieval import storage
 from cxr_retrieval.errors import UserError
 from tests import proxy
@@ -177,7 +178,7 @@ def test_what_passes_by_itself_is_tried_again_and_counted(faults: FaultProxy, s3
 def test_a_server_that_does_not_answer_in_time_is_asked_again(
     faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(s3_door, "READ_TIMEOUT_S", 0.5)
     storage.forget_clients()
     storage.write_bytes(f"{s3}/object", b"content")
     faults.inject(proxy.STALL, 2, lambda method, _: method == "GET")
@@ -232,7 +233,7 @@ def test_a_server_that_never_stops_refusing_is_told_in_one_line(
     faults.inject(proxy.SLOW, 1000)
     with pytest.raises(UserError, match="still asks to slow down after 8 tries: run the same command again"):
         storage.read_bytes(f"{s3}/x")
-    assert len(faults.seen) == storage.TRIES
+    assert len(faults.seen) == s3_door.TRIES
 
 
 def test_a_write_whose_answer_was_lost_is_not_written_twice(faults: FaultProxy, s3: str, tmp_path: Path) -> None:
