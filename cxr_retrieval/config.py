@@ -206,6 +206,7 @@ class Settings(Section):
 
 
 def read_local(file: str) -> bytes:
+    """The bytes of a local file."""
     return Path(file).read_bytes()
 
 

@@ -338,7 +338,7 @@ def _trial(sweep: Sweep, result: Any) -> dict[str, Any]:
     epochs = len(curve)
     state = "failed" if result.error else "finished" if epochs == sweep.space.epochs else "stopped"
     return {
-        "id": Path(result.path).name,
+        "id": Path(result.path).name.rpartition("_")[2],  # its number in the sweep
         "state": state,
         "settings": {key: _plain(config[key]) for key in sweep.space.space},
         "value": best and best["value"],

@@ -406,8 +406,8 @@ def test_the_rights_are_named_one_by_one_and_are_those_that_storage_and_ray_use(
 
 
 def test_storage_asks_s3_for_nothing_that_the_rights_do_not_cover() -> None:
-    code = (ROOT / "cxr_retrieval" / "storage.py").read_text(encoding="utf-8")
-    asked = set(re.findall(r"_s3_client\([^()]*\)\.(\w+)\(", code))
+    code = (ROOT / "cxr_retrieval" / "s3.py").read_text(encoding="utf-8")
+    asked = set(re.findall(r"client\([^()]*\)\.(\w+)\(", code))
     needs = {
         "list_objects_v2": "s3:ListBucket",
         "get_paginator": "s3:ListBucket",
