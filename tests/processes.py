@@ -39,13 +39,13 @@ def kill_all(mark: str) -> int:
 
 
 @contextlib.contextmanager
-def job(name: str, *words: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def job(name: str, *words: str, log: Path, cwd: Path = ROOT, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m jobs.NAME WORDS` as a process of its own, on a Ray of its own; killed at the end with all of it."""
     mark = f"{log}-{time.monotonic_ns()}"
     with log.open("ab") as written:
         process = subprocess.Popen(
             [sys.executable, "-m", f"jobs.{name}", *words],
-            cwd=ROOT,
+            cwd=cwd,
             env=os.environ | {"RAY_ADDRESS": ""} | environment | {MARK: mark},
             stdout=written,
             stderr=written,

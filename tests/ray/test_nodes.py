@@ -3,6 +3,7 @@
 The nodes are Ray nodes of one machine: what they share is its disk, what they do not share is their processes.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,9 +49,25 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     found.shutdown()
 
 
-def lose_one(cluster: Cluster) -> None:
-    """Take a node away at once, as a power cut would."""
-    cluster.remove_node(sorted(cluster.worker_nodes, key=lambda node: node.unique_id)[0], allow_graceful=False)
+def hosts(cluster: Cluster, title: str) -> set[int]:
+    """Process ids of the cluster's nodes (their raylets) that run a worker of that name now."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
+                found.add(int((process / "stat").read_text().rpartition(")")[2].split()[1]))
+    return found & {raylet(node) for node in cluster.list_all_nodes()}
+
+
+def lose_one(cluster: Cluster, title: str) -> None:
+    """Take a node away at once, as a power cut would: one that runs a worker of that name, if there is one."""
+    busy = hosts(cluster, title)
+    nodes = sorted(cluster.worker_nodes, key=lambda node: raylet(node) not in busy)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+
+
+def raylet(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
 
 
 def manifests(folder: Path, kind: str) -> list[Artifact]:
@@ -64,18 +81,25 @@ def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
     workspace, log = tmp_path / "workspace", tmp_path / "log"
     words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
     begun = {
-        "prepare": "corpora/*/parts/*/manifest.json",
-        "train": "runs/*/checkpoint_*",
-        "embed": "embeddings/parts/*/manifest.json",
-        "build": "indexes/*/builds/*/shards/*",
+        "Map(_PartTask)": "corpora/*/parts/*/manifest.json",
+        "RayTrainWorker": "runs/*/checkpoint_*",
+        "MapWorker(Map(_Embedder))": "embeddings/parts/*/manifest.json",
+        "_build_shard": "indexes/*/builds/*/shards/*",
     }
-    with job("pipeline", *words, log=log, RAY_ADDRESS=cluster.address) as process:
-        for pattern in begun.values():
+    spread: dict[str, int] = {}
+    # The driver's folder and environment are its own: the nodes were started elsewhere, without them.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with job("pipeline", *words, log=log, cwd=elsewhere, RAY_ADDRESS=cluster.address, ONLY_THE_DRIVER="1") as process:
+        for title, pattern in begun.items():
             wait_until(lambda: any(workspace.glob(pattern)), process, log)  # noqa: B023
-            lose_one(cluster)
+            spread[title] = len(hosts(cluster, title))
+            lose_one(cluster, title)
             cluster.add_node(num_cpus=1)
         assert process.wait(TIMEOUT_S) == 0, log.read_text()
 
+    assert spread["RayTrainWorker"] == 2, "a worker on each of two nodes"
+    assert spread["MapWorker(Map(_Embedder))"] >= 2
     (corpus,) = manifests(workspace, "corpus")
     assert corpus.counts["prepared"] == corpus.counts["archive"] == 96
     (model,) = manifests(workspace, "model")
