@@ -21,32 +21,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.object_store import HOST, free_ports
+from cluster.object_store import HOST, free_ports, run_beside
 
-PORTS = 7
+PORTS = 6
 STARTS_WITHIN_S = 60.0
 STOPS_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: what leads to it, and the process group that it is."""
+    """A running head: the variables that lead to it."""
 
     variables: dict[str, str]
-    pid: int
 
 
 @contextlib.contextmanager
-def head(environment: dict[str, str] | None = None) -> Iterator[Head]:
-    """A head that drivers and workers inherit `environment` from. Raises RuntimeError where it does not start."""
-    gcs, dashboard, client, agent, agent_grpc, metrics, _ = range(first := free_ports(PORTS), first + PORTS)
+def head() -> Iterator[Head]:
+    """A head whose drivers and workers inherit this environment. Raises RuntimeError where it does not start."""
+    gcs, dashboard, client, agent, agent_grpc, metrics = range(first := free_ports(PORTS), first + PORTS)
     bin_folder = Path(sys.executable).parent
     variables = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{dashboard}",
     }
-    surroundings = os.environ | (environment or {}) | variables
+    surroundings = os.environ | variables
     surroundings["PATH"] = f"{bin_folder}{os.pathsep}{surroundings.get('PATH', '')}"
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         surroundings.pop(name, None)  # they lead to another cluster
@@ -66,7 +65,7 @@ def head(environment: dict[str, str] | None = None) -> Iterator[Head]:
         process = subprocess.Popen(command, env=surroundings, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait(process, variables, Path(folder) / "log")
-            yield Head(variables, process.pid)
+            yield Head(variables)
         finally:
             _stop(process)
 
@@ -108,10 +107,7 @@ def main() -> int:
     if not options.command:
         parser.error("no command to run")
     with head() as running:
-        try:
-            return subprocess.run(options.command, env=os.environ | running.variables).returncode
-        except KeyboardInterrupt:
-            return 130
+        return run_beside(options.command, running.variables)
 
 
 if __name__ == "__main__":

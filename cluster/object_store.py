@@ -29,10 +29,10 @@ STARTS_WITHIN_S = 30.0
 class ObjectStore:
     """One server: its folder, ports and keys stay the same however often it is started."""
 
-    def __init__(self, data: Path, key: str | None = None, secret: str | None = None) -> None:
+    def __init__(self, data: Path) -> None:
         self.data = data
         self.port = free_ports(PORTS)
-        self.key, self.secret = key or secrets.token_hex(10), secret or secrets.token_hex(20)
+        self.key, self.secret = secrets.token_hex(10), secrets.token_hex(20)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -131,6 +131,14 @@ def free_ports(count: int) -> int:
         return first
 
 
+def run_beside(command: list[str], variables: dict[str, str]) -> int:
+    """Run a command with the variables that lead to what was started for it: its exit status."""
+    try:
+        return subprocess.run(command, env=os.environ | variables).returncode
+    except KeyboardInterrupt:
+        return 130
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.object_store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,10 +149,7 @@ def main() -> int:
     if not options.command:
         parser.error("no command to run")
     with running(ObjectStore(options.data.absolute())) as store:
-        try:
-            return subprocess.run(options.command, env=os.environ | store.variables).returncode
-        except KeyboardInterrupt:
-            return 130
+        return run_beside(options.command, store.variables)
 
 
 if __name__ == "__main__":

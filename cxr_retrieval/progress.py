@@ -73,7 +73,7 @@ class Progress:
         self._heart = threading.Thread(target=self._beat, name="progress", daemon=True)
 
     def __enter__(self) -> "Progress":
-        self._started = self._now = datetime.datetime.now(datetime.UTC)
+        self._started = datetime.datetime.now(datetime.UTC)
         self._meter.__enter__()
         self._keep(None)
         self._heart.start()

@@ -101,7 +101,6 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     space = chosen_space(options)
     corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
     sweep = Sweep.of(space, options.space, settings, corpus)
-    trials = space.trials if space.search == "optuna" else len(space.points())
     images = corpus.artifact.manifest["splits"]["train"]["images"]
     state = "finished" if artifacts.find(sweep.draft.uri) else "to do"
     console.show_table(
@@ -109,10 +108,10 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
         ["trials", "search", "epochs of a trial", "images at most", "workers of a trial", "state", "where"],
         [
             [
-                trials,
+                space.count,
                 space.search,
                 space.epochs,
-                trials * space.epochs * images,
+                space.count * space.epochs * images,
                 settings.training.workers,
                 state,
                 sweep.draft.uri,

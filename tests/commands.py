@@ -8,6 +8,17 @@ from dataclasses import dataclass
 
 import pytest
 
+# A corpus and a network so small that a job takes seconds; what a test adds behind it wins.
+TINY = [
+    "corpus.size=64",
+    "corpus.partition_images=32",
+    "corpus.row_group_images=16",
+    "corpus.validation_share=0.25",
+    "network.dimensions=16",
+    "training.batch_size=16",
+    "training.lanes=2",
+]
+
 
 @dataclass(frozen=True)
 class Outcome:

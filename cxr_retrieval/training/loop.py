@@ -344,7 +344,6 @@ class Worker:
         last = self.state.history[-1] if self.state.history else {}
         facts = {
             "images": self.state.step * self.settings.training.batch_size,
-            "total_images": self.total_steps * self.settings.training.batch_size,
             "epoch": epoch + 1,
             "epochs": self.settings.training.epochs,
             "step": step,

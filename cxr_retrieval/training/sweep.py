@@ -6,6 +6,7 @@ A trial is a Ray Train run with as many workers as the settings say; the trial i
 import datetime
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,14 +130,19 @@ class Space(Section):
             raise ValueError("training.epochs is the budget: set epochs")
         return self
 
-    def points(self, seed_shift: int = 0) -> list[dict[str, Any]]:
+    @property
+    def count(self) -> int:
+        """How many trials there are to run."""
+        return (
+            math.prod(len(axis.choice or ()) for axis in self.space.values()) if self.search == "grid" else self.trials
+        )
+
+    def points(self) -> list[dict[str, Any]]:
         """The points of a random or grid search, in their order; the same ones every time."""
         if self.search == "grid":
-            points: list[dict[str, Any]] = [{}]
-            for key, axis in self.space.items():
-                points = [point | {key: value} for point in points for value in axis.choice or ()]
-            return points
-        state = np.random.RandomState(self.seed + seed_shift)
+            combinations = itertools.product(*(axis.choice or () for axis in self.space.values()))
+            return [dict(zip(self.space, values, strict=True)) for values in combinations]
+        state = np.random.RandomState(self.seed)
         return [
             {key: _plain(axis.domain.sample(random_state=state)) for key, axis in self.space.items()}
             for _ in range(self.trials)
@@ -274,7 +280,7 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
     resources = ray.cluster_resources()
     at_once = trials_at_once(sweep.base.training, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
     draft.begin()
-    count = space.trials if space.search == "optuna" else len(space.points())
+    count = space.count
     filesystem, runs = storage.filesystem(storage.join(sweep.base.workspace, "runs"))
     trainable = tune.with_resources(
         tune.with_parameters(_run_trial, sweep=sweep, beside=min(at_once, count) - 1), {"CPU": TRIAL_CPUS}

@@ -14,18 +14,10 @@ import pytest
 
 from cluster.local import Head, head
 from cxr_retrieval import storage
+from tests import commands
 from tests.processes import ROOT, TIMEOUT_S
 
-TINY = [
-    "corpus.size=64",
-    "corpus.partition_images=32",
-    "corpus.row_group_images=16",
-    "corpus.validation_share=0.25",
-    "network.dimensions=16",
-    "training.epochs=2",
-    "training.batch_size=16",
-    "training.lanes=2",
-]
+TINY = [*commands.TINY, "training.epochs=2"]
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,13 @@ import yaml
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import load_settings
-from tests import processes
+from tests import commands, processes
 from tests.commands import done, job
 from tests.processes import wait_until
 
 TINY = [
-    "corpus.size=64",
-    "corpus.partition_images=32",
-    "corpus.row_group_images=16",
-    "corpus.validation_share=0.25",
-    "network.dimensions=16",
+    *commands.TINY,
     "training.epochs=7",
-    "training.batch_size=16",
-    "training.lanes=2",
     "training.precision=float32",  # the order of trials must not depend on the machine
 ]
 ONE_AT_A_TIME = ["training.cpus_per_worker=1.2"]
