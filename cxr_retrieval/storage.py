@@ -221,6 +221,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def content_hash(uri: str) -> str:
+    """SHA-256 of the file at `uri` as hexadecimal text, streamed."""
+    digest = hashlib.sha256()
+    with arrow_reader(uri) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _list_local(folder: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[StoredFile]:
     with _explained(folder), os.scandir(folder) as entries:
         state = os.stat(folder)

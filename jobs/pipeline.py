@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from cxr_retrieval import artifacts, command, console, storage
 from cxr_retrieval.artifacts import Artifact
@@ -22,6 +23,7 @@ from cxr_retrieval.assessment import EVALUATION_FILE, evaluate
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import plan_corpus, prepare
 from cxr_retrieval.corpus.reading import Corpus, labels_of
+from cxr_retrieval.corpus.splits import TRAIN
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.index.build import Source, build_index
 from cxr_retrieval.index.search import Retriever
@@ -163,14 +165,14 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
     finished = artifacts.find(planned.draft.uri)
     left = sum(artifacts.find(part.uri) is None for part in planned.parts)
     trained = finished and artifacts.find(model_draft(settings, Corpus(finished)).uri)
-    training = sum(split == "train" for split in rows["split"].to_pylist())
+    training = sum(pc.sum(pc.equal(rows["split"], TRAIN)).as_py() or 0 for rows in planned.archive.partitions())
     console.show_table(
         "Plan of pipeline",
         ["step", "images", "state"],
         [
-            ["prepare", rows.num_rows, "finished" if finished else f"{left:,} of {len(planned.parts):,} shards to do"],
+            ["prepare", rows, "finished" if finished else f"{left:,} of {len(planned.parts):,} shards to do"],
             ["train", training, "finished" if trained else f"{settings.training.epochs} epochs to do"],
-            ["embed, evaluate, index, publish, search", rows.num_rows, "what is missing"],
+            ["embed, evaluate, index, publish, search", rows, "what is missing"],
         ],
     )
 

@@ -8,12 +8,13 @@ quarantined with its reason. Run again, it does only what is missing.
 """
 
 import argparse
+import math
 
 from cxr_retrieval import command, console
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.archive import ignored_text, read_archive
-from cxr_retrieval.corpus.preparation import partitions, prepare
+from cxr_retrieval.corpus.archive import Archive, ignored_text
+from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.runtime import start_ray
 
 
@@ -44,13 +45,13 @@ def say_what_was_left_alone(corpus: Artifact) -> None:
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    archive = read_archive(settings.corpus)
-    shards = len(partitions(archive.rows.num_rows, settings.corpus.partition_images))
-    pixels = archive.rows.num_rows * settings.corpus.size**2
+    corpus = settings.corpus
+    rows = Archive(corpus).rows
+    pixels = corpus.size**2
     console.show_table(
         "Plan of prepare",
         ["images", "shards", "bytes of pixels", "memory of a task (bytes)"],
-        [[archive.rows.num_rows, shards, pixels, 2 * settings.corpus.partition_images * settings.corpus.size**2]],
+        [[rows, math.ceil(rows / corpus.partition_images), rows * pixels, 2 * corpus.partition_images * pixels]],
     )
 
 

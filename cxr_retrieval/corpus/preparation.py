@@ -21,10 +21,10 @@ import ray
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.archive import Archive, read_archive, rows_digest
+from cxr_retrieval.corpus.archive import Archive, rows_digest
 from cxr_retrieval.corpus.decoding import Limits, Recipe, RejectedImage, decode
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.rows import EXCLUSIONS, LABELS, QUARANTINE, corpus_schema
+from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS, LABELS, QUARANTINE, corpus_schema
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
@@ -44,44 +44,30 @@ PARTS_ADD_UP = Equation("archive", ("prepared", "quarantined", "excluded"))
 CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "duplicates"))
 
 
-@dataclass(frozen=True)
-class Partition:
-    """Rows `start` to `stop` of the archive's manifest, which become one part of the corpus."""
-
-    number: int
-    start: int
-    stop: int
-
-
-def partitions(rows: int, size: int) -> list[Partition]:
-    """Cut `rows` manifest rows into partitions of `size`, in order."""
-    return [Partition(n, start, min(start + size, rows)) for n, start in enumerate(range(0, rows, size))]
-
-
 def recipe_of(settings: CorpusSettings) -> Recipe:
     return Recipe(size=settings.size, fit=settings.fit)
 
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """What preparing an archive means before any image is read: the corpus, its parts, and the rows of each."""
+    """What preparing an archive means before any image is read: the corpus, and its parts."""
 
     archive: Archive
     draft: Draft
     parts: list[Draft]
-    slices: list[pa.Table]
 
 
 def plan_corpus(settings: CorpusSettings, workspace: str) -> CorpusPlan:
     """List the archive and cut it into partitions. Raises UserError for an archive that cannot be read."""
-    archive = read_archive(settings)
+    archive = Archive(settings)
     folder = storage.join(workspace, "corpora", settings.name)
     shaping = {name: getattr(settings, name) for name in SHAPING} | {"recipe": recipe_of(settings).id}
-    cuts = partitions(archive.rows.num_rows, settings.partition_images)
-    slices = [archive.rows.slice(cut.start, cut.stop - cut.start) for cut in cuts]
-    parts = [Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),)) for rows in slices]
+    parts = [
+        Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),))
+        for rows in archive.partitions()
+    ]
     inputs = [part.input_id for part in parts]
-    return CorpusPlan(archive, Draft.under(folder, KIND, shaping | {"name": settings.name}, inputs), parts, slices)
+    return CorpusPlan(archive, Draft.under(folder, KIND, shaping | {"name": settings.name}, inputs), parts)
 
 
 def find_prepared(settings: CorpusSettings, workspace: str) -> Artifact:
@@ -104,21 +90,21 @@ def prepare(settings: CorpusSettings, workspace: str) -> tuple[Artifact, bool]:
     if done:
         return done, False
     plan.draft.begin()
-    manifest = _write_manifest(plan.draft, plan.slices)
+    manifest = _write_manifest(plan.draft, plan.archive)
     found = [artifacts.find(part.uri) for part in plan.parts]
     before = sum(part.counts["archive"] for part in found if part)
-    with Progress(workspace, plan.draft, "prepare", plan.archive.rows.num_rows, before=before) as progress:
+    with Progress(workspace, plan.draft, "prepare", plan.archive.rows, before=before) as progress:
         finished = _prepare_parts(plan, found, settings, progress)
         return _finish(plan.draft, manifest, finished, plan.archive, settings), True
 
 
-def _write_manifest(draft: Draft, slices: Sequence[pa.Table]) -> FileEntry:
+def _write_manifest(draft: Draft, archive: Archive) -> FileEntry:
     with (
         draft.staged(MANIFEST_FILE) as (local, entry),
-        pq.ParquetWriter(local, slices[0].schema, compression="zstd") as writer,
+        pq.ParquetWriter(local, ARCHIVE, compression="zstd") as writer,
     ):
-        for rows in slices:  # one row group a partition: a task reads its own and no other
-            writer.write_table(rows, row_group_size=max(rows.num_rows, 1))
+        for rows in archive.partitions():  # one row group a partition: a task reads its own and no other
+            writer.write_table(rows, row_group_size=rows.num_rows)
     return entry.value
 
 
@@ -128,7 +114,7 @@ def _prepare_parts(
     """All parts of the corpus; those not `found` are prepared."""
     draft, parts = plan.draft, plan.parts
     missing = [n for n, part in enumerate(found) if part is None]
-    total = plan.archive.rows.num_rows
+    total = plan.archive.rows
     quarantined = sum(part.counts["quarantined"] for part in found if part)
     if missing:
         tasks = [{"group": n, "uri": parts[n].uri} for n in missing]
@@ -307,28 +293,19 @@ def _finish(
 def find_duplicates(files: Sequence[str]) -> pa.Table:
     """Rows whose pixels another row has too, over all shards: the lowest image id stays, the others are listed.
 
-    Holds 24 bytes a row: half of the hash (16 bytes) and the row's place (8 bytes).
+    Holds 16 bytes a row, of its hash; those that occur twice are looked at as a whole.
     """
-    halves, places = [], []
-    for number, uri in enumerate(files):
-        with storage.arrow_reader(uri) as file:
-            hashes = pq.read_table(file, columns=["pixel_sha256"])["pixel_sha256"].combine_chunks()
-        raw = np.frombuffer(b"".join(value[:16] for value in hashes.to_pylist()), dtype="S16")
-        halves.append(raw)
-        places.append((np.int64(number) << 32) + np.arange(len(raw), dtype=np.int64))
-    half, place = np.concatenate(halves), np.concatenate(places)
-    order = np.argsort(half, kind="stable")
-    same = half[order][1:] == half[order][:-1]
-    suspects = np.zeros(len(half), bool)
-    suspects[order[1:][same]] = suspects[order[:-1][same]] = True
+    begun = np.concatenate([_hash_beginnings(uri) for uri in files])
+    begun.sort()
+    suspects = np.unique(begun[1:][begun[1:] == begun[:-1]])
     groups: dict[bytes, list[tuple[str, int, int, str]]] = {}
-    for number, uri in enumerate(files):
-        local = place[suspects & (place >> 32 == number)] & 0xFFFFFFFF
-        if len(local) == 0:
+    for number, uri in enumerate(files if len(suspects) else ()):
+        found = np.flatnonzero(np.isin(_hash_beginnings(uri), suspects))
+        if len(found) == 0:
             continue
         with storage.arrow_reader(uri) as file:
-            table = pq.read_table(file, columns=["image_id", "patient_id", "pixel_sha256"]).take(pa.array(local))
-        for row, record in zip(local, table.to_pylist(), strict=True):
+            table = pq.read_table(file, columns=["image_id", "patient_id", "pixel_sha256"]).take(pa.array(found))
+        for row, record in zip(found, table.to_pylist(), strict=True):
             groups.setdefault(record["pixel_sha256"], []).append(
                 (record["image_id"], number, int(row), record["patient_id"])
             )
@@ -348,23 +325,35 @@ def find_duplicates(files: Sequence[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=EXCLUSIONS)
 
 
+def _hash_beginnings(uri: str) -> np.ndarray:
+    """The first 8 bytes of each row's pixel hash: `uint64 [rows]`."""
+    with storage.arrow_reader(uri) as file:
+        hashes = pq.read_table(file, columns=["pixel_sha256"])["pixel_sha256"]
+    return np.frombuffer(b"".join(value[:8] for value in hashes.to_pylist()), np.uint64)
+
+
 def _split_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, Any]:
     """Images, patients and findings of each split, and the proof that no patient is in two."""
     images = dict.fromkeys(SPLITS, 0)
     findings = {split: dict.fromkeys(FINDINGS, 0) for split in SPLITS}
-    patients: dict[str, set[bytes]] = {split: set() for split in SPLITS}
+    hashed: dict[str, list[np.ndarray]] = {split: [np.empty(0, np.uint64)] for split in SPLITS}
     left_out = {(row["part"], row["row"]) for row in exclusions.to_pylist()}
     for number, part in enumerate(parts):
         with storage.arrow_reader(storage.join(part.uri, ROWS_FILE)) as file:
             rows = pq.read_table(file, columns=["patient_id", "split", "findings"]).to_pylist()
+        seen: dict[str, set[str]] = {split: set() for split in SPLITS}
         for index, row in enumerate(rows):
             if (number, index) in left_out:
                 continue
             images[row["split"]] += 1
-            patients[row["split"]].add(hashlib.sha256(row["patient_id"].encode()).digest()[:8])
+            seen[row["split"]].add(row["patient_id"])
             for name in row["findings"]:
                 findings[row["split"]][name] += 1
-    shared = [(a, b) for a in SPLITS for b in SPLITS if a < b and patients[a] & patients[b]]
+        for split, names in seen.items():
+            beginnings = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
+            hashed[split].append(np.frombuffer(beginnings, np.uint64))
+    patients = {split: np.unique(np.concatenate(found)) for split, found in hashed.items()}
+    shared = [(a, b) for a in SPLITS for b in SPLITS if a < b and len(np.intersect1d(patients[a], patients[b]))]
     if shared:
         raise artifacts.AccountingError(f"patients in two splits: {shared}")
     return {

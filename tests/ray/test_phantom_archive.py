@@ -10,7 +10,7 @@ import cv2
 import pytest
 
 from cxr_retrieval.config import CorpusSettings, PhantomSettings
-from cxr_retrieval.corpus.archive import PHANTOM_PLAN, read_archive
+from cxr_retrieval.corpus.archive import PHANTOM_PLAN, Archive
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.phantom.archive import (
     BOXES_FILE,
@@ -50,15 +50,15 @@ def refused(settings: PhantomSettings) -> str:
 
 
 def test_the_number_of_images_and_patients_is_right(drawn: PhantomArchive) -> None:
-    rows = read_archive(CorpusSettings(archive=drawn.uri)).rows.to_pylist()
+    rows = next(Archive(CorpusSettings(archive=drawn.uri)).partitions()).to_pylist()
     assert len(rows) == drawn.images == IMAGES
     assert {int(row["patient_id"]) for row in rows} == set(patients_for(IMAGES, 0))
     assert drawn.patients == len(patients_for(IMAGES, 0))
 
 
 def test_the_tables_are_read_without_a_reject(drawn: PhantomArchive) -> None:
-    archive = read_archive(CorpusSettings(archive=drawn.uri))
-    rows = archive.rows.to_pylist()
+    archive = Archive(CorpusSettings(archive=drawn.uri))
+    rows = next(archive.partitions()).to_pylist()
     assert (archive.label_rows, archive.labels_without_image) == (IMAGES, 0)
     assert not any(row["reason"] or row["excluded"] for row in rows)
     assert all(row["age_years"] and row["sex"] in ("F", "M") and row["view"] in ("PA", "AP") for row in rows)

@@ -22,13 +22,12 @@ from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.command import user_error_in
 from cxr_retrieval.config import CorpusSettings, Settings
-from cxr_retrieval.corpus.archive import read_archive
+from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.decoding import Limits, decode
 from cxr_retrieval.corpus.preparation import (
     PART_KIND,
     QUARANTINE_FILE,
     ROWS_FILE,
-    partitions,
     prepare,
     prepare_part,
     recipe_of,
@@ -98,14 +97,6 @@ def refused(settings: CorpusSettings, workspace: Path) -> str:
     return str(error)
 
 
-def test_partitions_cover_every_row_once_and_in_order() -> None:
-    for rows, size in ((1, 8), (8, 8), (9, 8), (100, 33)):
-        cuts = partitions(rows, size)
-        assert [row for cut in cuts for row in range(cut.start, cut.stop)] == list(range(rows))
-        assert [cut.number for cut in cuts] == list(range(len(cuts)))
-        assert all(cut.stop - cut.start == size for cut in cuts[:-1])
-
-
 def test_rows_are_accounted_for_with_every_kind_of_bad_input(
     archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,7 +160,7 @@ def test_rows_are_accounted_for_with_every_kind_of_bad_input(
 
 def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(archive: Path, tmp_path: Path) -> None:
     settings = corpus_settings(archive)
-    rows = read_archive(settings).rows.slice(0, 16)
+    rows = next(Archive(settings).partitions()).slice(0, 16)
     (archive / "images" / names(archive)[3]).unlink()
     part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
     assert part.manifest["quarantine_reasons"] == {"unreadable": 1}

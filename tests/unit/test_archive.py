@@ -1,6 +1,7 @@
 """Promises of reading an archive in NIH's layout: each image has labels or a reason, a bad archive one line."""
 
 import gzip
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.archive import Archive, ignored_text, read_archive, rows_digest
+from cxr_retrieval.corpus import archive
+from cxr_retrieval.corpus.archive import Archive, ignored_text, rows_digest
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.errors import UserError
 
@@ -43,10 +45,10 @@ class Folder:
         return self
 
     def read(self, **settings: Any) -> Archive:
-        return read_archive(CorpusSettings(archive=str(self.path), **settings))
+        return Archive(CorpusSettings(archive=str(self.path), **settings))
 
     def rows(self, **settings: Any) -> dict[str, dict[str, Any]]:
-        return {row["image_id"]: row for row in self.read(**settings).rows.to_pylist()}
+        return {row["image_id"]: row for row in in_order(self.read(**settings))}
 
     def refused(self, **settings: Any) -> str:
         with pytest.raises(UserError) as caught:
@@ -54,6 +56,10 @@ class Folder:
         assert "\n" not in str(caught.value)
         assert str(self.path) in str(caught.value)
         return str(caught.value)
+
+
+def in_order(found: Archive) -> list[dict[str, Any]]:
+    return [row for partition in found.partitions() for row in partition.to_pylist()]
 
 
 @pytest.fixture
@@ -95,14 +101,14 @@ def test_no_finding_is_an_empty_list_and_all_14_names_are_known(folder: Folder) 
 
 def test_rows_come_in_the_order_of_their_paths(folder: Folder) -> None:
     folder.images("images/b.png", "images-2/a.png", "images/a/c.png", "d.jpg", "e.JPEG").table()
-    uris = [row["source_uri"] for row in folder.read().rows.to_pylist()]
+    uris = [row["source_uri"] for row in in_order(folder.read())]
     assert uris == sorted(uris)
     assert len(uris) == 5
 
 
 def test_label_rows_without_an_image_are_counted_apart(folder: Folder) -> None:
-    archive = folder.images("a.png").table(line("a.png"), line("b.png"), line("c.png"), line("c.png")).read()
-    assert (archive.rows.num_rows, archive.label_rows, archive.labels_without_image) == (1, 4, 2)
+    found = folder.images("a.png").table(line("a.png"), line("b.png"), line("c.png"), line("c.png")).read()
+    assert (found.rows, found.label_rows, found.labels_without_image) == (1, 4, 2)
 
 
 def unlabelled(folder: Folder) -> None:
@@ -151,7 +157,7 @@ def test_an_image_that_cannot_be_used_has_its_reason_and_the_others_stay(
 
 
 def test_images_of_one_name_are_all_refused(folder: Folder) -> None:
-    rows = folder.images("x/a.png", "y/a.png", "b.png").table(line("a.png"), line("b.png")).read().rows.to_pylist()
+    rows = in_order(folder.images("x/a.png", "y/a.png", "b.png").table(line("a.png"), line("b.png")).read())
     assert [row["reason"] for row in rows] == [None, "name_twice", "name_twice"]
     assert rows[1]["text"] == "2 images of the archive have this name"
 
@@ -230,7 +236,7 @@ def test_a_missing_folder_is_refused(folder: Folder) -> None:
 
 def test_no_archive_at_all_is_refused() -> None:
     with pytest.raises(UserError, match=r"^corpus.archive is not set"):
-        read_archive(CorpusSettings())
+        Archive(CorpusSettings())
 
 
 def test_an_archive_without_a_label_table_is_refused(folder: Folder) -> None:
@@ -240,7 +246,7 @@ def test_an_archive_without_a_label_table_is_refused(folder: Folder) -> None:
 
 def test_two_label_tables_are_refused_by_name(folder: Folder) -> None:
     folder.images("a.png").table(line("a.png")).table(line("a.png"), name="Data_Entry_2017.csv")
-    assert re.search(r"two label tables, \S+\.csv and \S+\.csv: keep one", folder.refused())
+    assert re.search(r"two tables of one kind, \S+\.csv and \S+\.csv: keep one", folder.refused())
 
 
 @pytest.mark.parametrize("column", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Follow-up #"])
@@ -299,20 +305,46 @@ def test_the_view_rule_excludes_and_nothing_else_changes(folder: Folder) -> None
 
 
 def test_the_digest_follows_labels_and_files_and_not_the_chunks_of_the_table(folder: Folder) -> None:
-    archive = folder.images("a.png", "b.png").table(line("a.png"), line("b.png")).read()
-    assert archive.digest == folder.read().digest
-    assert rows_digest(pa.concat_tables([archive.rows.slice(0, 1), archive.rows.slice(1, 1)])) == archive.digest
-    seen = {archive.digest}
-    seen.add(folder.table(line("a.png"), line("b.png", "Mass")).read().digest)
+    def digest() -> str:
+        return rows_digest(pa.concat_tables(folder.read().partitions()))
+
+    names = [f"{letter}.png" for letter in "abdefghijk"]
+    folder.images(*names).table(*map(line, names))
+    seen = {digest()}
+    assert rows_digest(pa.concat_tables(folder.read(partition_images=8).partitions())) in seen
+    folder.table(*(line(name, "Mass") for name in names))
+    seen.add(digest())
     (folder.path / "a.png").write_bytes(b"longer than it was before")
-    seen.add(folder.read().digest)
-    seen.add(folder.images("c.png").read().digest)
+    seen.add(digest())
+    folder.images("c.png")
+    seen.add(digest())
     assert len(seen) == 4
 
 
+def test_a_name_that_is_no_text_is_refused(folder: Folder) -> None:
+    folder.images("a.png").table(line("a.png"))
+    (Path(os.fsdecode(os.fsencode(folder.path) + b"/b\xff.png"))).touch()
+    assert "the name of a file is not UTF-8: 'b\\udcff.png'; rename it" in folder.refused()
+
+
+def test_a_full_temporary_folder_is_said(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{n}.png" for n in range(300)]
+    folder.images(*names).table(*map(line, names))
+    monkeypatch.setattr(archive, "TABLES", archive.TABLES + "PRAGMA max_page_count = 1;")
+    assert "do not fit into the temporary folder: database or disk is full; set TMPDIR" in folder.refused()
+
+
+def test_partitions_are_cut_in_the_order_of_the_paths_and_read_again_at_will(folder: Folder) -> None:
+    names = [f"{n:02d}.png" for n in range(19)]
+    folder.images(*names).table(*map(line, names))
+    found = folder.read(partition_images=8)
+    for _ in range(2):
+        cut = [rows["image_id"].to_pylist() for rows in found.partitions()]
+        assert cut == [names[:8], names[8:16], names[16:]]
+
+
 def test_the_sample_of_real_x_rays_has_no_image_to_refuse(nih_sample: Path) -> None:
-    archive = read_archive(CorpusSettings(archive=str(nih_sample / "dev")))
-    rows = archive.rows.to_pylist()
+    rows = in_order(Archive(CorpusSettings(archive=str(nih_sample / "dev"))))
     assert len(rows) == 7087
     assert not any(row["reason"] or row["excluded"] for row in rows)
     assert sum(len(row["boxes"]) for row in rows) > 0

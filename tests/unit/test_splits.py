@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.archive import read_archive
+from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION, hash_split, listed_split, patient_position
 
 names = st.text(min_size=1, max_size=12)
@@ -26,7 +26,7 @@ def test_a_patient_is_in_one_split_whatever_else_is_in_the_archive(films: list[i
             (Path(folder) / f"{number:03d}.png").touch()
             lines.append(f"{number:03d}.png,No Finding,0,{patient},50,F,PA")
         (Path(folder) / "Data_Entry_2017.csv").write_text("\n".join(lines))
-        rows = read_archive(CorpusSettings(archive=folder, split_seed=seed, test_share=test)).rows
+        (rows,) = Archive(CorpusSettings(archive=folder, split_seed=seed, test_share=test)).partitions()
     found = set(zip(rows["patient_id"].to_pylist(), rows["split"].to_pylist(), strict=True))
     assert found == {(str(patient), hash_split(str(patient), seed, 0.1, test)) for patient in films}
 
