@@ -99,3 +99,15 @@ def phantom_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     boxes = [radiographs.bbox_header(), *(line for image in images[:96] for line in radiographs.bbox_rows(image))]
     (folder / "BBox_List_2017.csv").write_text("\n".join(boxes) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def large_archive(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantom archive in films so large that preparing them takes a while."""
+    import cv2
+
+    copy = Path(shutil.copytree(phantom_archive, tmp_path_factory.mktemp("large") / "archive"))
+    for path in (copy / "images").iterdir():
+        film = cv2.resize(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (1000, 1000), interpolation=cv2.INTER_CUBIC)
+        assert cv2.imwrite(str(path), film, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    return copy

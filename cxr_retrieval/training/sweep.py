@@ -1,16 +1,21 @@
 """Searching settings: a space of them, trials that train with a small budget, and what they found, by Ray Tune.
 
 A trial is a Ray Train run with as many workers as the settings say; the trial itself only waits for it.
+
+Every trial that has ended leaves one file in `runs/SWEEP`, and a sweep that is run again goes on from these files: Ray
+Tune's own state, stored when a driver is killed, may lack a trial that its searcher still waits for (Ray 2.60).
 """
 
 import datetime
+import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -36,7 +41,8 @@ from cxr_retrieval.training.run import model_draft, require_trainable, trainer_o
 
 KIND = "sweep"
 METRIC = "value"  # validation mAP of an epoch's best embedding
-POINT = "point"
+MODE = "max"
+TRIAL = "trial"  # what a trial is given: its number in the sweep, and the settings to try
 TRIAL_CPUS = 0.05  # a trial only waits for its run, but Ray Tune knows none that takes nothing
 # Not to be searched: where things are, what a trial's corpus is, and what it takes of the cluster.
 FIXED = (
@@ -196,6 +202,16 @@ class Sweep:
         folder = storage.join(self.base.workspace, "reports", "sweeps")
         return Draft.under(folder, KIND, shaping, (self.corpus.artifact.input_id,))
 
+    @property
+    def folder(self) -> str:
+        """Where the trials that have ended are kept while the sweep runs."""
+        return storage.join(self.base.workspace, "runs", self.draft.input_id)
+
+    def run_name(self, number: int, point: Mapping[str, Any]) -> str:
+        """The run of a trial: the same trial has the same one, another point of that number another."""
+        digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()
+        return f"{self.draft.input_id}-{number:05d}-{digest[:8]}"
+
     def trial_settings(self, point: Mapping[str, Any]) -> Settings:
         """The settings of one trial: the base, the point, the small budget."""
         return with_values(self.base, {**point, "training.epochs": self.space.epochs}, self.file)
@@ -230,10 +246,11 @@ class _EpochReport(TuneReportCallback):
 
 
 def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
-    """One trial. Its run is named by it, without a time: resumed, it goes on from its checkpoint."""
-    settings = sweep.trial_settings(config.get(POINT) or config)
+    """One trial. Its run is named by it, without a time: begun again, it goes on from its checkpoint."""
+    number, point = config[TRIAL]
+    settings = sweep.trial_settings(point)
     require_trainable(settings, sweep.corpus)  # what no try will mend fails before workers start
-    run = f"{sweep.draft.input_id}-{tune.get_context().get_trial_id()}"
+    run = sweep.run_name(number, point)
     # Not from within the trial's placement group: all that the run starts would be looked for in there, where there is
     # no room for it, and what gives an early-stopped trial's workers back would never start (Ray 2.60).
     here = ray.get_runtime_context()
@@ -249,29 +266,47 @@ def _fit(settings: Settings, corpus: Corpus, run: str, beside: int, report: _Epo
     trainer_of(settings, corpus, run, beside, [report]).fit()
 
 
-class _Shown(tune.Callback):
-    """Counts trials that ended, whichever way, on the driver that runs the sweep now.
+class _Ledger(tune.Callback):
+    """Writes down every trial that has ended, whichever way, and shows how far the sweep is.
 
-    What it shows to belongs to the class: Ray Tune keeps the callback with the sweep's state, which outlives a driver.
+    What it shows to belongs to the class: Ray Tune keeps its callbacks with a state of its own.
     """
 
     progress: ClassVar[Progress]
-    best: ClassVar[float]
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        _Shown.best = max(_Shown.best, result[METRIC])
+    def __init__(self, sweep: Sweep, best: float) -> None:
+        self._sweep, self._best = sweep, best
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        _Shown.progress.advance(1, f"best validation mAP {100 * _Shown.best:.1f}")
+        self._write(trial, None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        _Shown.progress.advance(1, f"trial {trial.trial_id} failed")
+        self._write(trial, _last_line(Path(trial.error_file).read_text()))
+
+    def _write(self, trial: Trial, error: str | None) -> None:
+        facts = _trial(self._sweep, trial.config, trial.last_result or {}, error)
+        storage.write_bytes(_ledger_file(self._sweep, facts["id"]), json.dumps(facts, indent=1).encode())
+        self._best = max(self._best, facts["value"] or 0.0)
+        told = f"trial {facts['id']} failed" if error else f"best validation mAP {100 * self._best:.1f}"
+        _Ledger.progress.advance(1, told)
+
+
+def _ledger_file(sweep: Sweep, trial: str) -> str:
+    return storage.join(sweep.folder, f"trial-{trial}.json")
+
+
+def _ended(sweep: Sweep) -> dict[int, dict[str, Any]]:
+    """The trials that have ended so far, by their numbers."""
+    try:
+        files = [file.uri for file in storage.list_files(sweep.folder) if file.path.startswith("trial-")]
+    except FileNotFoundError:
+        return {}
+    found = [json.loads(storage.read_bytes(uri)) for uri in files]
+    return {int(trial["id"]): trial for trial in found}
 
 
 def run_sweep(sweep: Sweep) -> dict[str, Any]:
-    """Run what is left of a sweep: the facts of `sweep.json`. Ray must be running.
+    """Run what is left of a sweep, trials that failed too: the facts of `sweep.json`. Ray must be running.
 
     Raises UserError where no trial fits the cluster or nothing can be trained on the corpus.
     """
@@ -280,78 +315,109 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
     resources = ray.cluster_resources()
     at_once = trials_at_once(sweep.base.training, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
     draft.begin()
-    count = space.count
-    filesystem, runs = storage.filesystem(storage.join(sweep.base.workspace, "runs"))
-    trainable = tune.with_resources(
-        tune.with_parameters(_run_trial, sweep=sweep, beside=min(at_once, count) - 1), {"CPU": TRIAL_CPUS}
-    )
+    before = {number: trial for number, trial in _ended(sweep).items() if trial["state"] != "failed"}
+    if before:
+        console.say(f"going on with a sweep of which {len(before)} of {space.count} trials have ended")
+    if len(before) < space.count:
+        with Progress(sweep.base.workspace, draft, "tune", space.count, "trials", before=len(before)) as progress:
+            _Ledger.progress = progress
+            _tuner(sweep, before, at_once).fit()
+    ended = _ended(sweep)
+    if len(ended) < space.count:
+        raise UserError(f"{len(ended)} of {space.count} trials have ended: run the same command again, it goes on")
+    return _facts(sweep, [ended[number] for number in sorted(ended)])
+
+
+def _tuner(sweep: Sweep, before: dict[int, dict[str, Any]], at_once: int) -> tune.Tuner:
+    """The rest of a sweep, of which `before` has ended."""
+    space, left = sweep.space, [number for number in range(sweep.space.count) if number not in before]
+    filesystem, folder = storage.filesystem(sweep.folder)
+    best = max((trial["value"] or 0.0 for trial in before.values()), default=0.0)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # what they would write is in the ledger
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ray Tune would return a sweep that was stopped as if it had ended
-    with Progress(sweep.base.workspace, draft, "tune", count, "trials") as progress:
-        _Shown.progress, _Shown.best = progress, 0.0
-        path = storage.join(runs, draft.input_id)
-        if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
-            console.say("going on with a sweep that was begun before")
-            tuner = tune.Tuner.restore(path, trainable, storage_filesystem=filesystem, restart_errored=True)
-        else:
-            tuner = tune.Tuner(
-                trainable,
-                param_space=_param_space(space),
-                tune_config=tune.TuneConfig(
-                    metric=METRIC,
-                    mode="max",
-                    num_samples=count if space.search == "optuna" else 1,
-                    max_concurrent_trials=at_once,
-                    scheduler=_scheduler(space),
-                    search_alg=OptunaSearch(seed=space.seed) if space.search == "optuna" else None,
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=tune.RunConfig(
-                    name=draft.input_id,
-                    storage_path=runs,
-                    storage_filesystem=filesystem,
-                    callbacks=[_Shown()],
-                    failure_config=tune.FailureConfig(max_failures=TRIAL_FAILURES),
-                    verbose=0,
-                ),
-            )
-        results = tuner.fit()
-        if len(results) < count:
-            raise UserError(f"{len(results)} of {count} trials have ended: run the same command again, it goes on")
-        return _facts(sweep, [_trial(sweep, results[number]) for number in range(len(results))])
+    optuna = space.search == "optuna"
+    points = [] if optuna else space.points()
+    return tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_run_trial, sweep=sweep, beside=min(at_once, len(left)) - 1), {"CPU": TRIAL_CPUS}
+        ),
+        param_space={key: axis.domain for key, axis in space.space.items()}
+        if optuna
+        else {TRIAL: tune.grid_search([(number, points[number]) for number in left])},
+        tune_config=tune.TuneConfig(
+            num_samples=len(left) if optuna else 1,
+            max_concurrent_trials=at_once,
+            scheduler=_scheduler(space, before.values()),
+            search_alg=_Optuna(space, before, left) if optuna else None,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=folder,
+            storage_filesystem=filesystem,
+            callbacks=[_Ledger(sweep, best)],
+            failure_config=tune.FailureConfig(max_failures=TRIAL_FAILURES),
+            verbose=0,
+        ),
+    )
 
 
-def _param_space(space: Space) -> dict[str, Any]:
-    if space.search == "optuna":
-        return {key: axis.domain for key, axis in space.space.items()}
-    return {POINT: tune.grid_search(space.points())}
+class _Optuna(OptunaSearch):
+    """Optuna that knows the trials which have ended, and numbers those that it suggests."""
+
+    def __init__(self, space: Space, before: Mapping[int, dict[str, Any]], left: Sequence[int]) -> None:
+        known = [trial for trial in before.values() if trial["value"] is not None]
+        super().__init__(
+            metric=METRIC,
+            mode=MODE,
+            seed=space.seed + len(before),  # or it would begin with the points that it began with before
+            points_to_evaluate=[trial["settings"] for trial in known] or None,
+            evaluated_rewards=[trial["value"] for trial in known] or None,
+        )
+        self._left = list(left)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        point = super().suggest(trial_id)
+        return point and {TRIAL: (self._left.pop(0), {key: _plain(value) for key, value in point.items()})}
 
 
-def _scheduler(space: Space) -> ASHAScheduler | None:
+def _scheduler(space: Space, before: Iterable[dict[str, Any]]) -> ASHAScheduler | None:
+    """What stops trials early, with the curves of those that have ended to compare with."""
     if space.scheduler == "none":
         return None
-    return ASHAScheduler(
-        time_attr="epoch", max_t=space.epochs, grace_period=space.grace_epochs, reduction_factor=space.reduction
+    asha = ASHAScheduler(
+        time_attr="epoch",
+        metric=METRIC,
+        mode=MODE,
+        max_t=space.epochs,
+        grace_period=space.grace_epochs,
+        reduction_factor=space.reduction,
     )
+    told: Any = asha  # of what is told, it looks at the trial's name only
+    for trial in before:
+        known = SimpleNamespace(trial_id=f"before-{trial['id']}")
+        told.on_trial_add(None, known)
+        for epoch in trial["curve"]:
+            told.on_trial_result(None, known, epoch)
+    return asha
 
 
-def _trial(sweep: Sweep, result: Any) -> dict[str, Any]:
+def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: str | None) -> dict[str, Any]:
     """One trial as the report shows it."""
-    config = result.config.get(POINT) or result.config
-    metrics = result.metrics or {}
-    curve = json.loads(metrics.get(CURVE, "[]"))
-    best = max(curve, key=lambda point: point["value"], default=None)
+    number, point = config[TRIAL]
+    curve = json.loads(result.get(CURVE, "[]"))
+    best = max(curve, key=lambda epoch: epoch["value"], default=None)
     epochs = len(curve)
-    state = "failed" if result.error else "finished" if epochs == sweep.space.epochs else "stopped"
     return {
-        "id": Path(result.path).name.rpartition("_")[2],  # its number in the sweep
-        "state": state,
-        "settings": {key: _plain(config[key]) for key in sweep.space.space},
+        "id": f"{number:05d}",
+        "state": "failed" if error else "finished" if epochs == sweep.space.epochs else "stopped",
+        "settings": point,
         "value": best and best["value"],
         "value_epoch": best and best["epoch"],
         "epochs": epochs,
-        "seconds": round(metrics.get("time_total_s", 0.0), 1),
-        "error": _last_line(result.error) if result.error else None,
+        "seconds": round(result.get("time_total_s", 0.0), 1),
+        "error": error,
         "curve": curve,
         "centre_cosine": best and best["centre_cosine"],
     }
@@ -391,9 +457,8 @@ def value_of(settings: Settings, key: str) -> Any:
     return value
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2].strip()[:300]
 
 
 def _plain(value: Any) -> Any:

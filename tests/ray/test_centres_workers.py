@@ -30,7 +30,7 @@ def given() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tables(workers: int, folder: Path) -> dict[int, np.ndarray]:
-    """Centres after each update [workers, U, T, K, D], by accumulation, as Ray Train workers compute them."""
+    """Centres after each update [workers, U, T, K, D], by accumulation: of this process, or of Ray Train workers."""
 
     def worker(config: dict) -> dict[int, np.ndarray]:
         import ray.train
@@ -38,8 +38,11 @@ def tables(workers: int, folder: Path) -> dict[int, np.ndarray]:
 
         from cxr_retrieval.losses.centres import Centres
 
-        rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-        assert world == config["workers"]
+        world, rank = config["workers"], 0
+        if world > 1:
+            context = ray.train.get_context()
+            assert context.get_world_size() == world
+            rank = context.get_world_rank()
         assert dist.get_world_size() == world if dist.is_initialized() else world == 1
         z_UTND, targets_UNK = (torch.as_tensor(array) for array in config["given"])
         bounds = [0, z_UTND.shape[2]] if world == 1 else [0, config["first_share"], z_UTND.shape[2]]
@@ -63,6 +66,8 @@ def tables(workers: int, folder: Path) -> dict[int, np.ndarray]:
 
     config = {"workers": workers, "first_share": FIRST_SHARE, "accumulations": ACCUMULATIONS, "rate": RATE}
     config["given"] = [tensor.numpy() for tensor in given()]
+    if workers == 1:
+        return worker(config)
     trainer = TorchTrainer(
         worker,
         train_loop_config=config,

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -37,10 +36,10 @@ from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from jobs import prepare as job
+from tests import commands
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-PROJECT = Path(__file__).parents[2]
 TABLE = "Data_Entry_2017_v2020.csv"
 IMAGES = 96
 
@@ -442,20 +441,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(
     small_disk: Path, phantom_archive: Path, corpus: Corpus
 ) -> None:
-    command = [sys.executable, "-m", "jobs.prepare", f"workspace={small_disk}", f"corpus.archive={phantom_archive}"]
-    command += ["corpus.size=64", "corpus.partition_images=16", "corpus.row_group_images=8"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": PROJECT, "timeout": 300}
-    full = subprocess.run(command, env=environment, **options)
-    assert full.returncode == 1, full.stderr
-    assert "Traceback" not in full.stderr
-    [error] = [line for line in full.stderr.splitlines() if "error" in line.lower()]
-    assert error.startswith(f"error: {small_disk}")
+    words = [f"workspace={small_disk}", f"corpus.archive={phantom_archive}"]
+    words += ["corpus.size=64", "corpus.partition_images=16", "corpus.row_group_images=8"]
+    error = commands.job("prepare", *words).error
+    assert error.startswith(str(small_disk))
     assert "no space left: free some and run the same command again" in error
     kept = part_manifests(small_disk)
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
-    again = subprocess.run(command, env=environment, **options)
-    assert again.returncode == 0, again.stderr
+    commands.done("prepare", *words)
     assert kept.items() <= part_manifests(small_disk).items()
     [manifest] = (small_disk / "corpora" / "chest").glob("*/manifest.json")
     assert json.loads(manifest.read_bytes())["content_id"] == corpus.artifact.manifest["content_id"]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact
-from cxr_retrieval.config import CorpusSettings, NetworkSettings, Settings, TrainingSettings
+from cxr_retrieval.config import Settings, load_settings
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.training.loop import STATE_FILE
+from cxr_retrieval.training.loop import PROGRESS_FILE, STATE_FILE
 from cxr_retrieval.training.model import Model
 from cxr_retrieval.training.run import model_draft, train
+from tests.commands import done
+from tests.processes import job, wait_until
 
 EPOCHS, BATCH = 4, 8
 WHOLE_EPOCHS = 3  # of whole images only; then the crop, which is cut at whole pixels and jumps
@@ -29,17 +33,22 @@ SPEED = "images_per_second"  # the only figure of a history that a clock decides
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+# Small steps: with larger ones the last bit of a float32 sum, which two workers round otherwise, decides a lot.
+WORDS = (
+    "corpus.size=64 corpus.partition_images=32 corpus.row_group_images=8 corpus.validation_share=0.25"
+    " corpus.test_share=0.1 network.backbone=resnet18_half network.dimensions=16 training.lanes=2"
+    f" training.epochs={EPOCHS} training.batch_size={BATCH} training.precision=float32 training.augment=false"
+    f" training.learning_rate=2e-5 training.crop_from={WHOLE_EPOCHS / EPOCHS}"
+).split()
+
+
+def words(archive: Path, workspace: Path) -> list[str]:
+    return [f"workspace={workspace}", f"corpus.archive={archive}", *WORDS]
+
+
 def settings(archive: Path, workspace: Path, **training: Any) -> Settings:
-    """Small steps: with larger ones the last bit of a float32 sum, which two workers round otherwise, decides a lot."""
-    plain = {"epochs": EPOCHS, "batch_size": BATCH, "lanes": 2, "precision": "float32", "augment": False}
-    plain |= {"learning_rate": 2e-5, "crop_from": WHOLE_EPOCHS / EPOCHS}
-    small = {"size": 64, "partition_images": 32, "row_group_images": 8, "validation_share": 0.25, "test_share": 0.1}
-    return Settings(
-        workspace=str(workspace),
-        corpus=CorpusSettings(archive=str(archive), **small),
-        network=NetworkSettings(backbone="resnet18_half", dimensions=16),
-        training=TrainingSettings(**plain | training),
-    )
+    changes = [f"training.{name}={value}" for name, value in training.items()]
+    return load_settings((), [*words(archive, workspace), *changes])
 
 
 def history(model: Artifact) -> list[dict[str, Any]]:
@@ -160,6 +169,36 @@ def test_a_killed_worker_goes_on_from_the_last_epoch_and_gives_the_same_curve(un
     assert weights_hash(model) == weights_hash(artifact)
 
 
+def test_a_run_killed_with_all_its_ray_inside_an_epoch_goes_on_at_the_next_step(undisturbed, phantom_archive, tmp_path):
+    _, artifact = undisturbed
+    run, log = tmp_path / "runs" / artifact.input_id, tmp_path / "log"
+    command = ["train", *words(phantom_archive, tmp_path), "training.checkpoint_steps=2"]  # the model stays the same
+    with job(*command, log=log) as process:
+        wait_until(lambda: inside_a_later_epoch(run), process, log)
+    assert not (tmp_path / "models" / artifact.input_id / "manifest.json").exists()
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    before = torch.load(newest / STATE_FILE, weights_only=True)["run"]
+    assert before["history"], "the kill came in the first epoch: this test showed nothing"
+    (run / PROGRESS_FILE).unlink()  # it is for a person to read, and nothing goes on from it
+
+    def first_step() -> int:
+        end = time.monotonic() + 120
+        while not (run / PROGRESS_FILE).exists() and time.monotonic() < end:
+            time.sleep(0.005)
+        return json.loads((run / PROGRESS_FILE).read_text())["images"] // BATCH
+
+    with ThreadPoolExecutor(1) as watcher:
+        seen = watcher.submit(first_step)
+        done(*command)
+    assert seen.result() == before["step"] + 1, "the first step of the second run is the next one"
+    model = artifacts.load(str(tmp_path / "models" / artifact.input_id), "model")
+    speeds = [record[SPEED] for record in before["history"]]
+    assert [record[SPEED] for record in history(model)[: len(speeds)]] == speeds  # none was trained again
+    assert without_speed(history(model)) == without_speed(history(artifact))
+    assert weights_hash(model) == weights_hash(artifact)
+
+
 def test_two_workers_see_the_same_rows_and_give_the_same_loss(undisturbed, two_workers):
     _, artifact = undisturbed
     assert two_workers.counts == artifact.counts
@@ -205,6 +244,17 @@ def newest_checkpoint(run: Path) -> Path | None:
         return None
     latest = snapshot["latest_checkpoint_result"]
     return run / latest["checkpoint_dir_name"] if latest else None
+
+
+def inside_a_later_epoch(run: Path) -> bool:
+    newest = newest_checkpoint(run)
+    if newest is None:
+        return False
+    try:
+        state = torch.load(newest / STATE_FILE, weights_only=True)["run"]
+    except FileNotFoundError:  # replaced by a newer one meanwhile
+        return False
+    return bool(state["history"] and state["sums"])
 
 
 def train_workers() -> list[int]:

@@ -18,8 +18,8 @@ TINY = [
     *commands.TINY,
     "training.epochs=7",
     "training.precision=float32",  # the order of trials must not depend on the machine
+    "training.cpus_per_worker=1.2",  # one trial at a time
 ]
-ONE_AT_A_TIME = ["training.cpus_per_worker=1.2"]
 
 
 def space_file(folder: Path, **values: object) -> str:
@@ -36,17 +36,35 @@ def space_file(folder: Path, **values: object) -> str:
     return str(file)
 
 
-def sweep_of(workspace: Path) -> Path:
-    (folder,) = (workspace / "reports" / "sweeps").iterdir()
-    return folder
+def stored(uri: str, ending: str) -> list[str]:
+    try:
+        return [file.uri for file in storage.list_files(uri) if file.uri.endswith(ending)]
+    except FileNotFoundError:
+        return []
+
+
+def ended(workspace: str) -> dict[str, list[str]]:
+    """Trials that are written down as ended, each with the checkpoints that its run keeps."""
+    files = [uri.split("/")[-2:] for uri in stored(f"{workspace}/runs", ".json") if "/trial-" in uri]
+    names = [(sweep, file.removeprefix("trial-").removesuffix(".json")) for sweep, file in files]
+    checkpoints = stored(f"{workspace}/runs", "/state.pt")
+    return {trial: [uri for uri in checkpoints if f"/{sweep}-{trial}-" in uri] for sweep, trial in names}
+
+
+def given_back(cpus: float) -> bool:
+    """Whether all CPUs of the cluster are free again, after a while."""
+    end = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != cpus and time.monotonic() < end:
+        time.sleep(0.1)
+    return ray.available_resources().get("CPU") == cpus
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_sweep_survives_a_trial_that_fails_and_stops_one_early(
+def test_a_sweep_that_is_killed_goes_on_survives_trials_that_fail_and_stops_one_early(
     phantom_archive: Path, tmp_path: Path, s3: str
 ) -> None:
-    workspace = f"{s3}/workspace"
-    words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY, *ONE_AT_A_TIME]
+    workspace, log = f"{s3}/workspace", tmp_path / "log"
+    words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
     free = ray.cluster_resources()["CPU"]
     # A file that holds no weights: a trial that is given it fails when it builds its network.
     (tmp_path / "weights").write_bytes(b"not weights")
@@ -54,31 +72,38 @@ def test_a_sweep_survives_a_trial_that_fails_and_stops_one_early(
         "network.weights": {"choice": [None, str(tmp_path / "weights")]},
         "training.learning_rate": {"choice": [0.01, 0.001]},  # the second is behind after an epoch
     }
-    out = done("tune", "--space", space_file(tmp_path, space=axes), *words)
-    (manifest,) = [file for file in storage.list_files(f"{workspace}/reports/sweeps") if "manifest" in file.path]
-    folder = storage.parent(manifest.uri)
+    command = ["tune", "--space", space_file(tmp_path, space=axes), *words]
+
+    # The driver is killed when a trial has ended; the cluster of this session lives on.
+    with processes.job(*command, log=log, RAY_ADDRESS=ray.get_runtime_context().gcs_address) as process:
+        wait_until(lambda: bool(ended(workspace)), process, log)
+    before = ended(workspace)
+    assert not stored(f"{workspace}/reports", "/manifest.json")
+    assert given_back(free), "a killed sweep keeps nothing of the cluster"
+
+    printed = job(*command)
+    assert printed.code == 0, printed.err
+    (manifest,) = stored(f"{workspace}/reports/sweeps", "/manifest.json")
+    folder = storage.parent(manifest)
     facts = json.loads(storage.read_bytes(f"{folder}/sweep.json"))
-    states = [trial["state"] for trial in facts["trials"]]
-    assert (states.count("failed"), states.count("finished") > 0, "stopped" in states) == (2, True, True), facts
+    states = {trial["id"]: trial["state"] for trial in facts["trials"]}
+    assert sorted(states.values()) == ["failed", "failed", "finished", "stopped"], facts
+    assert f"going on with a sweep of which {len(before)} of 4 trials have ended" in printed.err
+    for trial, checkpoints in before.items():
+        assert (states[trial], ended(workspace)[trial]) == ("finished", checkpoints), "what had ended was trained again"
     failed = [trial for trial in facts["trials"] if trial["state"] == "failed"]
     assert all("safetensors" in trial["error"] for trial in failed)
     assert all(trial["settings"]["network.weights"] for trial in failed)
-    assert "failed" in out
+    assert "failed" in printed.out
     best = load_settings([f"{folder}/best.yaml"], read=storage.read_bytes)
     winner = next(trial for trial in facts["trials"] if trial["id"] == facts["best"])
     assert best.training.learning_rate == winner["settings"]["training.learning_rate"]
     assert best.training.epochs == 7  # the full budget
     assert best.corpus.archive == str(phantom_archive)
     assert b"<html" in storage.read_bytes(f"{folder}/sweep.html")[:200].lower()
-    # Whoever was stopped has given back what it had.
-    end = time.monotonic() + 20
-    while ray.available_resources().get("CPU") != free and time.monotonic() < end:
-        time.sleep(0.1)
-    assert ray.available_resources()["CPU"] == free
-    again = done("tune", "--space", space_file(tmp_path, space=axes), *words)
-    assert "finished before, nothing to do" in again
-    planned = done("train", "--config", f"{folder}/best.yaml", "--plan")
-    assert "to do" in planned
+    assert given_back(free), "whoever was stopped has given back what it had"
+    assert "finished before, nothing to do" in done(*command)
+    assert "to do" in done("train", "--config", f"{folder}/best.yaml", "--plan")
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -96,27 +121,3 @@ def test_a_point_that_the_schema_refuses_ends_the_sweep_before_it_starts(phantom
         assert told in outcome.err
     assert not (workspace / "reports").exists()
     assert not any((workspace / "runs").glob("*-*"))
-
-
-def test_a_sweep_that_is_killed_goes_on_and_keeps_the_trials_that_ended(phantom_archive: Path, tmp_path: Path) -> None:
-    workspace, log = tmp_path / "workspace", tmp_path / "log"
-    words = ["--space", space_file(tmp_path, epochs=1, scheduler="none"), *TINY]
-    words += [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *ONE_AT_A_TIME]
-
-    def ended() -> list[Path]:
-        """Trials that have reported their last epoch."""
-        found = [path for path in workspace.glob("runs/*/*/result.json") if path.read_text().endswith("\n")]
-        return [path.parent for path in found]
-
-    with processes.job("tune", *words, log=log) as process:
-        wait_until(lambda: bool(ended()), process, log)
-    before = {path.name.rpartition("_")[2] for path in ended()}
-    assert before
-    with processes.job("tune", *words, log=log) as process:
-        assert process.wait(processes.TIMEOUT_S) == 0, log.read_text()
-    assert "going on with a sweep that was begun before" in log.read_text()
-    trials = json.loads((sweep_of(workspace) / "sweep.json").read_text())["trials"]
-    assert before <= {trial["id"] for trial in trials}
-    assert [trial["state"] for trial in trials] == ["finished"] * 2
-    assert sorted(trial["settings"]["losses.centre_rate"] for trial in trials) == [0.02, 0.2]
-    assert all([point["epoch"] for point in trial["curve"]] == [1] for trial in trials)

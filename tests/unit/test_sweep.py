@@ -1,6 +1,7 @@
 """Promises about what a sweep may look at: refused in one line before it starts, and the same points every time."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from cxr_retrieval.config import Settings, TrainingSettings, load_settings
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.training import sweep
 from cxr_retrieval.training.sweep import Axis, Space, read_space, trials_at_once
 
 SPACES = sorted((Path(__file__).parents[2] / "tune_spaces").glob("*.yaml"))
@@ -136,3 +138,37 @@ def test_the_best_point_is_a_config_that_train_takes(tmp_path: Path) -> None:
     assert read.training.epochs == base.training.epochs  # the full budget, not a trial's
     with pytest.raises(UserError, match=r"losses\.centre_rate=3.*space\.yaml.*less than or equal to 1"):
         with_values(base, {"losses.centre_rate": 3}, str(tmp_path / "space.yaml"))
+
+
+def trial_that_ended(number: int, values: list[float], rate: float) -> dict[str, Any]:
+    curve = [{"epoch": epoch, "value": value} for epoch, value in enumerate(values, start=1)]
+    settings = {"losses.centre_rate": rate}
+    return {"id": f"{number:05d}", "curve": curve, "value": max(values), "settings": settings}
+
+
+def test_a_sweep_that_goes_on_compares_with_the_trials_that_ended_before() -> None:
+    space = Space(name="x", epochs=4, reduction=2, space={"losses.centre_rate": Axis(uniform=(0.0, 1.0))})
+    before = [trial_that_ended(number, [0.3 + number / 100, 0.4], 0.1 * number) for number in range(4)]
+    for value, action in ((0.2, "STOP"), (0.5, "CONTINUE")):
+        asha: Any = sweep._scheduler(space, before)
+        new = SimpleNamespace(trial_id="new")
+        asha.on_trial_add(None, new)
+        assert asha.on_trial_result(None, new, {"epoch": 1, "value": value}) == action
+
+
+def test_optuna_knows_what_ended_before_and_numbers_what_it_suggests() -> None:
+    axes = {"losses.centre_rate": Axis(uniform=(0.0, 1.0))}
+    space = Space(name="x", search="optuna", trials=5, space=axes)
+    fresh = sweep._Optuna(space, {}, range(5))
+    before = {0: trial_that_ended(0, [0.3], 0.25), 3: trial_that_ended(3, [0.4], 0.75)}
+    going_on = sweep._Optuna(space, before, [1, 2, 4])
+    for searcher in (fresh, going_on):
+        searcher.set_search_properties(None, None, {key: axis.domain for key, axis in axes.items()})
+    known = [(trial.params, trial.value) for trial in going_on._ot_study.get_trials()]
+    assert known == [({"losses.centre_rate": 0.25}, 0.3), ({"losses.centre_rate": 0.75}, 0.4)]
+    suggested = [going_on.suggest(str(n))["trial"] for n in range(3)]
+    assert [number for number, _ in suggested] == [1, 2, 4]
+    first = fresh.suggest("0")["trial"][1]["losses.centre_rate"]
+    rates = [point["losses.centre_rate"] for _, point in suggested]
+    assert len({first, *rates}) == 4, "a sweep that goes on does not begin with the points that it began with"
+    assert all(type(rate) is float and 0 <= rate <= 1 for rate in rates)
