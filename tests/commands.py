@@ -17,6 +17,7 @@ TINY = [
     "network.dimensions=16",
     "training.batch_size=16",
     "training.lanes=2",
+    "embedding.workers=1",
 ]
 
 

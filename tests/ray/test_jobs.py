@@ -35,7 +35,13 @@ from cxr_retrieval.training.model import build_network, normalised, write_model
 from tests.commands import done, job
 
 IMAGES = 96
-SMALL = ["corpus.partition_images=32", "corpus.row_group_images=16", "index.shard_rows=40", "evaluation.draws=100"]
+SMALL = [
+    "corpus.partition_images=32",
+    "corpus.row_group_images=16",
+    "index.shard_rows=40",
+    "evaluation.draws=100",
+    "embedding.workers=1",
+]
 PUBLIC = "privacy.pseudonymise=false"
 
 pytestmark = pytest.mark.usefixtures("ray_session", "environment")

@@ -18,6 +18,7 @@ SMALL = {
     "corpus": {"size": 64, "partition_images": 32, "row_group_images": 16, "validation_share": 0.25},
     "network": {"dimensions": 16},
     "training": {"epochs": 1, "batch_size": 16, "lanes": 2},
+    "embedding": {"workers": 1},
     "evaluation": {"draws": 100},
     "index": {"shard_rows": 50},
 }

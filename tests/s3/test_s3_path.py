@@ -39,6 +39,7 @@ TINY = [
     "training.epochs=1",
     "training.batch_size=16",
     "training.checkpoint_steps=2",
+    "embedding.workers=1",
     "index.shard_rows=40",
     "evaluation.draws=100",
     "search.queries=2",
@@ -191,7 +192,7 @@ def test_a_server_that_is_killed_amid_embed_and_publish_loses_nothing(
     embedded, _ = finished_in_spite_of(
         object_store,
         stored(faults, "/manifest.json"),
-        lambda: embed(EmbeddingSettings(batch_size=16), f"{s3}/workspace", there, corpus),
+        lambda: embed(EmbeddingSettings(batch_size=16, workers=1), f"{s3}/workspace", there, corpus),
     )
     assert embedded.counts["embedded"] == corpus.rows
     read = [read_part(embedded, corpus, part, Model.open(there), []) for part in range(len(corpus.files))]
