@@ -22,18 +22,20 @@ from cxr_retrieval.artifacts import Artifact, Draft, find
 from cxr_retrieval.config import EvaluationSettings
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
-from cxr_retrieval.corpus.splits import TRAIN
+from cxr_retrieval.corpus.splits import TRAIN, patient_position
 from cxr_retrieval.embedding.stream import read_part
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.evaluation.localisation import centred_crop, crop_hits
 from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
 from cxr_retrieval.evaluation.tables import compare, per_finding, summarise
 from cxr_retrieval.network.progressive import Output, embeddings
+from cxr_retrieval.progress import Progress
 from cxr_retrieval.report.evaluation import write_evaluation
 from cxr_retrieval.training.model import Model
 
 KIND = "evaluation"
 EVALUATION_FILE, REPORT_FILE = "evaluation.json", "evaluation.html"
+DRAW = "evaluated"  # salt of the patients that are drawn from a split: independent of the split itself
 PIXEL_SIDE = 32
 COLUMNS = ["patient_id", "view", "sex", "age_years", "findings", "unknown", "boxes", "pixels", "split"]
 METADATA = {"view": ("PA", "AP"), "sex": ("M", "F")}
@@ -75,29 +77,57 @@ def evaluate(
         return done, False
     draft.begin()
     model = Model.open(model_uri)
-    queries = read_images(embedded, corpus, model, settings.split)
+    galleries = [settings.split] + ([TRAIN] if corpus.artifact.manifest["splits"][TRAIN]["images"] else [])
+    parts = len(corpus.files) * len(galleries)
+    with Progress.of(workspace, draft, "evaluate", parts, "parts") as progress:
+        images = [read_images(embedded, corpus, model, split, settings.max_images, progress) for split in galleries]
+        figures = _figures(settings, model, corpus, embedded, *images)
+        files = [
+            draft.write(EVALUATION_FILE, json.dumps(figures, indent=1).encode()),
+            draft.write(REPORT_FILE, write_evaluation(figures).encode()),
+        ]
+        counts = {"images": len(images[0].patients), "queries": figures["queries"]}
+        return draft.finish(files, counts), True
+
+
+def _figures(
+    settings: EvaluationSettings,
+    model: Model,
+    corpus: Corpus,
+    embedded: Artifact,
+    queries: Images,
+    archive: Images | None = None,
+) -> dict[str, Any]:
     if not (queries.labels_NC == 1).any():
         raise UserError(
             f"{corpus.artifact.uri}: no image of the {settings.split} split has a finding, nothing to retrieve"
         )
-    trained_on = corpus.artifact.manifest["splits"][TRAIN]["images"] > 0
-    archive = read_images(embedded, corpus, model, TRAIN) if trained_on else None
     figures = assess(queries, archive, model, settings)
-    figures |= {"corpus": corpus.artifact.input_id, "model": embedded.manifest["model"], "split": settings.split}
-    files = [
-        draft.write(EVALUATION_FILE, json.dumps(figures, indent=1).encode()),
-        draft.write(REPORT_FILE, write_evaluation(figures).encode()),
+    splits = corpus.artifact.manifest["splits"]
+    used = {settings.split: queries} | ({TRAIN: archive} if archive else {})
+    drawn = [
+        f"{len(images.patients):,} of the {splits[split]['images']:,} images of the {split} split"
+        for split, images in used.items()
+        if len(images.patients) < splits[split]["images"]
     ]
-    counts = {"images": len(queries.patients), "queries": figures["queries"]}
-    return draft.finish(files, counts), True
+    facts = {"corpus": corpus.artifact.input_id, "model": embedded.manifest["model"], "split": settings.split}
+    return figures | facts | {"drawn": drawn}
 
 
-def read_images(embedded: Artifact, corpus: Corpus, model: Model, split: str) -> Images:
-    """All images of one split, part by part; prepared pixels are reduced at once and not kept."""
+def read_images(embedded: Artifact, corpus: Corpus, model: Model, split: str, most: int, progress: Progress) -> Images:
+    """The images of one split, part by part; prepared pixels are reduced at once and not kept.
+
+    Of a split with more than `most` images, about as many: those of patients that a hash draws.
+    """
     parts = []
+    share = min(1.0, most / max(1, corpus.artifact.manifest["splits"][split]["images"]))
     for number in range(len(corpus.files)):
         part = read_part(embedded, corpus, number, model, COLUMNS)
+        progress.advance(1)
         mine = np.flatnonzero(np.asarray(part.facts["split"].to_pylist(), dtype=object) == split)
+        if share < 1.0:
+            patients = part.facts["patient_id"]
+            mine = mine[[patient_position(patients[int(row)].as_py(), DRAW) < share for row in mine]]
         if len(mine):
             facts = part.facts.take(pa.array(mine))
             parts.append(

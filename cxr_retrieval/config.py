@@ -126,6 +126,9 @@ class TrainingSettings(Section):
 class EvaluationSettings(Section):
     draws: int = Field(2000, ge=100, description="bootstrap draws over patients")
     split: Literal["test", "validation"] = Field("test", description="whose images are the queries")
+    max_images: int = Field(
+        150_000, ge=100, description="most images of one gallery; of a larger one, patients are drawn by a hash"
+    )
 
 
 class EmbeddingSettings(Section):

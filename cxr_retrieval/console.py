@@ -23,7 +23,7 @@ class Meter:
     """Progress of one long step: a bar on a terminal, a line every ten seconds elsewhere, both with a rate."""
 
     def __init__(self, label: str, total: int, unit: str = "images") -> None:
-        self._label, self._total, self._unit = label, total, unit
+        self._label, self.total, self._unit = label, total, unit
         self._done = 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -40,7 +40,7 @@ class Meter:
                 console=err,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._label, total=self._total, note="")
+            self._task = self._bar.add_task(self._label, total=self.total, note="")
         return self
 
     def advance(self, count: int, note: str = "") -> None:
@@ -51,9 +51,9 @@ class Meter:
         rate = f"{a_second:,.0f} {self._unit}/s" if a_second >= 1 else f"{60 * a_second:.1f} {self._unit}/min"
         if self._bar:
             self._bar.update(self._task, completed=self._done, note=f"{rate} {note}")
-        elif now - self._last >= LINE_EVERY_S or self._done == self._total:
+        elif now - self._last >= LINE_EVERY_S or self._done == self.total:
             self._last = now
-            say(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, {rate} {note}")
+            say(f"{self._label}: {self._done:,} of {self.total:,} {self._unit}, {rate} {note}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

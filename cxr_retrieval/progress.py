@@ -1,7 +1,7 @@
 """How far a piece of work is: shown where it runs, and kept in the workspace for `jobs.status` on another terminal.
 
-Every piece of work, known by its artifact's id, keeps one small file in `runs/progress`; a driver that is alive writes
-it anew every few seconds, so a file that grows old tells of a driver that was killed.
+Every piece of work, known by its name, keeps one small file in `runs/progress`; a driver that is alive writes it anew
+every few seconds, so a file that grows old tells of a driver that was killed.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Literal
 
-from cxr_retrieval import artifacts, storage
+from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.console import Meter, say
 from cxr_retrieval.errors import UserError
@@ -38,6 +38,7 @@ class Status:
     updated: str
     note: str = ""
     error: str | None = None
+    finished: bool = False
 
     @property
     def seconds(self) -> float:
@@ -52,7 +53,7 @@ class Status:
         return (datetime.datetime.now(datetime.UTC) - _time(self.updated)).total_seconds()
 
     def state(self) -> State:
-        if artifacts.find(self.uri) is not None:
+        if self.finished:
             return "finished"
         if self.error is not None:
             return "failed"
@@ -60,17 +61,25 @@ class Status:
 
 
 class Progress:
-    """The progress of one artifact: a meter here, and a file in the workspace. `before` of `total` was done earlier."""
+    """The progress of one piece of work: a meter here, and a file in the workspace. `before` of `total` was done
+    earlier. The work is finished when the block that it runs in ends without an error."""
 
     def __init__(
-        self, workspace: str, draft: Draft, step: str, total: int, unit: str = "images", before: int = 0
+        self, workspace: str, work: str, uri: str, step: str, total: int, unit: str = "images", before: int = 0
     ) -> None:
-        self._file = storage.join(_folder(workspace), f"{draft.kind}-{draft.input_id}.json")
+        self._file = storage.join(_folder(workspace), f"{work}.json")
         self._meter = Meter(step, total - before, unit)
-        self._step, self._uri, self._unit, self._total = step, draft.uri, unit, total
+        self._step, self._uri, self._unit, self._total = step, uri, unit, total
         self._before, self._done, self._note = before, before, ""
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="progress", daemon=True)
+
+    @classmethod
+    def of(
+        cls, workspace: str, draft: Draft, step: str, total: int, unit: str = "images", before: int = 0
+    ) -> "Progress":
+        """The progress of an artifact that is being made."""
+        return cls(workspace, f"{draft.kind}-{draft.input_id}", draft.uri, step, total, unit, before)
 
     def __enter__(self) -> "Progress":
         self._started = datetime.datetime.now(datetime.UTC)
@@ -84,6 +93,11 @@ class Progress:
         self._done, self._note = self._done + count, note
         self._meter.advance(count, note)
 
+    def found(self, count: int) -> None:
+        """Report `count` units that were done before: they are no part of the rate."""
+        self._done, self._before = self._done + count, self._before + count
+        self._meter.total -= count
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -91,7 +105,7 @@ class Progress:
         self._heart.join()
         self._meter.__exit__(kind, error, trace)
         if error is None:
-            self._keep(None)
+            self._keep(None, finished=True)
             return
         with contextlib.suppress(UserError):  # what ended the work is what counts, and it is on its way
             self._keep(" ".join(str(error).split())[:500] or type(error).__name__)
@@ -106,7 +120,7 @@ class Progress:
                     say(f"progress is not kept for jobs.status: {error}")
                 told = True
 
-    def _keep(self, error: str | None) -> None:
+    def _keep(self, error: str | None, finished: bool = False) -> None:
         now = datetime.datetime.now(datetime.UTC)
         seconds = max((now - self._started).total_seconds(), 1e-6)
         status = Status(
@@ -120,6 +134,7 @@ class Progress:
             updated=now.isoformat(timespec="milliseconds"),
             note=self._note,
             error=error,
+            finished=finished,
         )
         storage.write_bytes(self._file, json.dumps(asdict(status), indent=1).encode())
 

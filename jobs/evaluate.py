@@ -53,6 +53,8 @@ def show_evaluation(evaluation: Artifact, worked: bool) -> None:
             ["embedding", "Recall@2", "@4", "@6", "@8", "precision@8", "mAP"],
             headline(figures, gallery),
         )
+    for drawn in figures["drawn"]:
+        console.say(f"evaluated on {drawn}: evaluation.max_images")
     console.say(f"chosen on validation patients: {figures['chosen']}")
     console.say(f"report: {storage.join(evaluation.uri, REPORT_FILE)}")
 

@@ -27,13 +27,12 @@ from cxr_retrieval.corpus.splits import TRAIN
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.index.build import Source, build_index
 from cxr_retrieval.index.search import Retriever
-from cxr_retrieval.index.versions import publish
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, model_of, train
 from jobs.evaluate import show_evaluation, warn_of_overlap
 from jobs.prepare import say_what_was_left_alone
-from jobs.publish import destination
+from jobs.publish import destination, published_build
 from jobs.search import gallery, read_query
 
 SUMMARY_FILE = "summary.json"
@@ -87,7 +86,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     steps.done("index", build.counts["embedded"], build.counts["indexed"], build.uri, worked)
 
     to = destination(settings)
-    published = publish(build, to, settings.publish.alias)
+    published = published_build(settings, build)
     steps.done("publish", build.counts["indexed"], build.counts["indexed"], to, published.moved)
 
     page, queries, hits = _search(settings, corpus, f"{to}@{published.alias}")

@@ -9,17 +9,24 @@ Killed at any moment, it leaves the old version serving; run again, it uploads o
 import argparse
 
 from cxr_retrieval import command, console, storage
+from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
-from cxr_retrieval.console import Meter
 from cxr_retrieval.index.versions import Published, publish
+from cxr_retrieval.progress import Progress
 from jobs.index import built_index, finished_index
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
     build, _worked = built_index(settings)
-    with Meter("publish", sum(entry.size for entry in build.files), "bytes") as meter:
-        published = publish(build, destination(settings), settings.publish.alias, meter)
-    show_published(published, destination(settings))
+    show_published(published_build(settings, build), destination(settings))
+
+
+def published_build(settings: Settings, build: Artifact) -> Published:
+    """Publish a built index where the settings say, told to `jobs.status` as it goes."""
+    to, alias = destination(settings), settings.publish.alias
+    work, size = f"publish-{build.input_id}-{alias}", sum(entry.size for entry in build.files)
+    with Progress(settings.workspace, work, f"{to}@{alias}", "publish", size, "bytes") as progress:
+        return publish(build, to, alias, progress)
 
 
 def destination(settings: Settings) -> str:

@@ -9,17 +9,19 @@ Every trial trains a model with the space's small budget; killed and run again, 
 
 import argparse
 import json
+from typing import Any
 
 from cxr_retrieval import artifacts, command, config, console, storage
-from cxr_retrieval.artifacts import Artifact
+from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.progress import Progress
 from cxr_retrieval.report.advice import next_steps
 from cxr_retrieval.report.sweep import sweep_page
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training.sweep import Space, Sweep, read_space, run_sweep
+from cxr_retrieval.training.sweep import Space, Sweep, ended_trials, read_space, run_sweep
 
 SWEEP_FILE, REPORT_FILE, BEST_FILE = "sweep.json", "sweep.html", "best.yaml"
 
@@ -51,8 +53,15 @@ def chosen_space(options: argparse.Namespace) -> Space:
 
 def finished(sweep: Sweep) -> Artifact:
     """Run what is left of the sweep and write its three files."""
-    facts = run_sweep(sweep)
-    draft = sweep.draft
+    draft, count = sweep.draft.begin(), sweep.space.count
+    before = {number: trial for number, trial in ended_trials(sweep).items() if trial["state"] != "failed"}
+    if before:
+        console.say(f"going on with a sweep of which {len(before)} of {count} trials have ended")
+    with Progress.of(sweep.base.workspace, draft, "tune", count, "trials", before=len(before)) as progress:
+        return written(sweep, draft, run_sweep(sweep, before, progress))
+
+
+def written(sweep: Sweep, draft: Draft, facts: dict[str, Any]) -> Artifact:
     files = [
         draft.write(SWEEP_FILE, json.dumps(facts, indent=1).encode()),
         draft.write(REPORT_FILE, sweep_page(facts).encode()),

@@ -93,7 +93,7 @@ def prepare(settings: CorpusSettings, workspace: str) -> tuple[Artifact, bool]:
     manifest = _write_manifest(plan.draft, plan.archive)
     found = [artifacts.find(part.uri) for part in plan.parts]
     before = sum(part.counts["archive"] for part in found if part)
-    with Progress(workspace, plan.draft, "prepare", plan.archive.rows, before=before) as progress:
+    with Progress.of(workspace, plan.draft, "prepare", plan.archive.rows, before=before) as progress:
         finished = _prepare_parts(plan, found, settings, progress)
         return _finish(plan.draft, manifest, finished, plan.archive, settings), True
 

@@ -6,9 +6,9 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
 
 
-def patient_position(patient_id: str, seed: int) -> float:
+def patient_position(patient_id: str, salt: int | str) -> float:
     """A patient's place in [0, 1) by salted hash: the same whatever other patients the archive holds."""
-    digest = hashlib.sha256(f"{seed}:{patient_id}".encode()).digest()
+    digest = hashlib.sha256(f"{salt}:{patient_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

@@ -79,15 +79,16 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
         return done, False
     draft.begin()
     found = [artifacts.find(part.uri) for part in parts]
-    with Progress(workspace, draft, "embed", _rows(corpus), before=_rows(corpus, found)) as progress:
+    with Progress.of(workspace, draft, "embed", _rows(corpus), before=_rows(corpus, found)) as progress:
         finished = _embed_parts(parts, found, settings, model_uri, corpus, progress)
-    excluded = sum(len(rows) for rows in corpus.excluded.values())
-    counts = {
-        "prepared": corpus.rows,
-        "embedded": sum(part.counts["embedded"] for part in finished) - excluded,
-        "duplicates_left_out": excluded,
-    }
-    return draft.finish([], counts, [ADDS_UP], finished, decode_recipe_id=corpus.recipe.id, model=model.input_id), True
+        excluded = sum(len(rows) for rows in corpus.excluded.values())
+        counts = {
+            "prepared": corpus.rows,
+            "embedded": sum(part.counts["embedded"] for part in finished) - excluded,
+            "duplicates_left_out": excluded,
+        }
+        facts = {"decode_recipe_id": corpus.recipe.id, "model": model.input_id}
+        return draft.finish([], counts, [ADDS_UP], finished, **facts), True
 
 
 def _rows(corpus: Corpus, found: list[Artifact | None] | None = None) -> int:

@@ -113,7 +113,7 @@ def build_index(
     build = ray.remote(max_retries=3)(_build_shard)
     waiting = [build.remote(draft, shard, plan, source, pseudonyms, collisions, quantizer) for shard in plan.shards]
     results: list[_Built] = []
-    with Progress(workspace, draft, "index", rows, "rows") as progress:
+    with Progress.of(workspace, draft, "index", rows, "rows") as progress:
         while waiting:
             (ready,), waiting = ray.wait(waiting, num_returns=1)
             results.append(ray.get(ready))

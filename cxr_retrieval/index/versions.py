@@ -30,6 +30,7 @@ from cxr_retrieval.config import NAME
 from cxr_retrieval.console import Meter
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache as cached
+from cxr_retrieval.progress import Progress
 
 OBJECTS, VERSIONS, ALIASES = "objects", "versions", "aliases"
 DEFAULT_ALIAS = "latest"
@@ -143,11 +144,11 @@ class OpenVersion:
         return self.paths[name]
 
 
-def publish(build: Artifact, to: str, alias: str, meter: Meter | None = None) -> Published:
+def publish(build: Artifact, to: str, alias: str, progress: Progress | None = None) -> Published:
     """Upload what `to` lacks of a built index, write its version manifest and move the alias to it.
 
     The same build always gives the same version. Whoever moves the alias first after it was read here wins; the other
-    gets a UserError, and its version stands complete beside the winner's. `meter` counts bytes.
+    gets a UserError, and its version stands complete beside the winner's. `progress` counts bytes.
     """
     to = storage.canonical(to)
     _check_alias(alias)
@@ -156,14 +157,14 @@ def publish(build: Artifact, to: str, alias: str, meter: Meter | None = None) ->
     present = _listing(storage.join(to, OBJECTS))
     missing = [entry for entry in version.objects if entry.sha256 not in present]
     uploaded = uploaded_bytes = 0
-    if meter:
-        meter.advance(sum(entry.size for entry in version.objects) - sum(entry.size for entry in missing), "reused")
+    if progress:
+        progress.found(sum(entry.size for entry in version.objects) - sum(entry.size for entry in missing))
     sources = {entry.sha256: storage.join(build.uri, path) for path, entry in version.files.items()}
     for entry, ours in cached.in_parallel(lambda entry: _upload(sources[entry.sha256], entry, version), missing):
         uploaded += ours
         uploaded_bytes += entry.size if ours else 0
-        if meter:
-            meter.advance(entry.size)
+        if progress:
+            progress.advance(entry.size)
     _write_manifest(version, manifest)
     _check_objects(version)
     generation, moved = _move_alias(to, alias, version.id, *seen)

@@ -64,6 +64,7 @@ def write_evaluation(evaluation: Mapping[str, Any]) -> str:
         facts=[
             ("Queries", evaluation.get("queries")),
             ("Patients", evaluation.get("patients")),
+            ("Drawn", "; ".join(evaluation.get("drawn") or ()) or None),
             ("Chosen embedding", chosen),
             ("Corpus", evaluation.get("corpus")),
             ("Model", evaluation.get("model")),

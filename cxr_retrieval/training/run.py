@@ -73,7 +73,7 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     progress_uri = storage.join(settings.workspace, "runs", draft.input_id, PROGRESS_FILE)
     trainer = trainer_of(settings, corpus, draft.input_id)
     before, total = _images_done(progress_uri), planned_images(settings, corpus)
-    with Progress(settings.workspace, draft, "train", total, before=min(before, total)) as progress:
+    with Progress.of(settings.workspace, draft, "train", total, before=min(before, total)) as progress:
         with _followed(progress_uri, progress, before):
             result = trainer.fit()
         assert result.checkpoint is not None, "a run that ends has reported its last checkpoint"

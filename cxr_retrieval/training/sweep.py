@@ -29,7 +29,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cxr_retrieval import artifacts, console, storage
+from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.config import NAME, Section, Settings, TrainingSettings, settings_fields, with_values
 from cxr_retrieval.corpus.reading import Corpus
@@ -295,7 +295,7 @@ def _ledger_file(sweep: Sweep, trial: str) -> str:
     return storage.join(sweep.folder, f"trial-{trial}.json")
 
 
-def _ended(sweep: Sweep) -> dict[int, dict[str, Any]]:
+def ended_trials(sweep: Sweep) -> dict[int, dict[str, Any]]:
     """The trials that have ended so far, by their numbers."""
     try:
         files = [file.uri for file in storage.list_files(sweep.folder) if file.path.startswith("trial-")]
@@ -305,30 +305,26 @@ def _ended(sweep: Sweep) -> dict[int, dict[str, Any]]:
     return {int(trial["id"]): trial for trial in found}
 
 
-def run_sweep(sweep: Sweep) -> dict[str, Any]:
-    """Run what is left of a sweep, trials that failed too: the facts of `sweep.json`. Ray must be running.
+def run_sweep(sweep: Sweep, before: Mapping[int, dict[str, Any]], progress: Progress) -> dict[str, Any]:
+    """Run what is left of a sweep of which the trials `before` have ended: the facts of `sweep.json`.
 
-    Raises UserError where no trial fits the cluster or nothing can be trained on the corpus.
+    Ray must be running. Raises UserError where no trial fits the cluster or nothing can be trained on the corpus.
     """
-    space, draft = sweep.space, sweep.draft
     require_trainable(sweep.base, sweep.corpus)
     resources = ray.cluster_resources()
     at_once = trials_at_once(sweep.base.training, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
-    draft.begin()
-    before = {number: trial for number, trial in _ended(sweep).items() if trial["state"] != "failed"}
-    if before:
-        console.say(f"going on with a sweep of which {len(before)} of {space.count} trials have ended")
-    if len(before) < space.count:
-        with Progress(sweep.base.workspace, draft, "tune", space.count, "trials", before=len(before)) as progress:
-            _Ledger.progress = progress
-            _tuner(sweep, before, at_once).fit()
-    ended = _ended(sweep)
-    if len(ended) < space.count:
-        raise UserError(f"{len(ended)} of {space.count} trials have ended: run the same command again, it goes on")
+    _Ledger.progress = progress
+    if len(before) < sweep.space.count:
+        _tuner(sweep, before, at_once).fit()
+    ended = ended_trials(sweep)
+    if len(ended) < sweep.space.count:
+        raise UserError(
+            f"{len(ended)} of {sweep.space.count} trials have ended: run the same command again, it goes on"
+        )
     return _facts(sweep, [ended[number] for number in sorted(ended)])
 
 
-def _tuner(sweep: Sweep, before: dict[int, dict[str, Any]], at_once: int) -> tune.Tuner:
+def _tuner(sweep: Sweep, before: Mapping[int, dict[str, Any]], at_once: int) -> tune.Tuner:
     """The rest of a sweep, of which `before` has ended."""
     space, left = sweep.space, [number for number in range(sweep.space.count) if number not in before]
     filesystem, folder = storage.filesystem(sweep.folder)

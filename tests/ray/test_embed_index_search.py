@@ -19,7 +19,7 @@ import torch
 
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import AccountingError, Artifact, Draft
-from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate
+from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, read_images
 from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, EvaluationSettings, IndexSettings, NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
@@ -515,3 +515,22 @@ def test_prepared_rows_are_not_touched_by_all_this(world: World) -> None:
         assert {entry.path for entry in part.files} >= {ROWS_FILE}
         for entry in part.files:
             part.read(entry.path)
+
+
+def test_of_a_split_that_is_too_large_whole_patients_are_drawn(world: World) -> None:
+    class Parts:
+        done = 0
+
+        def advance(self, count: int) -> None:
+            self.done += count
+
+    parts, model = Parts(), Model.open(world.model.uri)
+    everyone = read_images(world.embedded, world.corpus, model, "train", 10_000, parts)  # type: ignore[arg-type]
+    drawn = read_images(world.embedded, world.corpus, model, "train", 30, parts)  # type: ignore[arg-type]
+    assert parts.done == 2 * len(world.corpus.files)
+    assert len(everyone.patients) == world.corpus.artifact.manifest["splits"]["train"]["images"]
+    assert 10 <= len(drawn.patients) <= 50
+    for patient in set(drawn.patients):
+        assert drawn.patients.count(patient) == everyone.patients.count(patient)
+    places = [n for n, patient in enumerate(everyone.patients) if patient in set(drawn.patients)]
+    assert torch.equal(drawn.z_PSND, everyone.z_PSND[:, :, places])

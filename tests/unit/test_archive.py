@@ -3,13 +3,16 @@
 import gzip
 import os
 import re
+import tracemalloc
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus import archive
 from cxr_retrieval.corpus.archive import Archive, ignored_text, rows_digest
@@ -349,3 +352,21 @@ def test_the_sample_of_real_x_rays_has_no_image_to_refuse(nih_sample: Path) -> N
     assert not any(row["reason"] or row["excluded"] for row in rows)
     assert sum(len(row["boxes"]) for row in rows) > 0
     assert {box["finding"] for row in rows for box in row["boxes"]} <= set(FINDINGS)
+
+
+def test_reading_eight_times_the_images_holds_no_more_memory(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what Python holds; SQLite's own memory is bounded by its cache."""
+    peaks = []
+    for images in (1000, 8000):
+        folder.table(*(line(f"{n:06d}.png") for n in range(images)))
+        table = [storage.StoredFile(TABLE, str(folder.path / TABLE), 1)]
+        listed = chain(
+            table, (storage.StoredFile(f"{n:06d}.png", f"/archive/{n:06d}.png", 10**6) for n in range(images))
+        )
+        monkeypatch.setattr(storage, "list_files", lambda _, found=listed: found)
+        tracemalloc.start()
+        read = sum(rows.num_rows for rows in folder.read(partition_images=64).partitions())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert read == images
+    assert peaks[1] < 1.1 * peaks[0]

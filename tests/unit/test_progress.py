@@ -16,21 +16,31 @@ def draft(workspace: Path) -> Draft:
     return Draft.under(str(workspace / "things"), "thing", {"a": 1}, ()).begin()
 
 
-def test_work_is_running_while_it_runs_and_finished_when_its_manifest_is_there(tmp_path: Path) -> None:
+def test_work_is_running_while_it_runs_and_finished_when_its_block_has_ended(tmp_path: Path) -> None:
     thing = draft(tmp_path)
-    with Progress(str(tmp_path), thing, "make", 10, before=4) as work:
+    with Progress.of(str(tmp_path), thing, "make", 10, before=4) as work:
         (seen,) = statuses(str(tmp_path))
         assert (seen.state(), seen.done, seen.total) == ("running", 4, 10)
         work.advance(6, "all of it")
     (seen,) = statuses(str(tmp_path))
     assert (seen.done, seen.note, seen.uri) == (10, "all of it", thing.uri)
     assert seen.rate > 0
-    thing.finish([], {})
     assert seen.state() == "finished"
 
 
+def test_what_was_there_already_is_no_part_of_the_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(str(tmp_path), "publish-x", "there@latest", "publish", 1_000_000_000, "bytes") as work:
+        work.found(999_999_990)
+        time.sleep(0.05)
+        work.advance(10)
+    (seen,) = statuses(str(tmp_path))
+    assert (seen.done, seen.total, seen.uri) == (1_000_000_000, 1_000_000_000, "there@latest")
+    assert 0 < seen.rate < 1000
+    assert "publish: 10 of 10 bytes" in capsys.readouterr().err
+
+
 def test_work_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError), Progress(str(tmp_path), draft(tmp_path), "make", 10):
+    with pytest.raises(ValueError), Progress.of(str(tmp_path), draft(tmp_path), "make", 10):
         raise ValueError("first\nsecond")
     (seen,) = statuses(str(tmp_path))
     assert (seen.state(), seen.error) == ("failed", "first second")
@@ -41,7 +51,7 @@ def test_a_driver_that_lives_is_heard_of_and_one_that_was_killed_falls_silent(
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_S", 0.05)
     thing = draft(tmp_path)
-    with Progress(str(tmp_path), thing, "make", 10):
+    with Progress.of(str(tmp_path), thing, "make", 10):
         (first,) = statuses(str(tmp_path))
         for _ in range(200):  # no step of the work is needed for it
             (later,) = statuses(str(tmp_path))
@@ -59,9 +69,9 @@ def test_a_driver_that_lives_is_heard_of_and_one_that_was_killed_falls_silent(
 
 def test_a_run_that_goes_on_is_running_again(tmp_path: Path) -> None:
     thing = draft(tmp_path)
-    with pytest.raises(ValueError), Progress(str(tmp_path), thing, "make", 10):
+    with pytest.raises(ValueError), Progress.of(str(tmp_path), thing, "make", 10):
         raise ValueError("no")
-    with Progress(str(tmp_path), thing, "make", 10, before=5):
+    with Progress.of(str(tmp_path), thing, "make", 10, before=5):
         (seen,) = statuses(str(tmp_path))
         assert (seen.state(), seen.error, seen.done) == ("running", None, 5)
 
