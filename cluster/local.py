@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.object_store import HOST, free_ports, run_beside
+from cluster.object_store import HOST, end_on_sigterm, free_ports, run_beside
 
 PORTS = 6
 STARTS_WITHIN_S = 60.0
@@ -99,6 +99,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> int:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(
         prog="python -m cluster.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -111,8 +111,8 @@ class ObjectStore:
 
 @contextlib.contextmanager
 def running(store: ObjectStore) -> Iterator[ObjectStore]:
-    store.start()
     try:
+        store.start()
         yield store
     finally:
         store.kill()
@@ -139,7 +139,13 @@ def run_beside(command: list[str], variables: dict[str, str]) -> int:
         return 130
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does: what was started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def main() -> int:
+    end_on_sigterm()
     parser = argparse.ArgumentParser(
         prog="python -m cluster.object_store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -25,12 +25,14 @@ def run(
     *,
     words: str | None = None,
     on_cluster: bool = True,
+    writes: bool = True,
     implied: Callable[[argparse.Namespace], list[str]] | None = None,
 ) -> None:
     """Parse the command line, then run `job` (or `plan` under --plan). Ends the process with its exit status.
 
     `words` names what may stand on the command line beside settings (it arrives as `options.rest`); `implied` turns a
-    job's own options into settings. Places that the settings name are looked at first, unless the job needs no cluster.
+    job's own options into settings. Places that the settings name are looked at first, unless the job needs no cluster,
+    and a job that `writes` tries to.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
@@ -57,7 +59,7 @@ def run(
             options.config, keys + (implied(options) if implied else []), storage.read_bytes
         )
         places = config.places(settings)
-        if on_cluster and SUBMITTED in os.environ:
+        if on_cluster:
             refuse_relative(places)
         settings = settings.model_copy(update={"workspace": storage.canonical(settings.workspace)})
         if options.print_config:
@@ -66,9 +68,11 @@ def run(
         if on_cluster:
             for uri in places.values():
                 storage.check(uri)
+        if on_cluster and writes and not options.plan:
+            for key in config.WRITTEN:
+                if key in places:
+                    storage.check_writing(places[key])
         (plan if options.plan else job)(settings, options)
-        if sent_again := storage.retries():
-            console.say(f"storage: {sent_again:,} requests were sent again (throttled, cut off or timed out)")
     except KeyboardInterrupt:
         console.say("stopped; run the same command again to go on")
         sys.exit(130)
@@ -78,10 +82,15 @@ def run(
             raise  # a bug: its traceback is what helps
         console.say(f"error: {mendable}")
         sys.exit(1)
+    finally:
+        if sent_again := storage.retries():
+            console.say(f"storage: {sent_again:,} requests were sent again (throttled, cut off or timed out)")
 
 
 def refuse_relative(places: dict[str, str]) -> None:
-    """Refuse places that mean another folder on every machine. Raises UserError with the first one's name."""
+    """Under `ray job submit`, refuse places that mean another folder on every machine, the first by its name."""
+    if SUBMITTED not in os.environ:
+        return
     for key, uri in places.items():
         if not storage.is_s3(uri) and not Path(uri.removeprefix("file://")).expanduser().is_absolute():
             raise UserError(

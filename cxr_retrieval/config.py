@@ -139,7 +139,7 @@ class EmbeddingSettings(Section):
 class IndexSettings(Section):
     name: str = Field("chest", pattern=NAME, description="name of the index in the workspace")
     embedding: str | None = Field(None, description="embedding to index; null: the one that validation chose")
-    shard_rows: int = Field(1_000_000, ge=1, description="most rows of one shard")
+    shard_rows: int = Field(200_000, ge=1, description="most rows of one shard; S3 takes files up to 5 GB")
     recall_target: float = Field(
         0.95, gt=0, le=1, description="recall@10 against exact search that the proof must reach"
     )
@@ -272,6 +272,9 @@ def with_values(settings: Settings, values: Mapping[str, Any], origin: str) -> S
     """These settings with some dotted keys set anew, checked as `load_settings` checks. `origin` is named in errors."""
     known = {key: (value, "the settings") for key, value in _flat(settings.model_dump(mode="json"))}
     return validate(known | {key: (value, origin) for key, value in values.items()})
+
+
+WRITTEN = ("workspace", "phantom.out", "publish.to")  # of the places, those that a job writes to
 
 
 def places(settings: Settings) -> dict[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Literal
 
-from cxr_retrieval import storage
+from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.console import Meter, say
 from cxr_retrieval.errors import UserError
@@ -39,6 +39,8 @@ class Status:
     note: str = ""
     error: str | None = None
     finished: bool = False
+    moved: str = ""
+    """When a unit was last done."""
 
     @property
     def seconds(self) -> float:
@@ -50,10 +52,14 @@ class Status:
         return (self.total - self.done) / self.rate if self.rate else None
 
     def silent_for(self) -> float:
-        return (datetime.datetime.now(datetime.UTC) - _time(self.updated)).total_seconds()
+        return _since(self.updated)
+
+    def stuck_for(self) -> float:
+        """Seconds since a unit was last done."""
+        return _since(self.moved or self.started)
 
     def state(self) -> State:
-        if self.finished:
+        if self.finished or artifacts.find(self.uri) is not None:  # killed after the last of it
             return "finished"
         if self.error is not None:
             return "failed"
@@ -82,7 +88,7 @@ class Progress:
         return cls(workspace, f"{draft.kind}-{draft.input_id}", draft.uri, step, total, unit, before)
 
     def __enter__(self) -> "Progress":
-        self._started = datetime.datetime.now(datetime.UTC)
+        self._started = self._moved = _now()
         self._meter.__enter__()
         self._keep(None)
         self._heart.start()
@@ -90,7 +96,7 @@ class Progress:
 
     def advance(self, count: int, note: str = "") -> None:
         """Report `count` more units done."""
-        self._done, self._note = self._done + count, note
+        self._done, self._note, self._moved = self._done + count, note, _now()
         self._meter.advance(count, note)
 
     def found(self, count: int) -> None:
@@ -104,24 +110,22 @@ class Progress:
         self._ended.set()
         self._heart.join()
         self._meter.__exit__(kind, error, trace)
-        if error is None:
-            self._keep(None, finished=True)
-            return
-        with contextlib.suppress(UserError):  # what ended the work is what counts, and it is on its way
-            self._keep(" ".join(str(error).split())[:500] or type(error).__name__)
+        told = None if error is None else " ".join(str(error).split())[:500] or type(error).__name__
+        with contextlib.suppress(UserError):  # the work has ended one way or the other, and this is only to look at
+            self._keep(told, finished=error is None)
 
     def _beat(self) -> None:
         told = False
         while not self._ended.wait(EVERY_S):
             try:
                 self._keep(None)
-            except UserError as error:  # an outage that the work itself may survive
+            except (UserError, OSError) as error:  # an outage that the work itself may survive
                 if not told:
                     say(f"progress is not kept for jobs.status: {error}")
                 told = True
 
     def _keep(self, error: str | None, finished: bool = False) -> None:
-        now = datetime.datetime.now(datetime.UTC)
+        now = _now()
         seconds = max((now - self._started).total_seconds(), 1e-6)
         status = Status(
             step=self._step,
@@ -135,6 +139,7 @@ class Progress:
             note=self._note,
             error=error,
             finished=finished,
+            moved=self._moved.isoformat(timespec="milliseconds"),
         )
         storage.write_bytes(self._file, json.dumps(asdict(status), indent=1).encode())
 
@@ -153,6 +158,14 @@ def statuses(workspace: str) -> Iterator[Status]:
 
 def _folder(workspace: str) -> str:
     return storage.join(workspace, "runs", FOLDER)
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _since(text: str) -> float:
+    return (_now() - _time(text)).total_seconds()
 
 
 def _time(text: str) -> datetime.datetime:

@@ -3,7 +3,7 @@
 import logging
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ray
@@ -23,20 +23,19 @@ QUIET = {
 }
 
 
-WRITTEN = ("workspace", "phantom.out", "publish.to")  # folders that may be made now, on this node alone
-
-
 def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int) -> None:
     """Refuse a training run that leaves Ray Data not the CPUs that one task of its `reading` takes, or wants more GPUs
     than there are: it would wait for ever.
 
     Raises UserError with the numbers. Ray must be running.
     """
-    cpus, found = ray.cluster_resources().get("CPU", 0.0), ray.cluster_resources().get("GPU", 0.0)
-    if cpus - workers * cpus_per_worker < reading:
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    found = ray.cluster_resources().get("GPU", 0.0)
+    if not leaves_room(nodes, workers, cpus_per_worker, reading):
         raise UserError(
             f"training.workers={workers} with training.cpus_per_worker={cpus_per_worker:g} leave Ray Data under"
-            f" {reading:g} of {cpus:g} CPUs: lower one of them"
+            f" {reading:g} CPUs on every node (CPUs of the nodes: {', '.join(f'{cpus:g}' for cpus in nodes)}):"
+            " lower one of them"
         )
     if gpus > found:
         raise UserError(
@@ -44,19 +43,33 @@ def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int
         )
 
 
+def leaves_room(nodes: Sequence[float], workers: int, cpus_per_worker: float, reading: float) -> bool:
+    """Whether nodes of so many CPUs hold the workers and, on one of them, a task of `reading` CPUs beside."""
+
+    def held(cpus: float) -> int:
+        return max(0, int((cpus + 1e-9) / cpus_per_worker))
+
+    everywhere = sum(map(held, nodes))
+    return any(cpus + 1e-9 >= reading and everywhere - held(cpus) + held(cpus - reading) >= workers for cpus in nodes)
+
+
 def start_ray(settings: Settings | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (set under `ray job submit`), else start Ray on this machine.
 
-    Raises UserError where the settings name a local folder that other nodes of the cluster do not see.
+    Raises UserError where no cluster answers, and where the settings name a local folder that other nodes of it do not
+    see.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS") or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {' '.join(str(error).split())[:200]};"
+                " start it, unset RAY_ADDRESS, or give its token in RAY_AUTH_TOKEN"
+            ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -74,7 +87,7 @@ def _require_shared(settings: Settings) -> None:
     local = {key: storage.canonical(uri) for key, uri in config.places(settings).items() if not storage.is_s3(uri)}
     if not others or not local:
         return
-    tokens = {key: Path(local[key]) / f".seen-by-all-{secrets.token_hex(4)}" for key in WRITTEN if key in local}
+    tokens = {key: Path(local[key]) / f".seen-by-all-{secrets.token_hex(4)}" for key in config.WRITTEN if key in local}
     for token in tokens.values():
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()

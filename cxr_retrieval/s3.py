@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -40,6 +40,7 @@ CUT = (
     botocore.exceptions.ReadTimeoutError,
     urllib3.exceptions.HTTPError,
 )
+MOST_BYTES = 5 * 10**9  # of one PUT
 DENIED = ("AccessDenied", "403")
 LASTING = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken", "WrongRegion")
 
@@ -86,11 +87,16 @@ def exists(uri: str) -> bool:
 def names_and_sizes(uri: str) -> Iterator[tuple[str, int]]:
     """Every object below `uri`, streamed: its key without the prefix, and its size in bytes."""
     bucket, prefix = _bucket_key(uri + "/")
-    with explained(uri):
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for entry in page.get("Contents", []):
-                if path := entry["Key"].removeprefix(prefix):
-                    yield path, entry["Size"]
+    after: dict[str, str] = {}
+    while True:
+        with explained(uri):
+            page = _persistently(partial(client().list_objects_v2, Bucket=bucket, Prefix=prefix, **after))
+        for entry in page.get("Contents", []):
+            if path := entry["Key"].removeprefix(prefix):
+                yield path, entry["Size"]
+        if not page["IsTruncated"]:
+            return
+        after = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def get(uri: str) -> tuple[bytes, str]:
@@ -106,8 +112,16 @@ def get(uri: str) -> tuple[bytes, str]:
 
 
 def put(uri: str, source: Path, **condition: str) -> bool:
-    """Write a file's bytes with their SHA-256; False where a condition (IfMatch, IfNoneMatch) does not hold (412)."""
+    """Write a file's bytes with their SHA-256; False where a condition (IfMatch, IfNoneMatch) does not hold (412).
+
+    Raises UserError for a file of more than 5 GB: it would need several requests, and then S3 keeps no hash of all.
+    """
     bucket, key = _bucket_key(uri)
+    if (size := source.stat().st_size) > MOST_BYTES:
+        raise UserError(
+            f"{uri}: {size:,} bytes are more than the {MOST_BYTES:,} that one write to S3 may have:"
+            " lower index.shard_rows or corpus.partition_images"
+        )
     digest = base64.b64encode(_sha256(source)).decode()
 
     def once() -> bool:
@@ -326,6 +340,8 @@ def explained(uri: str) -> Iterator[None]:
         raise _told(uri, "NoCredentials") from error
     except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
         raise _told(uri, "NoRoute") from error
+    except botocore.exceptions.ParamValidationError as error:
+        raise UserError(f"{uri}: this is no name of a bucket and a prefix: write s3://bucket/prefix") from error
     except botocore.exceptions.BotoCoreError as error:
         if not isinstance(error, botocore.exceptions.IncompleteReadError):
             raise UserError(f"{uri}: {' '.join(str(error).split())}; check the AWS_* variables and files") from error

@@ -73,6 +73,13 @@ def check(uri: str) -> None:
         s3.check(canonical(uri))
 
 
+def check_writing(uri: str) -> None:
+    """Write an empty file that no listing shows under `uri`, where that is object storage: a right that is missing is
+    known before the work. Raises UserError with the remedy."""
+    if is_s3(uri):
+        write_bytes(join(canonical(uri), "runs", ".may-write"), b"")
+
+
 def retries() -> int:
     """Requests to object storage that this process has sent again so far, and what was added to them."""
     return s3.RETRIES.count

@@ -37,6 +37,7 @@ def implied(options: argparse.Namespace) -> list[str]:
 
 
 def run(settings: Settings, options: argparse.Namespace) -> None:
+    command.refuse_relative({"--gallery": options.gallery} if options.gallery else {})
     if not options.rest:
         raise UserError("no image to search with: python -m jobs.search IMAGE... --index URI@alias")
     retriever = Retriever.open(options.index)

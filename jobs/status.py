@@ -16,6 +16,8 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Status, statuses
 
+STUCK_S = 600.0  # longer than any unit of work should take
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the states as JSON")
@@ -40,6 +42,8 @@ def _row(status: Status) -> list[object]:
     known = status.error if state == "failed" else status.note
     if state == "silent":
         known = f"nothing heard for {_span(status.silent_for())}: run the same command again, it goes on"
+    elif state == "running" and status.stuck_for() > STUCK_S:
+        known = f"nothing has moved for {_span(status.stuck_for())}: look at the job's log"
     left = _span(status.seconds_left) if state == "running" and status.seconds_left is not None else ""
     return [
         status.step,
@@ -65,4 +69,4 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command.run("status", __doc__, run, plan, arguments)
+    command.run("status", __doc__, run, plan, arguments, writes=False)

@@ -21,7 +21,7 @@ from cxr_retrieval.progress import Progress
 from cxr_retrieval.report.advice import next_steps
 from cxr_retrieval.report.sweep import sweep_page
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training.sweep import Space, Sweep, ended_trials, read_space, run_sweep
+from cxr_retrieval.training.sweep import Space, Sweep, checked_base, ended_trials, read_space, run_sweep
 
 SWEEP_FILE, REPORT_FILE, BEST_FILE = "sweep.json", "sweep.html", "best.yaml"
 
@@ -35,9 +35,10 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     if settings.model is not None:
         raise UserError("model is set, but this job trains its own: leave it out")
     space = chosen_space(options)
+    base = checked_base(space, options.space, settings)
     start_ray(settings)
     corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
-    sweep = Sweep.of(space, options.space, settings, corpus)
+    sweep = Sweep(space, options.space, base, corpus)
     done = artifacts.find(sweep.draft.uri)
     show_sweep(done or finished(sweep), worked=done is None)
 
@@ -108,8 +109,9 @@ def _short(value: object) -> str:
 
 def plan(settings: Settings, options: argparse.Namespace) -> None:
     space = chosen_space(options)
+    base = checked_base(space, options.space, settings)
     corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
-    sweep = Sweep.of(space, options.space, settings, corpus)
+    sweep = Sweep(space, options.space, base, corpus)
     images = corpus.artifact.manifest["splits"]["train"]["images"]
     state = "finished" if artifacts.find(sweep.draft.uri) else "to do"
     console.show_table(

@@ -43,6 +43,7 @@ LABEL_COLUMNS = (
 BOX_SPELLING = {"Infiltrate": "Infiltration"}  # NIH's box table spells one finding in its own way
 
 
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA cache_size = -65536;  -- 64 MiB; the rest is on disk
@@ -68,7 +69,7 @@ FROM listing LEFT JOIN labels USING (name) ORDER BY path
 TORN_PATIENTS = """
 SELECT count(*) FROM (
     SELECT 1 FROM listing JOIN labels USING (name) LEFT JOIN tested USING (name)
-    WHERE NOT twice AND trim(patient) != '' GROUP BY trim(patient) HAVING count(tested.name) NOT IN (0, count(*))
+    WHERE NOT twice AND patient != '' GROUP BY patient HAVING count(tested.name) NOT IN (0, count(*))
 )
 """
 
@@ -163,7 +164,7 @@ class Archive:
                     raise UserError(f"{file.uri}: column {missing[0]!r} is missing; the table must have NIH's columns")
                 for row in reader:
                     count += 1
-                    yield tuple(row[name] or "" for name in LABEL_COLUMNS)
+                    yield tuple((row[name] or "").strip() for name in LABEL_COLUMNS)
 
         self._database.executemany(
             "INSERT INTO labels (name, findings, follow_up, patient, age, sex, view) VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -216,20 +217,20 @@ class Archive:
         if strange:
             text = f"finding {strange[0]!r} is none of the {len(FINDINGS)}"
             return {**row, "reason": "unknown_finding", "text": text}
-        patient = found["patient"].strip()
+        patient = found["patient"]
         if not patient:
             return {**row, "reason": "no_patient", "text": "the label row names no patient"}
         age = _number(found["age"])
-        view = found["view"].strip() or None
+        view = found["view"] or None
         boxes = self._database.execute("SELECT finding, x, y, w, h FROM boxes WHERE name = ? ORDER BY rowid", (name,))
         return {
             **row,
             "excluded": "view" if settings.views is not None and view not in settings.views else None,
             "patient_id": patient,
-            "study_id": f"{patient}_{found['follow_up'].strip()}",
+            "study_id": f"{patient}_{found['follow_up']}",
             "follow_up": _number(found["follow_up"]),
             "age_years": age if age in AGES else None,
-            "sex": found["sex"].strip() or None,
+            "sex": found["sex"] or None,
             "view": view,
             "findings": [finding for finding in FINDINGS if finding in findings],
             "unknown": [],
@@ -293,6 +294,8 @@ def _room(uri: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in NO_ROOM:
+            raise
         raise UserError(
             f"{uri}: listing and label tables do not fit into the temporary folder: {error};"
             " set TMPDIR to a folder with room"
@@ -300,5 +303,5 @@ def _room(uri: str) -> Iterator[None]:
 
 
 def _number(text: str) -> int | None:
-    digits = text.strip().removesuffix("Y")  # the table's first edition writes 058Y
+    digits = text.removesuffix("Y")  # the table's first edition writes 058Y
     return int(digits) if digits.isdecimal() and len(digits) < 10 else None

@@ -121,9 +121,9 @@ def _prepare_parts(
         task = _PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(parts[0].settings), settings)
         results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(task)
         for result in results.iter_rows():
+            storage.add_retries(result["retries"])
             if result["error"]:
                 raise UserError(result["error"])
-            storage.add_retries(result["retries"])
             quarantined += result["quarantined"]
             progress.advance(result["archive"])
             _check_quarantine(quarantined, total, settings, draft.uri, final=False)
@@ -155,7 +155,8 @@ class _PartTask:
             part = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
             counts = prepare_part(part, rows, self._settings).counts
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
-            return {"archive": 0, "quarantined": 0, "retries": 0, "error": str(error)}
+            retries = storage.retries() - before
+            return {"archive": 0, "quarantined": 0, "retries": retries, "error": str(error)}
         done = {name: counts[name] for name in ("archive", "quarantined")}
         return {**done, "retries": storage.retries() - before, "error": ""}
 

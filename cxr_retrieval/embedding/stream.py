@@ -120,9 +120,9 @@ def _embed_parts(
             num_gpus=1 if _gpus() else 0,
         )
         for result in results.iter_rows():
+            storage.add_retries(result["retries"])
             if result["error"]:
                 raise UserError(result["error"])
-            storage.add_retries(result["retries"])
             progress.advance(result["embedded"])
     return [part or artifacts.load(parts[n].uri, PART_KIND) for n, part in enumerate(found)]
 
@@ -153,7 +153,7 @@ class _Embedder:
             part = Draft(task["uri"], PART_KIND, {}, tuple(task["inputs"])).begin()
             counts = embed_part(part, task["rows"], self._model, self._batch_size).counts
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
-            return {"embedded": 0, "retries": 0, "error": str(error)}
+            return {"embedded": 0, "retries": storage.retries() - before, "error": str(error)}
         return {"embedded": counts["embedded"], "retries": storage.retries() - before, "error": ""}
 
 

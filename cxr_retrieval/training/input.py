@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from cxr_retrieval import storage
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.training.order import Order
 
 WINDOWS_AT_ONCE = 4
 READ_CPUS = 0.25  # logical CPUs of a task that reads: small, so that it fits beside a worker on a node of one core
 COLUMNS = ["pixels", "findings", "unknown"]
+RETRIES = b"storage retries"  # of the task that read a table, in its schema: the task's own count stays in its process
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class WorkerInput:
                     waiting.append(ahead.submit(self._materialise, following))
                 while blocks:  # each block is let go as soon as it has been used
                     table = ray.get(blocks.pop(0))
+                    storage.add_retries(int((table.schema.metadata or {}).get(RETRIES, 0)))
                     pixels, labels = pixels_of(table, self.corpus.recipe.size), labels_of(table)
                     assert len(labels) % rows == 0, "a block holds whole steps"
                     for start in range(0, len(labels), rows):
@@ -81,4 +84,6 @@ class WorkerInput:
     def _read(self, item: dict[str, np.ndarray]) -> pa.Table:
         epoch, first, last = (int(item[name][0]) for name in ("epoch", "first", "last"))
         rows = self.order.worker_rows(epoch, first, last, self.rank, self.workers).reshape(-1)
-        return self.corpus.take(self.places[rows], COLUMNS)
+        before = storage.retries()
+        table = self.corpus.take(self.places[rows], COLUMNS)
+        return table.replace_schema_metadata({RETRIES: str(storage.retries() - before)})

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from cxr_retrieval.training.order import Order, group_rows
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
 CURVE = "curve"  # in what an epoch reports: a point for every epoch so far, also for those before a restart
 logger = logging.getLogger(__name__)
+VALIDATION_IMAGES = 20_000  # at most, evenly drawn, that epochs are compared by
 CENTRING_IMAGES = 20_000  # the training mean is taken over at most so many images
 PROGRESS_EVERY_S = 2.0
 SKIPPED_LIMIT = 20  # optimizer steps in a row without a finite gradient that end the run
@@ -83,7 +85,10 @@ def train_worker(config: dict[str, TrainJob]) -> None:
 class Worker:
     def __init__(self, job: TrainJob) -> None:
         self.skipped = 0
+        self.retries = 0  # requests to storage that all workers have sent again, as of the last epoch's end
         self._told = 0.0
+        self._teller = ThreadPoolExecutor(1, thread_name_prefix="progress")  # no step waits for storage
+        self._telling: Future[None] | None = None
         self.job, self.settings, self.corpus = job, job.settings, job.corpus
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
@@ -145,6 +150,7 @@ class Worker:
             record["images_per_second"] = done * training.batch_size / (time.monotonic() - began)
             self._end_epoch(epoch, record)
         assert next(batches, None) is None, "the input holds more steps than the plan"
+        self._teller.shutdown()
         self._finish()
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -275,6 +281,7 @@ class Worker:
         Without `centring` the mean of the validation vectors themselves is subtracted: good enough to compare epochs.
         """
         places = self.corpus.places(VALIDATION)
+        places = places[:: math.ceil(len(places) / VALIDATION_IMAGES)]  # every worker holds and ranks all of them
         found: dict[str, list[Tensor]] = {}
         seen: list[tuple[list[str], np.ndarray]] = []
         for output, table in self._embed(places):
@@ -282,11 +289,12 @@ class Worker:
             for name, vector in named.items():
                 found.setdefault(name, []).append(vector.cpu())
             seen.append((table["patient_id"].to_pylist(), labels_of(table)))
-        mine = ({name: torch.cat(value).numpy() for name, value in found.items()}, seen)
+        mine = ({name: torch.cat(value).numpy() for name, value in found.items()}, seen, storage.retries())
         shares = [mine]
         if self.workers > 1:
             shares = [mine] * self.workers
             dist.all_gather_object(shares, mine)
+        self.retries = sum(share[2] for share in shares)
         names = list(next(share[0] for share in shares if share[0]))
         vectors = {name: torch.as_tensor(np.concatenate([s[0][name] for s in shares if s[0]])) for name in names}
         if centring is None:
@@ -340,6 +348,8 @@ class Worker:
         now = time.monotonic()
         if self.rank != 0 or (now - self._told < PROGRESS_EVERY_S and not force):
             return
+        if self._telling and not self._telling.done() and not force:
+            return
         self._told = now
         last = self.state.history[-1] if self.state.history else {}
         facts = {
@@ -347,12 +357,17 @@ class Worker:
             "epoch": epoch + 1,
             "epochs": self.settings.training.epochs,
             "step": step,
+            "retries": max(self.retries, storage.retries()),
             "last_epoch": {name: last[name] for name in ("loss", "validation") if name in last},
         }
-        try:
-            storage.write_bytes(self.job.progress_uri, json.dumps(facts).encode())
-        except UserError as error:  # for a person to look at: no reason to end a run
-            logger.warning("progress is not told: %s", error)
+        self._telling = self._teller.submit(_write_told, self.job.progress_uri, json.dumps(facts).encode())
+
+
+def _write_told(uri: str, facts: bytes) -> None:
+    try:
+        storage.write_bytes(uri, facts)
+    except UserError as error:  # for a person to look at: no reason to end a run
+        logger.warning("progress is not told: %s", error)
 
 
 def curve_point(record: Mapping[str, Any]) -> dict[str, float]:

@@ -72,7 +72,7 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     draft.begin()
     progress_uri = storage.join(settings.workspace, "runs", draft.input_id, PROGRESS_FILE)
     trainer = trainer_of(settings, corpus, draft.input_id)
-    before, total = _images_done(progress_uri), planned_images(settings, corpus)
+    before, total = told_of(progress_uri).get("images", 0), planned_images(settings, corpus)
     with Progress.of(settings.workspace, draft, "train", total, before=min(before, total)) as progress:
         with _followed(progress_uri, progress, before):
             result = trainer.fit()
@@ -173,7 +173,7 @@ def _followed(uri: str, progress: Progress, before: int) -> Iterator[None]:
 
 
 def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> None:
-    ended = False
+    ended, retries = False, told_of(uri).get("retries", 0)
     while not ended:
         ended = stop.wait(POLL_S)
         try:
@@ -182,6 +182,9 @@ def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> N
             console.say(f"progress cannot be read: {error}")
             continue
         facts = json.loads(found[0]) if found else None
+        if facts:
+            storage.add_retries(max(0, facts["retries"] - retries))
+            retries = facts["retries"]
         if facts and facts["images"] > seen:
             validation = facts["last_epoch"].get("validation", {})
             best = max((figures["map"] for figures in validation.values()), default=None)
@@ -191,7 +194,8 @@ def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> N
             seen = facts["images"]
 
 
-def _images_done(uri: str) -> int:
-    """What an earlier try has done, which does not count as speed."""
+def told_of(uri: str) -> dict[str, Any]:
+    """What the workers of a run have told of it last: images done, requests to storage sent again; empty before."""
     found = storage.read_tagged(uri)
-    return int(json.loads(found[0])["images"]) if found else 0
+    facts: dict[str, Any] = json.loads(found[0]) if found else {}
+    return facts

@@ -29,19 +29,20 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cxr_retrieval import artifacts, storage
+from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.config import NAME, Section, Settings, TrainingSettings, settings_fields, with_values
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.training.input import READ_CPUS
-from cxr_retrieval.training.loop import CURVE
-from cxr_retrieval.training.run import model_draft, require_trainable, trainer_of
+from cxr_retrieval.training.loop import CURVE, PROGRESS_FILE
+from cxr_retrieval.training.run import model_draft, require_trainable, told_of, trainer_of
 
 KIND = "sweep"
 METRIC = "value"  # validation mAP of an epoch's best embedding
 MODE = "max"
+ENDED, BEGUN = "trial-", "point-"  # files of the ledger
 TRIAL = "trial"  # what a trial is given: its number in the sweep, and the settings to try
 TRIAL_CPUS = 0.05  # a trial only waits for its run, but Ray Tune knows none that takes nothing
 # Not to be searched: where things are, what a trial's corpus is, and what it takes of the cluster.
@@ -49,7 +50,7 @@ FIXED = (
     *("workspace", "model", "corpus.", "phantom.", "index.", "publish.", "search.", "privacy.", "evaluation."),
     *("training.workers", "training.gpu", "training.cpus_per_worker"),  # how many trials fit is counted once
 )
-MOST_CORNERS = 1024
+MOST_POINTS = 1024  # that are checked of a space that has more
 TRIAL_FAILURES = 1  # tries after a trial has failed: a node may be lost
 
 
@@ -176,25 +177,12 @@ def read_space(file: str) -> Space:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is searched: a space around settings, on a corpus. Everything in it was checked against the schema."""
+    """What is searched: a space around settings (as `checked_base` gives them), on a corpus."""
 
     space: Space
     file: str
     base: Settings
     corpus: Corpus
-
-    @classmethod
-    def of(cls, space: Space, file: str, settings: Settings, corpus: Corpus) -> "Sweep":
-        """Check every setting that the space can give. Raises UserError for the first that the schema refuses."""
-        base = with_values(settings, space.settings, file)
-        sweep = cls(space, file, base, corpus)
-        # Rules between settings too: every corner of the space, as far as they can be counted.
-        corners = itertools.product(*(axis.extremes for axis in space.space.values()))
-        for corner in itertools.islice(corners, MOST_CORNERS):
-            sweep.trial_settings(dict(zip(space.space, corner, strict=True)))
-        for point in space.points() if space.search != "optuna" else []:
-            sweep.trial_settings(point)
-        return sweep
 
     @property
     def draft(self) -> Draft:
@@ -212,13 +200,36 @@ class Sweep:
         digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()
         return f"{self.draft.input_id}-{number:05d}-{digest[:8]}"
 
+    def progress_uri(self, number: int, point: Mapping[str, Any]) -> str:
+        """What the workers of a trial tell of themselves."""
+        return storage.join(self.base.workspace, "runs", self.run_name(number, point), PROGRESS_FILE)
+
     def trial_settings(self, point: Mapping[str, Any]) -> Settings:
         """The settings of one trial: the base, the point, the small budget."""
-        return with_values(self.base, {**point, "training.epochs": self.space.epochs}, self.file)
+        return _trial_settings(self.base, self.space, self.file, point)
 
     def best_settings(self, point: Mapping[str, Any]) -> Settings:
         """What to train at full length: the base with the point."""
         return with_values(self.base, point, self.file)
+
+
+def checked_base(space: Space, file: str, settings: Settings) -> Settings:
+    """The settings that all trials share, once every setting that the space can give has been checked.
+
+    Rules between settings too: all points of a grid or a random search, as many drawn ones where Optuna will choose,
+    and the corners of the space, as far as they can be counted. Raises UserError for the first that is refused.
+    """
+    base = with_values(settings, space.settings, file)
+    drawn = space.model_copy(update={"trials": MOST_POINTS}) if space.search == "optuna" else space
+    corners = itertools.product(*(axis.extremes for axis in space.space.values()))
+    points = (dict(zip(space.space, corner, strict=True)) for corner in itertools.islice(corners, MOST_POINTS))
+    for point in itertools.chain(points, drawn.points()):
+        _trial_settings(base, space, file, point)
+    return base
+
+
+def _trial_settings(base: Settings, space: Space, file: str, point: Mapping[str, Any]) -> Settings:
+    return with_values(base, {**point, "training.epochs": space.epochs}, file)
 
 
 def trials_at_once(training: TrainingSettings, cpus: float, gpus: float) -> int:
@@ -285,24 +296,37 @@ class _Ledger(tune.Callback):
 
     def _write(self, trial: Trial, error: str | None) -> None:
         facts = _trial(self._sweep, trial.config, trial.last_result or {}, error)
-        storage.write_bytes(_ledger_file(self._sweep, facts["id"]), json.dumps(facts, indent=1).encode())
-        self._best = max(self._best, facts["value"] or 0.0)
+        storage.add_retries(told_of(self._sweep.progress_uri(*trial.config[TRIAL])).get("retries", 0))
+        try:
+            storage.write_bytes(_ledger_file(self._sweep, facts["id"]), json.dumps(facts, indent=1).encode())
+        except UserError as unwritten:  # raised here, Ray Tune would take it for a failure of the trial
+            console.say(f"trial {facts['id']} is not written down: {unwritten}")
+            return
+        self._best = max(self._best, 0.0 if error else facts["value"] or 0.0)
         told = f"trial {facts['id']} failed" if error else f"best validation mAP {100 * self._best:.1f}"
         _Ledger.progress.advance(1, told)
 
 
 def _ledger_file(sweep: Sweep, trial: str) -> str:
-    return storage.join(sweep.folder, f"trial-{trial}.json")
+    return storage.join(sweep.folder, f"{ENDED}{trial}.json")
 
 
 def ended_trials(sweep: Sweep) -> dict[int, dict[str, Any]]:
     """The trials that have ended so far, by their numbers."""
+    return _written(sweep, ENDED)
+
+
+def _begun(sweep: Sweep) -> dict[int, dict[str, Any]]:
+    """The points that Optuna has given out so far, by their numbers."""
+    return _written(sweep, BEGUN)
+
+
+def _written(sweep: Sweep, kind: str) -> dict[int, dict[str, Any]]:
     try:
-        files = [file.uri for file in storage.list_files(sweep.folder) if file.path.startswith("trial-")]
+        files = [file for file in storage.list_files(sweep.folder) if file.path.startswith(kind)]
     except FileNotFoundError:
         return {}
-    found = [json.loads(storage.read_bytes(uri)) for uri in files]
-    return {int(trial["id"]): trial for trial in found}
+    return {int(file.path.removeprefix(kind)[:5]): json.loads(storage.read_bytes(file.uri)) for file in files}
 
 
 def run_sweep(sweep: Sweep, before: Mapping[int, dict[str, Any]], progress: Progress) -> dict[str, Any]:
@@ -345,7 +369,7 @@ def _tuner(sweep: Sweep, before: Mapping[int, dict[str, Any]], at_once: int) -> 
             num_samples=len(left) if optuna else 1,
             max_concurrent_trials=at_once,
             scheduler=_scheduler(space, before.values()),
-            search_alg=_Optuna(space, before, left) if optuna else None,
+            search_alg=_Optuna(sweep, before, left) if optuna else None,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -360,9 +384,14 @@ def _tuner(sweep: Sweep, before: Mapping[int, dict[str, Any]], at_once: int) -> 
 
 
 class _Optuna(OptunaSearch):
-    """Optuna that knows the trials which have ended, and numbers those that it suggests."""
+    """Optuna that knows the trials which have ended, and gives out those first which had begun.
 
-    def __init__(self, space: Space, before: Mapping[int, dict[str, Any]], left: Sequence[int]) -> None:
+    Every point is written down as it is given out, so that a trial that was cut off is the same one when it is begun
+    again.
+    """
+
+    def __init__(self, sweep: Sweep, before: Mapping[int, dict[str, Any]], left: Sequence[int]) -> None:
+        space = sweep.space
         known = [trial for trial in before.values() if trial["value"] is not None]
         super().__init__(
             metric=METRIC,
@@ -371,11 +400,20 @@ class _Optuna(OptunaSearch):
             points_to_evaluate=[trial["settings"] for trial in known] or None,
             evaluated_rewards=[trial["value"] for trial in known] or None,
         )
-        self._left = list(left)
+        self._sweep = sweep
+        self._begun = {number: point for number, point in _begun(sweep).items() if number in left}
+        self._left = [*self._begun, *(number for number in left if number not in self._begun)]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        point = super().suggest(trial_id)
-        return point and {TRIAL: (self._left.pop(0), {key: _plain(value) for key, value in point.items()})}
+        number = self._left.pop(0)
+        if number in self._begun:
+            study: Any = self._ot_study
+            study.enqueue_trial(self._begun[number])
+        suggested = super().suggest(trial_id)
+        assert suggested is not None, "Optuna always has one more point"
+        point = {key: _plain(value) for key, value in suggested.items()}
+        storage.write_bytes(storage.join(self._sweep.folder, f"{BEGUN}{number:05d}.json"), json.dumps(point).encode())
+        return {TRIAL: (number, point)}
 
 
 def _scheduler(space: Space, before: Iterable[dict[str, Any]]) -> ASHAScheduler | None:
@@ -421,7 +459,7 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
 
 def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     space, manifest = sweep.space, sweep.corpus.artifact.manifest
-    tried = [trial for trial in trials if trial["value"] is not None]
+    tried = [trial for trial in trials if trial["state"] != "failed" and trial["value"] is not None]
     best = max(tried, key=lambda trial: trial["value"], default=None)
     return {
         "name": space.name,

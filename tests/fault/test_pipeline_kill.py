@@ -1,9 +1,10 @@
-"""The pipeline of `make demo`, killed with all of its Ray, ends as if it had never been killed."""
+"""The pipeline of `make demo` on object storage, killed with all of its Ray, ends as if it had never been killed."""
 
 import csv
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from cxr_retrieval import storage
 from cxr_retrieval.index import cache
 from cxr_retrieval.index.versions import resolve, verify
 from cxr_retrieval.privacy import row_id
+from tests import proxy
 from tests.commands import done
 from tests.processes import ROOT, job, wait_until
+from tests.proxy import FaultProxy
 
 IMAGES = 96
 STEPS = {"step1", "step2", "step3", "global", "local", "combined", "profile"}
@@ -52,38 +56,55 @@ def demo_commands() -> list[list[str]]:
     return [[line[2].removeprefix("jobs."), *line[3:]] for line in lines]
 
 
-def finished(workspace: Path) -> dict[str, str]:
+def stored(uri: str, ending: str = "") -> list[str]:
+    try:
+        return [file.uri for file in storage.list_files(uri) if file.path.endswith(ending)]
+    except FileNotFoundError:
+        return []
+
+
+def finished(workspace: str) -> dict[str, str]:
     """Every finished artifact by folder, with its content id; each file of it is what the manifest says."""
     found = {}
-    for path in workspace.rglob("manifest.json"):
-        manifest = json.loads(path.read_bytes())
+    for uri in stored(workspace, "manifest.json"):
+        manifest = json.loads(storage.read_bytes(uri))
         for entry in manifest["files"]:
-            data = (path.parent / entry["path"]).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == entry["sha256"], path
-        found[str(path.parent)] = manifest["content_id"]
+            path = storage.join(storage.parent(uri), entry["path"])
+            assert hashlib.sha256(storage.read_bytes(path)).hexdigest() == entry["sha256"], path
+        found[storage.parent(uri)] = manifest["content_id"]
     return found
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_demo_killed_after_its_model_ends_with_every_row_and_does_nothing_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_demo_on_object_storage_killed_after_its_model_ends_with_every_row_and_does_nothing_twice(
+    s3: str, faults: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    archive, workspace, log = tmp_path / "archive", tmp_path / "workspace", tmp_path / "log"
+    archive, workspace, log = f"{s3}/archive", f"{s3}/workspace", tmp_path / "log"
+    parts = f"{workspace}/embeddings/parts"
     words = [f"workspace={workspace}", f"corpus.archive={archive}", f"phantom.out={archive}", *WORDS]
     draw, pipeline = ([*command, *words] for command in demo_commands())
     done(*draw)
+    faults.inject(proxy.SLOW, 5, lambda method, path: method == "GET" and "/archive/images/" in path)
+    faults.inject(proxy.CUT, 3, lambda method, path: method == "PUT" and "/corpora/" in path)
     with job(*pipeline, log=log) as process:
-        wait_until(lambda: any(workspace.glob("embeddings/parts/*/manifest.json")), process, log)
+        wait_until(lambda: embedding_has_begun(faults) and bool(stored(parts, "manifest.json")), process, log)
     kept = finished(workspace)
-    assert any(workspace.glob("models/*/manifest.json"))
-    assert not (workspace / "summary.json").exists()
-    assert not any(workspace.glob("indexes/*/aliases/*.json"))
-    done(*pipeline)
+    assert any("/models/" in uri for uri in kept)
+    assert any("/embeddings/parts/" in uri for uri in kept)
+    assert not storage.exists(f"{workspace}/summary.json")
+    assert not stored(f"{workspace}/indexes", "latest.json")
+    faults.inject(proxy.CUT, 2, lambda method, path: method == "PUT" and "/indexes/" in path)
+    printed = done(*pipeline)
     assert kept.items() <= finished(workspace).items(), "what was finished was done again"
+    assert printed.count("finished before") >= 2
+    states = json.loads(done("status", f"workspace={workspace}", "--json"))
+    assert {state["step"]: state["state"] for state in states} == dict.fromkeys(
+        ("prepare", "train", "embed", "evaluate", "index", "publish"), "finished"
+    )
 
-    summary = json.loads((workspace / "summary.json").read_bytes())
+    summary = json.loads(storage.read_bytes(f"{workspace}/summary.json"))
     assert summary["rows"] == {
         "archive": IMAGES,
         "prepared": IMAGES,
@@ -101,18 +122,27 @@ def test_a_demo_killed_after_its_model_ends_with_every_row_and_does_nothing_twic
     steps = {"prepare", "train", "embed", "evaluate", "index", "publish", "search"}
     assert set(summary["seconds"]) == steps
     assert (summary["alias"], summary["chosen"] in STEPS) == ("latest", True)
-    assert "<html" in Path(summary["gallery"]).read_text()[:200].lower()
+    assert sum(summary["storage_retries"].values()) >= 2
+    assert b"<html" in storage.read_bytes(summary["gallery"])[:200].lower()
 
     # The ids are those of the archive's images, whatever happened on the way; each image is there once.
-    (table,) = archive.glob("Data_Entry*.csv")
-    names = [row["Image Index"] for row in csv.DictReader(table.read_text().splitlines())]
-    (build,) = (workspace / "indexes" / "phantoms" / "builds").iterdir()
-    ids = [
-        row_id
-        for number in range(summary["shards"])
-        for row_id in pq.read_table(build / f"shards/{number:05d}.parquet", columns=["id"])["id"].to_pylist()
-    ]
+    (table,) = [uri for uri in stored(archive, ".csv") if "Data_Entry" in uri]
+    names = [row["Image Index"] for row in csv.DictReader(storage.read_bytes(table).decode().splitlines())]
+    ids: list[int] = []
+    for uri in stored(f"{workspace}/indexes/phantoms/builds"):
+        if not re.search(r"/shards/\d{5}\.parquet$", uri):
+            continue
+        with storage.arrow_reader(uri) as file:
+            ids += pq.read_table(file, columns=["id"])["id"].to_pylist()
     assert ids == [row_id(name) for name in sorted(names)]
-    to = str(workspace / "indexes" / "phantoms")
+    to = f"{workspace}/indexes/phantoms"
     assert resolve(to, "latest").id == summary["version"]
     assert verify(to, "latest") == []
+
+
+def embedding_has_begun(faults: FaultProxy) -> bool:
+    """Whether the manifest of a part of the embeddings has been written."""
+    return any(
+        method == "PUT" and "/embeddings/parts/" in path and path.partition("?")[0].endswith("manifest.json")
+        for method, path in list(faults.seen)
+    )

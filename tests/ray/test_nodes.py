@@ -5,18 +5,26 @@ The nodes are Ray nodes of one machine: what they share is its disk, what they d
 
 import contextlib
 import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.privacy import row_id
 from cxr_retrieval.runtime import refuse_unshared
-from tests.processes import TIMEOUT_S, job, wait_until
+from tests.processes import ROOT, TIMEOUT_S, job, wait_until
 
 TINY = [
     "corpus.size=64",
@@ -36,17 +44,18 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
     """A head and two more nodes, a core each. A lost node is noticed in seconds, not in half a minute."""
-    for name, value in (("period_ms", 1000), ("timeout_ms", 2000), ("failure_threshold", 2)):
-        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    for _ in range(2):
-        found.add_node(num_cpus=1)
-    found.wait_for_nodes()
-    yield found
-    found.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("period_ms", 1000), ("timeout_ms", 2000), ("failure_threshold", 2)):
+            patch.setenv(f"RAY_health_check_{name}", str(value))
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        for _ in range(2):
+            found.add_node(num_cpus=1)
+        found.wait_for_nodes()
+        yield found
+        found.shutdown()
 
 
 def hosts(cluster: Cluster, title: str) -> set[int]:
@@ -59,11 +68,11 @@ def hosts(cluster: Cluster, title: str) -> set[int]:
     return found & {raylet(node) for node in cluster.list_all_nodes()}
 
 
-def lose_one(cluster: Cluster, title: str) -> None:
-    """Take a node away at once, as a power cut would: one that runs a worker of that name, if there is one."""
-    busy = hosts(cluster, title)
-    nodes = sorted(cluster.worker_nodes, key=lambda node: raylet(node) not in busy)
-    cluster.remove_node(nodes[0], allow_graceful=False)
+def lose_one(cluster: Cluster, seen: set[int]) -> None:
+    """Take a node away at once, as a power cut would: one that has been seen at the work."""
+    at_work = [node for node in cluster.worker_nodes if raylet(node) in seen]
+    assert at_work, "only the head has worked so far"
+    cluster.remove_node(at_work[0], allow_graceful=False)
 
 
 def raylet(node: Any) -> int:
@@ -75,31 +84,56 @@ def manifests(folder: Path, kind: str) -> list[Artifact]:
     return [artifact for artifact in found if artifact and artifact.manifest["kind"] == kind]
 
 
-def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
+def test_a_folder_that_another_node_does_not_see_is_refused_by_its_name(
     cluster: Cluster, phantom_archive: Path, tmp_path: Path
 ) -> None:
+    """What the driver mounts is seen by nobody else, as a disk of its node's own is."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    command = [sys.executable, "-m", "jobs.prepare", f"workspace={folder}/w", f"corpus.archive={phantom_archive}"]
+    mounting = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*mounting, f"mount -t tmpfs none {folder}"]).returncode:
+        pytest.skip("this machine gives no process mounts of its own")
+    told = subprocess.run(
+        [*mounting, f"mount -t tmpfs none {folder} && exec {shlex.join(command)}"],
+        **{"capture_output": True, "text": True, "cwd": ROOT, "timeout": TIMEOUT_S},
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+    )
+    assert told.returncode == 1, told.stderr
+    (error,) = [line for line in told.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: workspace={folder}/w lies on this node's own disk")
+    assert "give s3://bucket/prefix, or a folder that every node mounts" in error
+
+
+def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
+    cluster: Cluster, large_archive: Path, tmp_path: Path
+) -> None:
     workspace, log = tmp_path / "workspace", tmp_path / "log"
-    words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
+    words = [f"workspace={workspace}", f"corpus.archive={large_archive}", *TINY]
     begun = {
         "Map(_PartTask)": "corpora/*/parts/*/manifest.json",
         "RayTrainWorker": "runs/*/checkpoint_*",
         "MapWorker(Map(_Embedder))": "embeddings/parts/*/manifest.json",
         "_build_shard": "indexes/*/builds/*/shards/*",
     }
-    spread: dict[str, int] = {}
-    # The driver's folder and environment are its own: the nodes were started elsewhere, without them.
+    seen: dict[str, set[int]] = {title: set() for title in begun}
+
+    def spread(title: str) -> bool:
+        """Whether work of that name has been seen on two nodes."""
+        seen[title] |= hosts(cluster, title)
+        return len(seen[title]) >= 2
+
+    # The driver's folder is its own: the nodes were started elsewhere.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    with job("pipeline", *words, log=log, cwd=elsewhere, RAY_ADDRESS=cluster.address, ONLY_THE_DRIVER="1") as process:
+    with job("pipeline", *words, log=log, cwd=elsewhere, RAY_ADDRESS=cluster.address) as process:
         for title, pattern in begun.items():
-            wait_until(lambda: any(workspace.glob(pattern)), process, log)  # noqa: B023
-            spread[title] = len(hosts(cluster, title))
-            lose_one(cluster, title)
+            wait_until(lambda: spread(title) and any(workspace.glob(pattern)), process, log)  # noqa: B023
+            lose_one(cluster, seen[title])
             cluster.add_node(num_cpus=1)
         assert process.wait(TIMEOUT_S) == 0, log.read_text()
 
-    assert spread["RayTrainWorker"] == 2, "a worker on each of two nodes"
-    assert spread["MapWorker(Map(_Embedder))"] >= 2
+    assert all(len(nodes) >= 2 for nodes in seen.values()), "all of it ran on two nodes or more"
     (corpus,) = manifests(workspace, "corpus")
     assert corpus.counts["prepared"] == corpus.counts["archive"] == 96
     (model,) = manifests(workspace, "model")
@@ -109,9 +143,12 @@ def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
     (index,) = manifests(workspace / "indexes", "index")
     assert index.counts == {"embedded": 96, "indexed": 96, "id_collisions": 0}
     assert index.manifest["recall"] == 1.0
+    sidecars = sorted(path for path in workspace.rglob("*.parquet") if re.search(r"/shards/\d{5}\.parquet$", str(path)))
+    ids = [row for path in sidecars for row in pq.read_table(path, columns=["id"])["id"].to_pylist()]
+    assert ids == [row_id(path.name) for path in sorted((large_archive / "images").iterdir())]
 
 
-def test_a_folder_that_another_node_does_not_see_is_refused_by_its_name() -> None:
+def test_an_archive_that_another_node_does_not_see_is_named() -> None:
     refuse_unshared([], {"workspace": "/data/w"})
     with pytest.raises(UserError, match=r"corpus\.archive=/data/a lies on this node's own disk.*s3://bucket/prefix"):
         refuse_unshared(["corpus.archive"], {"workspace": "/data/w", "corpus.archive": "/data/a"})

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,30 +149,17 @@ def test_a_run_killed_before_its_model_was_written_only_writes_it(undisturbed, c
     assert again.manifest["content_id"] == artifact.manifest["content_id"]  # speeds too: no epoch was trained again
 
 
-def test_a_killed_worker_goes_on_from_the_last_epoch_and_gives_the_same_curve(undisturbed, corpus, tmp_path):
-    plain, artifact = undisturbed
-    moved = plain.model_copy(update={"workspace": str(tmp_path)})
-    killer = Killer(tmp_path / "runs" / artifact.input_id)
-    killer.start()
-    try:
-        model, _ = train(moved, corpus)
-    finally:
-        killer.stop.set()
-        killer.join()
-    assert killer.killed, "no worker was killed: this test showed nothing"
-    assert killer.saved is not None
-    assert 1 <= len(killer.saved) < EPOCHS
-    records = history(model)
-    assert [record[SPEED] for record in records[: len(killer.saved)]] == [record[SPEED] for record in killer.saved]
-    assert without_speed(records) == without_speed(history(artifact))
-    assert weights_hash(model) == weights_hash(artifact)
-
-
-def test_a_run_killed_with_all_its_ray_inside_an_epoch_goes_on_at_the_next_step(undisturbed, phantom_archive, tmp_path):
+def test_a_run_whose_worker_and_then_all_of_its_ray_is_killed_gives_the_same_curve(
+    undisturbed, phantom_archive, tmp_path
+):
     _, artifact = undisturbed
     run, log = tmp_path / "runs" / artifact.input_id, tmp_path / "log"
     command = ["train", *words(phantom_archive, tmp_path), "training.checkpoint_steps=2"]  # the model stays the same
     with job(*command, log=log) as process:
+        wait_until(lambda: newest_checkpoint(run) is not None, process, log)
+        (first,) = train_workers(process.pid)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: bool(set(train_workers(process.pid)) - {first}), process, log)
         wait_until(lambda: inside_a_later_epoch(run), process, log)
     assert not (tmp_path / "models" / artifact.input_id / "manifest.json").exists()
     newest = newest_checkpoint(run)
@@ -214,29 +200,6 @@ def test_two_workers_see_the_same_rows_and_give_the_same_loss(undisturbed, two_w
         assert np.array(two) == pytest.approx(np.array(one), rel=0.05, abs=0.01), name
 
 
-class Killer(threading.Thread):
-    """Kills the train workers of this test session as soon as a run has its first checkpoint."""
-
-    def __init__(self, run: Path) -> None:
-        super().__init__(daemon=True)
-        self.run_folder = run
-        self.stop = threading.Event()
-        self.killed: list[int] = []
-        self.saved: list[dict[str, Any]] | None = None  # the history in the checkpoint that the run goes on from
-
-    def run(self) -> None:
-        while not self.stop.is_set() and not self.killed:
-            if newest_checkpoint(self.run_folder):
-                self.killed = train_workers()
-                for pid in self.killed:
-                    os.kill(pid, signal.SIGKILL)
-                time.sleep(0.5)  # a report on its way to the controller still counts
-                newest = newest_checkpoint(self.run_folder)
-                assert newest is not None
-                self.saved = torch.load(newest / STATE_FILE, weights_only=True)["run"]["history"]
-            time.sleep(0.02)
-
-
 def newest_checkpoint(run: Path) -> Path | None:
     try:
         snapshot = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
@@ -257,8 +220,8 @@ def inside_a_later_epoch(run: Path) -> bool:
     return bool(state["history"] and state["sums"])
 
 
-def train_workers() -> list[int]:
-    """Process ids of Ray Train workers that descend from this process, and of no other session's."""
+def train_workers(driver: int) -> list[int]:
+    """Process ids of Ray Train workers that descend from a driver, and of no other one's."""
     parents, names = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -268,11 +231,11 @@ def train_workers() -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
 
-    def is_ours(pid: int) -> bool:
+    def descends(pid: int) -> bool:
         while pid > 1:
-            if pid == os.getpid():
+            if pid == driver:
                 return True
             pid = parents.get(pid, 0)
         return False
 
-    return [pid for pid, name in names.items() if name.startswith(b"ray::RayTrainWorker") and is_ours(pid)]
+    return [pid for pid, name in names.items() if name.startswith(b"ray::RayTrainWorker") and descends(pid)]

@@ -119,5 +119,4 @@ def test_a_point_that_the_schema_refuses_ends_the_sweep_before_it_starts(phantom
         outcome = job("tune", "--space", space_file(tmp_path, space=axes), *words)
         assert outcome.code == 1
         assert told in outcome.err
-    assert not (workspace / "reports").exists()
-    assert not any((workspace / "runs").glob("*-*"))
+    assert not workspace.exists(), "it was said before anything was prepared"

@@ -19,6 +19,7 @@ from cxr_retrieval import s3 as s3_door
 from cxr_retrieval import storage
 from cxr_retrieval.errors import UserError
 from tests import proxy
+from tests.commands import job
 from tests.proxy import FaultProxy
 
 
@@ -261,3 +262,36 @@ def test_a_job_says_what_is_wrong_before_it_starts_anything() -> None:
     assert done.stderr.splitlines() == [
         f"error: s3://{BUCKET}/w: the secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY"
     ]
+
+
+def test_a_right_to_write_that_is_missing_is_told_before_the_work(
+    object_store: ObjectStore, s3: str, phantom_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = {"AWS_ACCESS_KEY_ID": object_store.key[::-1], "AWS_SECRET_ACCESS_KEY": object_store.secret[::-1]}
+    with variables(monkeypatch, **reader):
+        words = [f"workspace={s3}/workspace", f"corpus.archive={phantom_archive}"]
+        assert "no right to it: cluster/iam-policy.json" in job("prepare", *words).error
+    assert not list(storage.list_files(s3))
+
+
+def test_a_listing_is_asked_again_page_by_page(faults: FaultProxy, s3: str) -> None:
+    names = [f"{n:04d}" for n in range(3)]
+    for name in names:
+        storage.write_bytes(f"{s3}/{name}", name.encode())
+    before = storage.retries()
+    faults.inject(proxy.DENIED, 1, lambda method, path: method == "GET" and "list-type=2" in path)
+    faults.inject(proxy.CUT, 1, lambda method, path: method == "GET" and "list-type=2" in path)
+    assert [file.path for file in storage.list_files(s3)] == names
+    assert storage.retries() - before == 2
+
+
+def test_a_bucket_whose_name_cannot_be_is_told() -> None:
+    for uri in ("s3://Bad_Name!/x", "s3:///x"):
+        with pytest.raises(UserError, match="no name of a bucket and a prefix: write s3://bucket/prefix"):
+            storage.check(uri)
+
+
+def test_a_file_too_large_for_one_write_names_the_settings(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_door, "MOST_BYTES", 10)
+    with pytest.raises(UserError, match=r"lower index\.shard_rows or corpus\.partition_images"):
+        storage.write_bytes(f"{s3}/x", bytes(11))

@@ -15,6 +15,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cxr_retrieval.config import Settings, load_settings
+from cxr_retrieval.training.input import READ_CPUS
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -22,7 +23,6 @@ PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints" / "requirements.txt").read_text(), re.MULTILINE))
 NIH_FULL = "jobs/configs/nih_full.yaml"
-DRIVER_CPUS = 1  # what a job leaves to Ray Data at least (cxr_retrieval.runtime.require_cpus)
 OPERATOR = {"app.kubernetes.io/component": "kuberay-operator"}
 
 
@@ -137,14 +137,14 @@ def test_the_workers_hold_the_training_of_nih_full_and_leave_ray_data_a_cpu(name
     assert training.gpu
     nodes = workers(name)
     assert sum(count * gpus for count, gpus, _ in nodes) >= training.workers
-    assert sum(count * cpus for count, _, cpus in nodes) >= training.workers * training.cpus_per_worker + DRIVER_CPUS
+    assert sum(count * cpus for count, _, cpus in nodes) >= training.workers * training.cpus_per_worker + READ_CPUS
 
 
 @pytest.mark.parametrize("name", STARTERS)
 def test_a_worker_node_has_the_cpus_for_every_gpu_it_has(name: str) -> None:
     for count, gpus, cpus in workers(name):
         assert count > 0
-        assert gpus * nih_full().training.cpus_per_worker + DRIVER_CPUS <= cpus
+        assert gpus * nih_full().training.cpus_per_worker + READ_CPUS <= cpus
 
 
 @pytest.mark.parametrize("name", STARTERS)

@@ -12,6 +12,7 @@ from cxr_retrieval import command, storage
 from cxr_retrieval.command import settings_help, user_error_in
 from cxr_retrieval.config import Settings, load_settings, settings_fields
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.runtime import leaves_room
 
 Run = Callable[..., list[tuple[str, Settings, argparse.Namespace]]]
 
@@ -225,3 +226,18 @@ def test_a_submitted_job_refuses_a_relative_path_by_its_name(
 def test_a_submitted_search_needs_no_workspace(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(command.SUBMITTED, "{}")
     assert run("film.png", words="images", on_cluster=False)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "room"),
+    [
+        ([1.0] * 8, 8, False),  # 1.6 CPUs are left in all, and on no node a quarter
+        ([1.0] * 8, 7, True),
+        ([2.0], 2, True),
+        ([1.6], 2, False),
+        ([0.0, 2.0], 2, True),  # a head that offers none
+        ([], 1, False),
+    ],
+)
+def test_a_reading_task_needs_its_room_on_one_node(nodes: list[float], workers: int, room: bool) -> None:
+    assert leaves_room(nodes, workers, 0.8, 0.25) is room

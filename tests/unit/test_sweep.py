@@ -1,5 +1,6 @@
 """Promises about what a sweep may look at: refused in one line before it starts, and the same points every time."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cxr_retrieval import storage
 from cxr_retrieval.config import Settings, TrainingSettings, load_settings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.training import sweep
@@ -156,19 +158,58 @@ def test_a_sweep_that_goes_on_compares_with_the_trials_that_ended_before() -> No
         assert asha.on_trial_result(None, new, {"epoch": 1, "value": value}) == action
 
 
-def test_optuna_knows_what_ended_before_and_numbers_what_it_suggests() -> None:
+class Named(sweep.Sweep):
+    """A sweep that needs no corpus for its name."""
+
+    @property
+    def folder(self) -> str:
+        return f"{self.base.workspace}/runs/x"
+
+
+def test_optuna_knows_what_ended_before_and_gives_out_first_what_had_begun(tmp_path: Path) -> None:
     axes = {"losses.centre_rate": Axis(uniform=(0.0, 1.0))}
     space = Space(name="x", search="optuna", trials=5, space=axes)
-    fresh = sweep._Optuna(space, {}, range(5))
+    settings = Settings(workspace=str(tmp_path))
+    one = Named(space, "space.yaml", settings, None)  # type: ignore[arg-type]
+    fresh = sweep._Optuna(one, {}, range(5))
     before = {0: trial_that_ended(0, [0.3], 0.25), 3: trial_that_ended(3, [0.4], 0.75)}
-    going_on = sweep._Optuna(space, before, [1, 2, 4])
+    begun = {"losses.centre_rate": 0.625}
+    storage.write_bytes(f"{one.folder}/point-00002.json", json.dumps(begun).encode())  # cut off before it ended
+    going_on = sweep._Optuna(one, before, [1, 2, 4])
     for searcher in (fresh, going_on):
         searcher.set_search_properties(None, None, {key: axis.domain for key, axis in axes.items()})
     known = [(trial.params, trial.value) for trial in going_on._ot_study.get_trials()]
     assert known == [({"losses.centre_rate": 0.25}, 0.3), ({"losses.centre_rate": 0.75}, 0.4)]
     suggested = [going_on.suggest(str(n))["trial"] for n in range(3)]
-    assert [number for number, _ in suggested] == [1, 2, 4]
+    assert [number for number, _ in suggested] == [2, 1, 4]
+    assert suggested[0][1] == begun, "what had begun is the same trial"
     first = fresh.suggest("0")["trial"][1]["losses.centre_rate"]
     rates = [point["losses.centre_rate"] for _, point in suggested]
     assert len({first, *rates}) == 4, "a sweep that goes on does not begin with the points that it began with"
     assert all(type(rate) is float and 0 <= rate <= 1 for rate in rates)
+
+
+def test_the_best_trial_is_none_that_failed() -> None:
+    space = Space(name="x", epochs=2, space={"losses.centre_rate": Axis(uniform=(0.0, 1.0))})
+    corpus: Any = SimpleNamespace(
+        artifact=SimpleNamespace(
+            manifest={"splits": {"train": {"images": 1}, "validation": {"images": 1}}}, input_id="corpus"
+        )
+    )
+    trials = [
+        trial_that_ended(0, [0.3], 0.1) | {"state": "finished"},
+        trial_that_ended(1, [0.9], 0.2) | {"state": "failed"},
+    ]
+    assert sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), corpus), trials)["best"] == "00000"
+    assert sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), corpus), trials[1:])["best"] is None
+
+
+def test_points_that_optuna_may_choose_are_checked_before_anything_starts() -> None:
+    space = Space(
+        name="x",
+        search="optuna",
+        space={"training.lanes": Axis(integers=(2, 8)), "training.learning_rate": Axis(uniform=(0.1, 0.2))},
+    )
+    settings = load_settings((), ["training.batch_size=16"])
+    with pytest.raises(UserError, match=r"training\.batch_size"):  # lanes of 2 and 8 are its corners, and fit
+        sweep.checked_base(space, "space.yaml", settings)
