@@ -49,6 +49,7 @@ def run(
     if arguments:
         arguments(parser)
     options = parser.parse_intermixed_args()
+    before = storage.retries()
     try:
         # A path may hold `=` too: no key has a slash.
         keys = [word for word in options.settings if "=" in word and "/" not in word.partition("=")[0]]
@@ -83,7 +84,7 @@ def run(
         console.say(f"error: {mendable}")
         sys.exit(1)
     finally:
-        if sent_again := storage.retries():
+        if sent_again := storage.retries() - before:
             console.say(f"storage: {sent_again:,} requests were sent again (throttled, cut off or timed out)")
 
 

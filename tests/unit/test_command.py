@@ -52,9 +52,10 @@ def test_words_and_files_reach_the_job_with_an_absolute_workspace(
     assert what == "job"
     assert (settings.seed, settings.training.epochs, settings.training.workers) == (1, 4, 2)
     assert settings.workspace == str(tmp_path / "here")
-    monkeypatch.setattr(storage, "check", checked.append)
+    for name in ("check", "check_writing"):
+        monkeypatch.setattr(storage, name, checked.append)
     assert run("workspace=s3://bucket/x/")[0][1].workspace == "s3://bucket/x"
-    assert checked == ["s3://bucket/x/"]  # asked before the job
+    assert checked == ["s3://bucket/x/"] * 2  # asked before the job, for reading and for writing
 
 
 def test_a_path_with_an_equals_sign_is_a_path(run: Run) -> None:

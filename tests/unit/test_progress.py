@@ -62,7 +62,7 @@ def test_a_driver_that_lives_is_heard_of_and_one_that_was_killed_falls_silent(
     (file,) = storage.list_files(str(tmp_path / "runs" / "progress"))
     facts = json.loads(storage.read_bytes(file.uri))
     old = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=progress.SILENT_S + 1)
-    storage.write_bytes(file.uri, json.dumps(facts | {"updated": old.isoformat()}).encode())
+    storage.write_bytes(file.uri, json.dumps(facts | {"updated": old.isoformat(), "finished": False}).encode())
     (seen,) = statuses(str(tmp_path))
     assert seen.state() == "silent"
 
