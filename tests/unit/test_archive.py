@@ -369,4 +369,4 @@ def test_reading_four_times_the_images_holds_no_more_memory(folder: Folder, monk
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert read == images
-    assert peaks[1] - peaks[0] < 32 * 12_000, "bytes of more images"
+    assert peaks[1] - peaks[0] < 1_000_000, "more than buffers: 12,000 rows take 18 MB"
