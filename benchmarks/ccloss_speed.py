@@ -1,10 +1,10 @@
-"""What the loss of an epoch costs over N embeddings: CCLoss against all pairs, and against pairs and triplets in a batch.
+"""What the loss of an epoch costs over N embeddings: CCLoss against all pairs, and pairs and triplets in a batch.
 
   python -m benchmarks.ccloss_speed
 
 Only the arithmetic of the losses, forward and backward to the embeddings, with the update of the centres for CCLoss: no
 network runs. D numbers an embedding, batches of B. All N^2 pairs are taken in blocks of rows, each pair once, as one
-process without a GPU can hold them; beyond the largest N that is measured they are extrapolated by their fitted exponent.
+process without a GPU can hold them; beyond the largest N that is measured they are extrapolated by a fitted exponent.
 
 Image passes are another matter, and arithmetic needs no clock for them: an epoch with CCLoss, or with pairs or
 triplets inside batches, passes each of N images once; a siamese network that is shown all pairs passes N (N - 1)
@@ -52,7 +52,7 @@ def ccloss_epoch(z_ND: Tensor, labels_NC: Tensor) -> None:
 
 
 def contrastive(z_AD: Tensor, labels_AC: Tensor, z_GD: Tensor, labels_GC: Tensor) -> Tensor:
-    """Contrastive loss (Hadsell et al. 2006) of every image of A with every one of G: alike where they share a finding."""
+    """Contrastive loss (Hadsell et al. 2006) of each image of A with each of G: alike where they share a finding."""
     squared_AG = torch.addmm((z_AD.square().sum(1)[:, None] + z_GD.square().sum(1)), z_AD, z_GD.T, alpha=-2.0).clamp(
         min=0
     )
