@@ -42,6 +42,7 @@ from cxr_retrieval.training.run import model_draft, require_trainable, told_of, 
 KIND = "sweep"
 METRIC = "value"  # validation mAP of an epoch's best embedding
 MODE = "max"
+REFUSED = "refused"  # in what a trial reports: why it cannot be run
 ENDED, BEGUN = "trial-", "point-"  # files of the ledger
 TRIAL = "trial"  # what a trial is given: its number in the sweep, and the settings to try
 TRIAL_CPUS = 0.05  # a trial only waits for its run, but Ray Tune knows none that takes nothing
@@ -260,7 +261,11 @@ def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
     """One trial. Its run is named by it, without a time: begun again, it goes on from its checkpoint."""
     number, point = config[TRIAL]
     settings = sweep.trial_settings(point)
-    require_trainable(settings, sweep.corpus)  # what no try will mend fails before workers start
+    try:
+        require_trainable(settings, sweep.corpus)
+    except UserError as error:  # no try will mend it: reported and not raised, so that Ray Tune makes no second one
+        tune.report({METRIC: 0.0, REFUSED: str(error)})
+        return
     run = sweep.run_name(number, point)
     # Not from within the trial's placement group: all that the run starts would be looked for in there, where there is
     # no room for it, and what gives an early-stopped trial's workers back would never start (Ray 2.60).
@@ -289,7 +294,7 @@ class _Ledger(tune.Callback):
         self._sweep, self._best = sweep, best
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._write(trial, None)
+        self._write(trial, (trial.last_result or {}).get(REFUSED))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._write(trial, _last_line(Path(trial.error_file).read_text()))

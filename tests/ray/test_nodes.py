@@ -40,17 +40,18 @@ TINY = [
     "index.shard_rows=16",
     "evaluation.draws=100",
     "search.queries=1",
+    "embedding.workers=2",
     "privacy.pseudonymise=false",
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head and two more nodes, a core each. A lost node is noticed in seconds, not in half a minute."""
+    """A head that offers no core, two nodes of one each. A lost node is noticed in seconds, not in half a minute."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("period_ms", 1000), ("timeout_ms", 2000), ("failure_threshold", 2)):
             patch.setenv(f"RAY_health_check_{name}", str(value))
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for _ in range(2):
             found.add_node(num_cpus=1)
         found.wait_for_nodes()
