@@ -21,7 +21,8 @@ from cxr_retrieval.progress import Progress
 from cxr_retrieval.report.advice import next_steps
 from cxr_retrieval.report.sweep import sweep_page
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training.sweep import Space, Sweep, checked_base, ended_trials, read_space, run_sweep
+from cxr_retrieval.training.space import Space, checked_base, read_space
+from cxr_retrieval.training.sweep import Sweep, ended_trials, run_sweep
 
 SWEEP_FILE, REPORT_FILE, BEST_FILE = "sweep.json", "sweep.html", "best.yaml"
 

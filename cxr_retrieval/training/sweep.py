@@ -1,4 +1,4 @@
-"""Searching settings: a space of them, trials that train with a small budget, and what they found, by Ray Tune.
+"""Searching settings: trials of a space that train with a small budget, and what they found, by Ray Tune.
 
 A trial is a Ray Train run with as many workers as the settings say; the trial itself only waits for it.
 
@@ -8,20 +8,15 @@ Tune's own state, stored when a driver is killed, may lack a trial that its sear
 
 import datetime
 import hashlib
-import itertools
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import ray
-import yaml
-from pydantic import Field, ValidationError, model_validator
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -31,13 +26,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Draft
-from cxr_retrieval.config import NAME, Section, Settings, TrainingSettings, settings_fields, with_values
+from cxr_retrieval.config import Settings, TrainingSettings, with_values
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.training.input import READ_CPUS
 from cxr_retrieval.training.loop import CURVE, PROGRESS_FILE
 from cxr_retrieval.training.run import model_draft, require_trainable, told_of, trainer_of
+from cxr_retrieval.training.space import Space, plain, trial_settings, value_of
 
 KIND = "sweep"
 METRIC = "value"  # validation mAP of an epoch's best embedding
@@ -46,134 +42,7 @@ REFUSED = "refused"  # in what a trial reports: why it cannot be run
 ENDED, BEGUN = "trial-", "point-"  # files of the ledger
 TRIAL = "trial"  # what a trial is given: its number in the sweep, and the settings to try
 TRIAL_CPUS = 0.05  # a trial only waits for its run, but Ray Tune knows none that takes nothing
-# Not to be searched: where things are, what a trial's corpus is, and what it takes of the cluster.
-FIXED = (
-    *("workspace", "model", "corpus.", "phantom.", "index.", "publish.", "search.", "privacy.", "evaluation."),
-    *("training.workers", "training.gpu", "training.cpus_per_worker"),  # how many trials fit is counted once
-)
-MOST_POINTS = 1024  # that are checked of a space that has more
 TRIAL_FAILURES = 1  # tries after a trial has failed: a node may be lost
-
-
-class Axis(Section):
-    """The values of one setting that a sweep looks at: exactly one of the four."""
-
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[float, float] | None = None
-    integers: tuple[int, int] | None = None
-    choice: list[Any] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> "Axis":
-        given = self.model_dump(exclude_none=True)
-        if len(given) != 1:
-            raise ValueError("give exactly one of uniform, log_uniform, integers, choice")
-        ((kind, value),) = given.items()
-        if kind == "choice":
-            if len(value) < 2:
-                raise ValueError("a choice needs two values or more")
-        elif not value[0] < value[1]:
-            raise ValueError(f"{kind} needs a lower and a higher bound, in this order")
-        elif kind == "log_uniform" and value[0] <= 0:
-            raise ValueError("log_uniform needs bounds above 0")
-        return self
-
-    @property
-    def extremes(self) -> list[Any]:
-        """The values that decide whether all of them are allowed: every choice, or both bounds."""
-        return list(self.choice or self.uniform or self.log_uniform or self.integers or ())
-
-    @property
-    def domain(self) -> Any:
-        """The axis as Ray Tune knows it."""
-        if self.choice is not None:
-            return tune.choice(self.choice)
-        if self.integers is not None:
-            return tune.randint(self.integers[0], self.integers[1] + 1)
-        if self.log_uniform is not None:
-            return tune.loguniform(*self.log_uniform)
-        assert self.uniform is not None
-        return tune.uniform(*self.uniform)
-
-    def facts(self, key: str, default: Any) -> dict[str, Any]:
-        """The axis as a report shows it."""
-        low, high = (None, None) if self.choice is not None else self.extremes
-        scale = "choice" if self.choice is not None else "log" if self.log_uniform is not None else "linear"
-        meaning = {name: field.description for name, field in settings_fields()}[key]
-        return {
-            "key": key,
-            "meaning": meaning,
-            "scale": scale,
-            "low": low,
-            "high": high,
-            "choices": self.choice,
-            "default": default,
-        }
-
-
-class Space(Section):
-    """A file of `tune_spaces/`: which settings are searched, how, and with what budget."""
-
-    name: str = Field(pattern=NAME, description="name of the sweep")
-    search: Literal["random", "grid", "optuna"] = Field("random", description="how points are chosen")
-    trials: int = Field(16, ge=1, le=10_000, description="points to try (random and optuna)")
-    epochs: int = Field(4, ge=1, description="training.epochs of a trial")
-    scheduler: Literal["asha", "none"] = Field("asha", description="asha: stop trials early that are behind")
-    grace_epochs: int = Field(1, ge=1, description="epochs that every trial gets (asha)")
-    reduction: int = Field(3, ge=2, description="one of so many trials goes on at every rung (asha)")
-    seed: int = Field(0, ge=0, description="seed of the points")
-    settings: dict[str, Any] = Field({}, description="settings that all trials share, and the best config has too")
-    space: dict[str, Axis] = Field(min_length=1, description="settings to search, each with its values")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Space":
-        if self.search == "grid" and any(axis.choice is None for axis in self.space.values()):
-            raise ValueError("search: grid needs a choice for every setting of the space")
-        if self.scheduler == "asha" and self.grace_epochs > self.epochs:
-            raise ValueError("grace_epochs is more than epochs")
-        for key in (*self.space, *self.settings):
-            if key.startswith(FIXED):
-                raise ValueError(f"{key} cannot be searched: a sweep looks at how a model is trained")
-        if "training.epochs" in {*self.space, *self.settings}:
-            raise ValueError("training.epochs is the budget: set epochs")
-        return self
-
-    @property
-    def count(self) -> int:
-        """How many trials there are to run."""
-        return (
-            math.prod(len(axis.choice or ()) for axis in self.space.values()) if self.search == "grid" else self.trials
-        )
-
-    def points(self) -> list[dict[str, Any]]:
-        """The points of a random or grid search, in their order; the same ones every time."""
-        if self.search == "grid":
-            combinations = itertools.product(*(axis.choice or () for axis in self.space.values()))
-            return [dict(zip(self.space, values, strict=True)) for values in combinations]
-        state = np.random.RandomState(self.seed)
-        return [
-            {key: _plain(axis.domain.sample(random_state=state)) for key, axis in self.space.items()}
-            for _ in range(self.trials)
-        ]
-
-
-def read_space(file: str) -> Space:
-    """A space from its YAML file. Raises UserError, one line, for whatever is wrong with it."""
-    try:
-        tree = yaml.safe_load(storage.read_bytes(file))
-    except FileNotFoundError:
-        raise UserError(f"tune space {file} does not exist") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"tune space {file} cannot be read: {' '.join(str(error).split())}") from None
-    try:
-        return Space.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"tune space {file}: {where + ': ' if where else ''}{message[0].lower()}{message[1:]}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -207,30 +76,11 @@ class Sweep:
 
     def trial_settings(self, point: Mapping[str, Any]) -> Settings:
         """The settings of one trial: the base, the point, the small budget."""
-        return _trial_settings(self.base, self.space, self.file, point)
+        return trial_settings(self.base, self.space, self.file, point)
 
     def best_settings(self, point: Mapping[str, Any]) -> Settings:
         """What to train at full length: the base with the point."""
         return with_values(self.base, point, self.file)
-
-
-def checked_base(space: Space, file: str, settings: Settings) -> Settings:
-    """The settings that all trials share, once every setting that the space can give has been checked.
-
-    Rules between settings too: all points of a grid or a random search, as many drawn ones where Optuna will choose,
-    and the corners of the space, as far as they can be counted. Raises UserError for the first that is refused.
-    """
-    base = with_values(settings, space.settings, file)
-    drawn = space.model_copy(update={"trials": MOST_POINTS}) if space.search == "optuna" else space
-    corners = itertools.product(*(axis.extremes for axis in space.space.values()))
-    points = (dict(zip(space.space, corner, strict=True)) for corner in itertools.islice(corners, MOST_POINTS))
-    for point in itertools.chain(points, drawn.points()):
-        _trial_settings(base, space, file, point)
-    return base
-
-
-def _trial_settings(base: Settings, space: Space, file: str, point: Mapping[str, Any]) -> Settings:
-    return with_values(base, {**point, "training.epochs": space.epochs}, file)
 
 
 def trials_at_once(training: TrainingSettings, cpus: float, gpus: float) -> int:
@@ -416,7 +266,7 @@ class _Optuna(OptunaSearch):
             study.enqueue_trial(self._begun[number])
         suggested = super().suggest(trial_id)
         assert suggested is not None, "Optuna always has one more point"
-        point = {key: _plain(value) for key, value in suggested.items()}
+        point = {key: plain(value) for key, value in suggested.items()}
         storage.write_bytes(storage.join(self._sweep.folder, f"{BEGUN}{number:05d}.json"), json.dumps(point).encode())
         return {TRIAL: (number, point)}
 
@@ -488,18 +338,5 @@ def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def value_of(settings: Settings, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = settings
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def _last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2].strip()[:300]
-
-
-def _plain(value: Any) -> Any:
-    """A sampled value as YAML and JSON write it."""
-    return value.item() if isinstance(value, np.generic) else value

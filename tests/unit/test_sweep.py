@@ -14,7 +14,8 @@ from cxr_retrieval import storage
 from cxr_retrieval.config import Settings, TrainingSettings, load_settings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.training import sweep
-from cxr_retrieval.training.sweep import Axis, Space, read_space, trials_at_once
+from cxr_retrieval.training.space import Axis, Space, checked_base, read_space
+from cxr_retrieval.training.sweep import trials_at_once
 
 SPACES = sorted((Path(__file__).parents[2] / "tune_spaces").glob("*.yaml"))
 CENTRE = {"losses.centre_rate": {"log_uniform": [0.01, 0.5]}}
@@ -212,4 +213,4 @@ def test_points_that_optuna_may_choose_are_checked_before_anything_starts() -> N
     )
     settings = load_settings((), ["training.batch_size=16"])
     with pytest.raises(UserError, match=r"training\.batch_size"):  # lanes of 2 and 8 are its corners, and fit
-        sweep.checked_base(space, "space.yaml", settings)
+        checked_base(space, "space.yaml", settings)
