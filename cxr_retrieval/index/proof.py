@@ -68,8 +68,12 @@ def _queries(shards: Shards, count: int) -> tuple[np.ndarray, list[tuple[int, in
     held_out = [shards.sidecar(number, ["held_out"])["held_out"].to_numpy() for number in range(len(shards.shards))]
     if not any(mask.any() for mask in held_out):
         held_out = [np.ones_like(mask) for mask in held_out]
-    places = [(number, int(row)) for number, mask in enumerate(held_out) for row in np.flatnonzero(mask)]
-    chosen = [places[index] for index in np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)]
+    ends = np.cumsum([mask.sum() for mask in held_out])
+    chosen: list[tuple[int, int]] = []
+    for place in np.linspace(0, ends[-1] - 1, min(count, ends[-1])).astype(int):
+        shard = int(np.searchsorted(ends, place, side="right"))
+        rows = np.flatnonzero(held_out[shard])
+        chosen.append((shard, int(rows[place - (ends[shard] - len(rows))])))
     vectors = np.stack([shards.shards[number].rows_ND[row] for number, row in chosen]).astype(np.float32)
     return vectors, chosen
 
@@ -83,11 +87,16 @@ def _without_own(found: list[list[Found]], places: Sequence[tuple[int, int]]) ->
 
 def _nearest_others(shards: Shards, found: list[list[Found]], places: Sequence[tuple[int, int]]) -> list[float]:
     """Distance of each query's nearest image of another patient, where the nearest images hold one."""
-    patients = [shards.sidecar(number, ["patient"])["patient"] for number in range(len(shards.shards))]
+    wanted: dict[int, set[int]] = {}
+    for shard, row in [*places, *((hit.shard, hit.row) for hits in found for hit in hits)]:
+        wanted.setdefault(shard, set()).add(row)
+    patients: dict[tuple[int, int], str] = {}
+    for shard, rows in wanted.items():
+        column = shards.sidecar(shard, ["patient"])["patient"]
+        patients |= {(shard, row): column[row].as_py() for row in rows}
     nearest = []
-    for hits, (shard, row) in zip(found, places, strict=True):
-        own = patients[shard][row].as_py()
-        others = (hit.distance for hit in hits if patients[hit.shard][hit.row].as_py() != own)
+    for hits, place in zip(found, places, strict=True):
+        others = (hit.distance for hit in hits if patients[hit.shard, hit.row] != patients[place])
         first = next(others, None)
         if first is not None:
             nearest.append(first)

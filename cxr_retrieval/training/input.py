@@ -48,12 +48,14 @@ class WorkerInput:
         if not windows:
             return  # a run that goes on after its last epoch
         stretches = [windows[start : start + WINDOWS_AT_ONCE] for start in range(0, len(windows), WINDOWS_AT_ONCE)]
+        # Places are 12 bytes a row of the corpus: once into the object store, not with every stretch to every task.
+        read = _Reader(self.corpus, ray.put(self.places), self.order, self.rank, self.workers)
         with ThreadPoolExecutor(1, thread_name_prefix="input") as ahead:
-            waiting: list[Future[list[Any]]] = [ahead.submit(self._materialise, stretch) for stretch in stretches[:1]]
+            waiting: list[Future[list[Any]]] = [ahead.submit(_materialise, stretch, read) for stretch in stretches[:1]]
             for following in [*stretches[1:], None]:
                 blocks = waiting.pop().result()
                 if following:
-                    waiting.append(ahead.submit(self._materialise, following))
+                    waiting.append(ahead.submit(_materialise, following, read))
                 while blocks:  # each block is let go as soon as it has been used
                     table = ray.get(blocks.pop(0))
                     storage.add_retries(int((table.schema.metadata or {}).get(RETRIES, 0)))
@@ -62,28 +64,41 @@ class WorkerInput:
                     for start in range(0, len(labels), rows):
                         yield Batch(pixels[start : start + rows], labels[start : start + rows])
 
-    def _materialise(self, windows: list[tuple[int, int, int]]) -> list[Any]:
-        """References to the tables of some windows, in order."""
-        context = ray.data.DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        context.target_max_block_size = None  # Ray would cut a large block between the images of a step
-        items = [{"epoch": epoch, "first": first, "last": last} for epoch, first, last in windows]
-        with ray.data.DataContext.current(context):
-            read: Any = self._read  # Ray's types do not know that a table may come out
-            blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                read,
-                batch_size=1,
-                batch_format="numpy",
-                zero_copy_batch=True,
-                num_cpus=READ_CPUS,
-            )
-            references: list[Any] = blocks.materialize().to_arrow_refs()
-        return references
 
-    def _read(self, item: dict[str, np.ndarray]) -> pa.Table:
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the rows of one worker in one window. Runs in Ray Data tasks."""
+
+    corpus: Corpus
+    places: Any
+    """Reference to the places of all rows."""
+    order: Order
+    rank: int
+    workers: int
+
+    def __call__(self, item: dict[str, np.ndarray]) -> pa.Table:
         epoch, first, last = (int(item[name][0]) for name in ("epoch", "first", "last"))
         rows = self.order.worker_rows(epoch, first, last, self.rank, self.workers).reshape(-1)
         before = storage.retries()
-        table = self.corpus.take(self.places[rows], COLUMNS)
+        table = self.corpus.take(ray.get(self.places)[rows], COLUMNS)
         return table.replace_schema_metadata({RETRIES: str(storage.retries() - before)})
+
+
+def _materialise(windows: list[tuple[int, int, int]], read: _Reader) -> list[Any]:
+    """References to the tables of some windows, in order."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = None  # Ray would cut a large block between the images of a step
+    items = [{"epoch": epoch, "first": first, "last": last} for epoch, first, last in windows]
+    with ray.data.DataContext.current(context):
+        reading: Any = read  # Ray's types do not know that a table may come out
+        blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            reading,
+            batch_size=1,
+            batch_format="numpy",
+            zero_copy_batch=True,
+            num_cpus=READ_CPUS,
+        )
+        references: list[Any] = blocks.materialize().to_arrow_refs()
+    return references

@@ -11,9 +11,10 @@ import yaml
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import load_settings
-from tests import commands, processes
+from tests import commands, processes, proxy
 from tests.commands import done, job
 from tests.processes import wait_until
+from tests.proxy import FaultProxy
 
 TINY = [
     *commands.TINY,
@@ -62,7 +63,7 @@ def given_back(cpus: float) -> bool:
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_sweep_that_is_killed_goes_on_survives_trials_that_fail_and_stops_one_early(
-    phantom_archive: Path, tmp_path: Path, s3: str
+    phantom_archive: Path, tmp_path: Path, s3: str, faults: FaultProxy
 ) -> None:
     workspace, log = f"{s3}/workspace", tmp_path / "log"
     words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
@@ -82,8 +83,15 @@ def test_a_sweep_that_is_killed_goes_on_survives_trials_that_fail_and_stops_one_
     assert not stored(f"{workspace}/reports", "/manifest.json")
     assert given_back(free), "a killed sweep keeps nothing of the cluster"
 
+    # What training workers read is asked for again, and counted where the sweep was started.
+    faults.inject(
+        proxy.SLOW, 4, lambda method, path: method == "GET" and path.partition("?")[0].endswith("rows.parquet")
+    )
     printed = job(*command)
     assert printed.code == 0, printed.err
+    sent_again = re.search(r"storage: (\d+) requests were sent again", printed.err)
+    assert sent_again, printed.err
+    assert int(sent_again[1]) >= 4
     (manifest,) = stored(f"{workspace}/reports/sweeps", "/manifest.json")
     folder = storage.parent(manifest)
     facts = json.loads(storage.read_bytes(f"{folder}/sweep.json"))
