@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import optuna
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
@@ -211,20 +212,20 @@ def _tuner(sweep: Sweep, before: Mapping[int, dict[str, Any]], at_once: int) -> 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # what they would write is in the ledger
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ray Tune would return a sweep that was stopped as if it had ended
-    optuna = space.search == "optuna"
-    points = [] if optuna else space.points()
+    chosen = space.search == "optuna"
+    points = [] if chosen else space.points()
     return tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_run_trial, sweep=sweep, beside=min(at_once, len(left)) - 1), {"CPU": TRIAL_CPUS}
         ),
         param_space={key: axis.domain for key, axis in space.space.items()}
-        if optuna
+        if chosen
         else {TRIAL: tune.grid_search([(number, points[number]) for number in left])},
         tune_config=tune.TuneConfig(
-            num_samples=len(left) if optuna else 1,
+            num_samples=len(left) if chosen else 1,
             max_concurrent_trials=at_once,
             scheduler=_scheduler(space, before.values()),
-            search_alg=_Optuna(sweep, before, left) if optuna else None,
+            search_alg=_Optuna(sweep, before, left) if chosen else None,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -246,6 +247,7 @@ class _Optuna(OptunaSearch):
     """
 
     def __init__(self, sweep: Sweep, before: Mapping[int, dict[str, Any]], left: Sequence[int]) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = sweep.space
         known = [trial for trial in before.values() if trial["value"] is not None]
         super().__init__(
