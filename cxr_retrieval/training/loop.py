@@ -45,6 +45,7 @@ from cxr_retrieval.training.order import Order, group_rows
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
 CURVE = "curve"  # in what an epoch reports: a point for every epoch so far, also for those before a restart
 logger = logging.getLogger(__name__)
+LABELS_AT_ONCE = 65_536
 VALIDATION_IMAGES = 20_000  # at most, evenly drawn, that epochs are compared by
 CENTRING_IMAGES = 20_000  # the training mean is taken over at most so many images
 PROGRESS_EVERY_S = 2.0
@@ -112,7 +113,7 @@ class Worker:
         self.network = network
         self.averaged = AveragedModel(network, multi_avg_fn=running_average(training.averaging), use_buffers=True)
         self.optimizer = _optimizer(self.model, training.learning_rate, training.weight_decay)
-        labels = torch.as_tensor(labels_of(self.corpus.take(self.places, ["findings", "unknown"])))
+        labels = torch.as_tensor(np.concatenate([*self._labels()]))
         steps = self.settings.network.steps
         self.objective = Objective.build(self.settings.losses, labels, steps, training.shallow_share, self.device)
         self.centres = Centres(
@@ -125,6 +126,12 @@ class Worker:
         )
         self.state = RunState()
         self._restore()
+
+    def _labels(self) -> Iterator[np.ndarray]:
+        """Labels of all training rows, int8 [N, C], some at a time: as text they are twenty times as large."""
+        for start in range(0, len(self.places), LABELS_AT_ONCE):
+            places = self.places[start : start + LABELS_AT_ONCE]
+            yield labels_of(self.corpus.take(places, ["findings", "unknown"]))
 
     def run(self) -> None:
         if self.state.final is not None:  # killed after the last report: the checkpoint holds everything
