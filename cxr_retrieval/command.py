@@ -3,13 +3,12 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from cxr_retrieval import config, console, storage
 from cxr_retrieval.config import Settings
-from cxr_retrieval.errors import UserError
+from cxr_retrieval.errors import UserError, user_error_in
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job, and for no other
 
@@ -25,14 +24,14 @@ def run(
     *,
     words: str | None = None,
     on_cluster: bool = True,
-    writes: bool = True,
+    writes: Sequence[str] = ("workspace",),
     implied: Callable[[argparse.Namespace], list[str]] | None = None,
 ) -> None:
     """Parse the command line, then run `job` (or `plan` under --plan). Ends the process with its exit status.
 
     `words` names what may stand on the command line beside settings (it arrives as `options.rest`); `implied` turns a
     job's own options into settings. Places that the settings name are looked at first, unless the job needs no cluster,
-    and a job that `writes` tries to.
+    and written to where the job `writes` to them.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
@@ -69,10 +68,10 @@ def run(
         if on_cluster:
             for uri in places.values():
                 storage.check(uri)
-        if on_cluster and writes and not options.plan:
-            for key in config.WRITTEN:
+        if on_cluster and not options.plan:
+            for key in writes:
                 if key in places:
-                    storage.check_writing(places[key])
+                    storage.check_writing(storage.join(places[key], config.WRITTEN[key]))
         (plan if options.plan else job)(settings, options)
     except KeyboardInterrupt:
         console.say("stopped; run the same command again to go on")
@@ -111,21 +110,3 @@ def settings_help() -> str:
         )
         lines.append(f"      {field.description}")
     return "\n".join(lines).replace("%", "%%")
-
-
-def user_error_in(error: BaseException | None) -> UserError | None:
-    """The UserError that an exception is or was caused by, also through Ray's wrappers; None if it is a bug."""
-    seen: set[int] = set()
-    waiting: list[Any] = [error]
-    while waiting:
-        current = waiting.pop()
-        if not isinstance(current, BaseException) or id(current) in seen:
-            continue
-        seen.add(id(current))
-        inner = getattr(current, "cause", None)  # where Ray's wrappers keep it
-        if isinstance(current, UserError) and inner is None:
-            return current
-        # Ray's double of a UserError has a traceback for its text: its cause is what to show.
-        waiting += [current.__cause__, inner]
-        waiting += list(getattr(current, "worker_failures", {}).values())
-    return None

@@ -274,7 +274,8 @@ def with_values(settings: Settings, values: Mapping[str, Any], origin: str) -> S
     return validate(known | {key: (value, origin) for key, value in values.items()})
 
 
-WRITTEN = ("workspace", "phantom.out", "publish.to")  # of the places, those that a job writes to
+# Of the places, those that are written to, each with a folder in it that every writer has a right to.
+WRITTEN = {"workspace": "runs", "phantom.out": "images", "publish.to": "objects"}
 
 
 def places(settings: Settings) -> dict[str, str]:

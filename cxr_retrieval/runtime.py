@@ -29,7 +29,7 @@ def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int
 
     Raises UserError with the numbers. Ray must be running.
     """
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_cpus()
     found = ray.cluster_resources().get("GPU", 0.0)
     if not leaves_room(nodes, workers, cpus_per_worker, reading):
         raise UserError(
@@ -41,6 +41,11 @@ def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int
         raise UserError(
             f"training.workers={workers} want a GPU each, and the cluster has {found:g}: lower training.workers"
         )
+
+
+def nodes_cpus() -> list[float]:
+    """The CPUs of every node that is alive. Ray must be running."""
+    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
 def leaves_room(nodes: Sequence[float], workers: int, cpus_per_worker: float, reading: float) -> bool:

@@ -52,7 +52,7 @@ def check(uri: str) -> None:
     bucket, key = _bucket_key(uri)
     with explained(uri):
         try:
-            answer = client(CHECK_TRIES).list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+            answer = _persistently(partial(client(CHECK_TRIES).list_objects_v2, Bucket=bucket, Prefix=key, MaxKeys=1))
             _check_region(uri, answer)
             filesystem(CHECK_TRIES).get_file_info(bucket)  # bulk reads find their credentials another way
         except botocore.exceptions.ClientError as error:
@@ -74,7 +74,7 @@ def exists(uri: str) -> bool:
     try:
         with explained(uri):
             try:
-                client().head_object(Bucket=bucket, Key=key)
+                _persistently(partial(client().head_object, Bucket=bucket, Key=key))
             except botocore.exceptions.ClientError as error:
                 if _code(error) != "404":
                     check(uri)  # the answer to a HEAD has no text: this one tells what is wrong

@@ -74,10 +74,10 @@ def check(uri: str) -> None:
 
 
 def check_writing(uri: str) -> None:
-    """Write an empty file that no listing shows under `uri`, where that is object storage: a right that is missing is
-    known before the work. Raises UserError with the remedy."""
+    """Write an empty file that no listing shows into the folder `uri`, where that is object storage: a right that is
+    missing is known before the work. Raises UserError with the remedy."""
     if is_s3(uri):
-        write_bytes(join(canonical(uri), "runs", ".may-write"), b"")
+        write_bytes(join(canonical(uri), ".may-write"), b"")
 
 
 def retries() -> int:

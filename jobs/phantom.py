@@ -47,4 +47,4 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command.run("phantom", __doc__, run, plan, arguments, implied=implied)
+    command.run("phantom", __doc__, run, plan, arguments, implied=implied, writes=["phantom.out"])

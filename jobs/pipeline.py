@@ -36,6 +36,7 @@ from jobs.publish import destination, published_build
 from jobs.search import gallery, read_query
 
 SUMMARY_FILE = "summary.json"
+QUERY_IMAGES = 10_000  # among which the queries of the gallery are chosen
 
 
 @dataclass
@@ -122,8 +123,8 @@ def _search(settings: Settings, corpus: Corpus, reference: str) -> tuple[str, in
 
 
 def query_images(corpus: Corpus, split: str, count: int) -> list[str]:
-    """Sources of `count` images of a split, chosen so that they show as many findings as they can, a patient once."""
-    table = corpus.take(corpus.places(split), ["source_uri", "patient_id", "findings", "unknown"])
+    """Sources of `count` images of a split, among its first ones: so that they show many findings, a patient once."""
+    table = corpus.take(corpus.places(split)[:QUERY_IMAGES], ["source_uri", "patient_id", "findings", "unknown"])
     labels = labels_of(table) == 1
     patients = np.asarray(table["patient_id"].to_pylist(), dtype=object)
     free = labels.any(1)
@@ -177,4 +178,4 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command.run("pipeline", __doc__, run, plan)
+    command.run("pipeline", __doc__, run, plan, writes=["workspace", "publish.to"])

@@ -61,4 +61,4 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command.run("publish", __doc__, run, plan)
+    command.run("publish", __doc__, run, plan, writes=["workspace", "publish.to"])

@@ -69,4 +69,4 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command.run("status", __doc__, run, plan, arguments, writes=False)
+    command.run("status", __doc__, run, plan, arguments, writes=())

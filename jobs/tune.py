@@ -21,7 +21,7 @@ from cxr_retrieval.progress import Progress
 from cxr_retrieval.report.advice import next_steps
 from cxr_retrieval.report.sweep import sweep_page
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training.space import Space, checked_base, read_space
+from cxr_retrieval.training.space import MOST_TRIALS, Space, checked_base, read_space
 from cxr_retrieval.training.sweep import Sweep, ended_trials, run_sweep
 
 SWEEP_FILE, REPORT_FILE, BEST_FILE = "sweep.json", "sweep.html", "best.yaml"
@@ -48,8 +48,10 @@ def chosen_space(options: argparse.Namespace) -> Space:
     space = read_space(options.space)
     if options.trials is None:
         return space
-    if space.search == "grid" or options.trials < 1:
-        raise UserError(f"--trials={options.trials}: a number above 0, and not for a grid, which has its own")
+    if space.search == "grid" or not 1 <= options.trials <= MOST_TRIALS:
+        raise UserError(
+            f"--trials={options.trials}: a number from 1 to {MOST_TRIALS:,}, and not for a grid, which has its own"
+        )
     return space.model_copy(update={"trials": options.trials})
 
 

@@ -111,7 +111,12 @@ def build_index(
     collisions = find_collisions(source, pseudonyms)
     quantizer = ray.put(_train_quantizer(plan, source, model))
     build = ray.remote(max_retries=3)(_build_shard)
-    waiting = [build.remote(draft, shard, plan, source, pseudonyms, collisions, quantizer) for shard in plan.shards]
+    waiting = [
+        build.options(memory=_shard_bytes(shard, plan)).remote(
+            draft, shard, plan, source, pseudonyms, collisions, quantizer
+        )
+        for shard in plan.shards
+    ]
     results: list[_Built] = []
     with Progress.of(workspace, draft, "index", rows, "rows") as progress:
         while waiting:
@@ -133,6 +138,11 @@ def build_index(
         return draft.finish(
             files, counts, [ADDS_UP], recall=proof.recall, shards=len(plan.shards), factory=plan.factory
         ), True
+
+
+def _shard_bytes(shard: Shard, plan: IndexPlan) -> int:
+    """About the memory that building a shard takes: its vectors three times over, thumbnails and sidecar."""
+    return (shard.stop - shard.start) * (10 * plan.dimensions + 16_000)
 
 
 def _facts(plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms, rows: int) -> dict[str, Any]:

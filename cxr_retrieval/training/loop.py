@@ -33,6 +33,7 @@ from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import TRAIN, VALIDATION
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
+from cxr_retrieval.evaluation.tables import chance_levels
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
 from cxr_retrieval.network.progressive import Output, embeddings, jigsaw, uncentred
@@ -199,12 +200,16 @@ class Worker:
             self.centres.drop()
             self.skipped += 1
             if self.skipped > SKIPPED_LIMIT:
-                raise FloatingPointError(
-                    f"no finite gradient in {self.skipped} steps in a row, at step {self.state.step}"
-                )
+                raise self._not_finite(f"no finite gradient in {self.skipped} steps in a row")
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         return sums
+
+    def _not_finite(self, what: str) -> UserError:
+        return UserError(
+            f"{what}, at step {self.state.step:,} of {self.total_steps:,}: lower training.learning_rate, or look at"
+            " network.weights; run again, it goes on from the last good checkpoint"
+        )
 
     def _batches(self) -> Iterator[Batch]:
         """This worker's micro-batches from the current step to the last epoch's end."""
@@ -233,6 +238,8 @@ class Worker:
     def _end_epoch(self, epoch: int, record: dict[str, Any]) -> None:
         self._share_buffers()
         vectors, labels, patients = self._validation_vectors(None)
+        if not all(value.isfinite().all() for value in vectors.values()):
+            raise self._not_finite("validation embeddings are no numbers")
         figures = _figures(vectors, labels, patients)
         record |= {"epoch": epoch, "validation": {name: _headline(figure) for name, figure in figures.items()}}
         record["centre_cosine"] = [table.mean_cosine for table in self.centres.geometry()]
@@ -378,12 +385,13 @@ def _write_told(uri: str, facts: bytes) -> None:
 
 
 def curve_point(record: Mapping[str, Any]) -> dict[str, float]:
-    """An epoch's place in the learning curve: epochs from 1, validation mAP of its best embedding in 0 to 1."""
+    """An epoch's place in the learning curve: epochs from 1; validation mAP of its best embedding, and of chance."""
     return {
         "epoch": record["epoch"] + 1,
         "value": max(figures["map"] for figures in record["validation"].values()),
         "loss": record["loss"],
         "centre_cosine": sum(record["centre_cosine"]) / len(record["centre_cosine"]),
+        "chance": max(figures["chance_map"] for figures in record["validation"].values()),
     }
 
 
@@ -453,9 +461,10 @@ def _figures(vectors: Mapping[str, Tensor], labels: Tensor, patients: Tensor) ->
 def _headline(figures: QueryFigures) -> dict[str, float]:
     """The figures that a log line and the choice need, in 0 to 1; 0 where no query counts."""
     if len(figures.ap) == 0:
-        return {"map": 0.0, "recall_at_8": 0.0, "precision_at_8": 0.0}
+        return {"map": 0.0, "recall_at_8": 0.0, "precision_at_8": 0.0, "chance_map": 0.0}
     return {
         "map": float(figures.ap.mean()),
         "recall_at_8": float(figures.recall[:, -1].mean()),
         "precision_at_8": float(figures.precision[:, -1].mean()),
+        "chance_map": float(chance_levels(figures).ap.mean()),
     }

@@ -16,9 +16,11 @@ from cxr_retrieval.errors import UserError
 
 # Not to be searched: where things are, what a trial's corpus is, and what it takes of the cluster.
 FIXED = (
-    *("workspace", "model", "corpus.", "phantom.", "index.", "publish.", "search.", "privacy.", "evaluation."),
+    *("workspace", "model", "corpus.", "phantom.", "index.", "publish.", "search.", "privacy."),
+    *("embedding.", "evaluation."),
     *("training.workers", "training.gpu", "training.cpus_per_worker"),  # how many trials fit is counted once
 )
+MOST_TRIALS = 10_000
 MOST_POINTS = 1024  # that are checked of a space that has more
 
 
@@ -83,7 +85,7 @@ class Space(Section):
 
     name: str = Field(pattern=NAME, description="name of the sweep")
     search: Literal["random", "grid", "optuna"] = Field("random", description="how points are chosen")
-    trials: int = Field(16, ge=1, le=10_000, description="points to try (random and optuna)")
+    trials: int = Field(16, ge=1, le=MOST_TRIALS, description="points to try (random and optuna)")
     epochs: int = Field(4, ge=1, description="training.epochs of a trial")
     scheduler: Literal["asha", "none"] = Field("asha", description="asha: stop trials early that are behind")
     grace_epochs: int = Field(1, ge=1, description="epochs that every trial gets (asha)")
@@ -96,6 +98,8 @@ class Space(Section):
     def _consistent(self) -> "Space":
         if self.search == "grid" and any(axis.choice is None for axis in self.space.values()):
             raise ValueError("search: grid needs a choice for every setting of the space")
+        if self.count > MOST_TRIALS:
+            raise ValueError(f"a grid of {self.count:,} points is more than {MOST_TRIALS:,}")
         if self.scheduler == "asha" and self.grace_epochs > self.epochs:
             raise ValueError("grace_epochs is more than epochs")
         for key in (*self.space, *self.settings):

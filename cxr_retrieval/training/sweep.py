@@ -9,9 +9,11 @@ Tune's own state, stored when a driver is killed, may lack a trial that its sear
 import datetime
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -29,8 +31,9 @@ from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.config import Settings, TrainingSettings, with_values
 from cxr_retrieval.corpus.reading import Corpus
-from cxr_retrieval.errors import UserError
+from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.progress import Progress
+from cxr_retrieval.runtime import leaves_room, nodes_cpus
 from cxr_retrieval.training.input import READ_CPUS
 from cxr_retrieval.training.loop import CURVE, PROGRESS_FILE
 from cxr_retrieval.training.run import model_draft, require_trainable, told_of, trainer_of
@@ -55,7 +58,7 @@ class Sweep:
     base: Settings
     corpus: Corpus
 
-    @property
+    @cached_property
     def draft(self) -> Draft:
         shaping = dict(model_draft(self.base, self.corpus).settings) | {"space": self.space.model_dump(mode="json")}
         folder = storage.join(self.base.workspace, "reports", "sweeps")
@@ -84,16 +87,23 @@ class Sweep:
         return with_values(self.base, point, self.file)
 
 
-def trials_at_once(training: TrainingSettings, cpus: float, gpus: float) -> int:
-    """How many trials the cluster holds: each with its workers and one reading task. Raises UserError for none."""
-    fit = int((cpus + 1e-9) / (training.workers * training.cpus_per_worker + READ_CPUS + TRIAL_CPUS))
+def trials_at_once(training: TrainingSettings, nodes: Sequence[float], gpus: float) -> int:
+    """How many trials the cluster holds: each with its workers and one reading task. Raises UserError for none.
+
+    `nodes`: the CPUs of each. However the workers come to lie, a node has to be left that can read for them.
+    """
+    beside = READ_CPUS + TRIAL_CPUS
+    fit = int((sum(nodes) + 1e-9) / (training.workers * training.cpus_per_worker + beside))
     if training.gpu:
         fit = min(fit, int(gpus / training.workers))
+    while fit and not leaves_room(nodes, fit * training.workers, training.cpus_per_worker, beside):
+        fit -= 1
     if fit == 0:
         raise UserError(
             f"a trial with training.workers={training.workers}, training.cpus_per_worker={training.cpus_per_worker:g},"
-            f" training.gpu={str(training.gpu).lower()} does not fit {cpus:g} CPUs and {gpus:g} GPUs, of which its"
-            f" reading takes {READ_CPUS:g} CPUs: lower one of them"
+            f" training.gpu={str(training.gpu).lower()} does not fit the cluster (CPUs of the nodes:"
+            f" {', '.join(f'{cpus:g}' for cpus in nodes)}; {gpus:g} GPUs), of which its reading takes {READ_CPUS:g}"
+            " CPUs: lower one of them"
         )
     return fit
 
@@ -112,11 +122,6 @@ def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
     """One trial. Its run is named by it, without a time: begun again, it goes on from its checkpoint."""
     number, point = config[TRIAL]
     settings = sweep.trial_settings(point)
-    try:
-        require_trainable(settings, sweep.corpus)
-    except UserError as error:  # no try will mend it: reported and not raised, so that Ray Tune makes no second one
-        tune.report({METRIC: 0.0, REFUSED: str(error)})
-        return
     run = sweep.run_name(number, point)
     # Not from within the trial's placement group: all that the run starts would be looked for in there, where there is
     # no room for it, and what gives an early-stopped trial's workers back would never start (Ray 2.60).
@@ -125,7 +130,15 @@ def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
     # What gives the workers back asks the cluster by its address, and without one asks whichever Ray began last.
     address = {"env_vars": {"RAY_ADDRESS": here.gcs_address}}
     fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(scheduling_strategy=outside, runtime_env=address)
-    ray.get(fit.remote(settings, sweep.corpus, run, beside, _EpochReport()))
+    try:
+        require_trainable(settings, sweep.corpus)
+        ray.get(fit.remote(settings, sweep.corpus, run, beside, _EpochReport()))
+    except Exception as error:
+        mendable = user_error_in(error)
+        if mendable is None:
+            raise
+        # No other try will mend it: reported and not raised, so that Ray Tune makes none.
+        tune.report({METRIC: 0.0, REFUSED: str(mendable)})
 
 
 def _fit(settings: Settings, corpus: Corpus, run: str, beside: int, report: _EpochReport) -> None:
@@ -152,8 +165,8 @@ class _Ledger(tune.Callback):
 
     def _write(self, trial: Trial, error: str | None) -> None:
         facts = _trial(self._sweep, trial.config, trial.last_result or {}, error)
-        storage.add_retries(told_of(self._sweep.progress_uri(*trial.config[TRIAL])).get("retries", 0))
         try:
+            storage.add_retries(told_of(self._sweep.progress_uri(*trial.config[TRIAL])).get("retries", 0))
             storage.write_bytes(_ledger_file(self._sweep, facts["id"]), json.dumps(facts, indent=1).encode())
         except UserError as unwritten:  # raised here, Ray Tune would take it for a failure of the trial
             console.say(f"trial {facts['id']} is not written down: {unwritten}")
@@ -191,8 +204,7 @@ def run_sweep(sweep: Sweep, before: Mapping[int, dict[str, Any]], progress: Prog
     Ray must be running. Raises UserError where no trial fits the cluster or nothing can be trained on the corpus.
     """
     require_trainable(sweep.base, sweep.corpus)
-    resources = ray.cluster_resources()
-    at_once = trials_at_once(sweep.base.training, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+    at_once = trials_at_once(sweep.base.training, nodes_cpus(), ray.cluster_resources().get("GPU", 0.0))
     _Ledger.progress = progress
     if len(before) < sweep.space.count:
         _tuner(sweep, before, at_once).fit()
@@ -207,6 +219,7 @@ def run_sweep(sweep: Sweep, before: Mapping[int, dict[str, Any]], progress: Prog
 def _tuner(sweep: Sweep, before: Mapping[int, dict[str, Any]], at_once: int) -> tune.Tuner:
     """The rest of a sweep, of which `before` has ended."""
     space, left = sweep.space, [number for number in range(sweep.space.count) if number not in before]
+    on_a_node = math.ceil(min(at_once, len(left)) / len(nodes_cpus()))  # trials whose workers share its cores
     filesystem, folder = storage.filesystem(sweep.folder)
     best = max((trial["value"] or 0.0 for trial in before.values()), default=0.0)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -215,9 +228,7 @@ def _tuner(sweep: Sweep, before: Mapping[int, dict[str, Any]], at_once: int) -> 
     chosen = space.search == "optuna"
     points = [] if chosen else space.points()
     return tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(_run_trial, sweep=sweep, beside=min(at_once, len(left)) - 1), {"CPU": TRIAL_CPUS}
-        ),
+        tune.with_resources(tune.with_parameters(_run_trial, sweep=sweep, beside=on_a_node - 1), {"CPU": TRIAL_CPUS}),
         param_space={key: axis.domain for key, axis in space.space.items()}
         if chosen
         else {TRIAL: tune.grid_search([(number, points[number]) for number in left])},
@@ -333,7 +344,7 @@ def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "corpus": sweep.corpus.artifact.input_id,
         "train_images": manifest["splits"]["train"]["images"],
         "validation_images": manifest["splits"]["validation"]["images"],
-        "chance": None,
+        "chance": next((trial["curve"][0]["chance"] for trial in trials if trial["curve"]), None),
         "axes": [axis.facts(key, value_of(sweep.base, key)) for key, axis in space.space.items()],
         "trials": list(trials),
         "best": best and best["id"],

@@ -19,7 +19,6 @@ import ray
 
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact, Draft
-from cxr_retrieval.command import user_error_in
 from cxr_retrieval.config import CorpusSettings, Settings
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.decoding import Limits, decode
@@ -34,7 +33,7 @@ from cxr_retrieval.corpus.preparation import (
 )
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
-from cxr_retrieval.errors import UserError
+from cxr_retrieval.errors import UserError, user_error_in
 from jobs import prepare as job
 from tests import commands
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import safetensors.torch
+import torch
 import yaml
 from ray.util import placement_group_table
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import load_settings
+from cxr_retrieval.network.backbones import build_backbone
 from tests import commands, processes, proxy
 from tests.commands import done, job
 from tests.processes import wait_until
@@ -22,7 +25,9 @@ TINY = [
     *commands.TINY,
     "training.epochs=7",
     "training.precision=float32",  # the order of trials must not depend on the machine
-    "training.cpus_per_worker=1.2",  # one trial at a time
+    "training.workers=2",
+    "training.cpus_per_worker=0.6",  # one trial at a time
+    "training.max_failures=0",
 ]
 
 
@@ -38,6 +43,18 @@ def space_file(folder: Path, **values: object) -> str:
     file = folder / "space.yaml"
     file.write_text(yaml.safe_dump(space | values))
     return str(file)
+
+
+def weights_that_are_no_numbers() -> bytes:
+    """Weights of the right shapes, none of which is a number."""
+    body = build_backbone(load_settings(words=TINY).network.backbone, 3).body
+    return safetensors.torch.save(
+        {
+            name: torch.full_like(value, torch.nan)
+            for name, value in body.state_dict().items()
+            if value.is_floating_point()
+        }
+    )
 
 
 def stored(uri: str, ending: str) -> list[str]:
@@ -73,8 +90,8 @@ def test_a_sweep_that_is_killed_goes_on_survives_trials_that_fail_and_stops_one_
     workspace, log = f"{s3}/workspace", tmp_path / "log"
     words = [f"workspace={workspace}", f"corpus.archive={phantom_archive}", *TINY]
     free = ray.cluster_resources()["CPU"]
-    # A file that holds no weights: a trial that is given it fails when it builds its network.
-    (tmp_path / "weights").write_bytes(b"not weights")
+    # Weights that are no numbers: the workers of a trial that is given them fail.
+    (tmp_path / "weights").write_bytes(weights_that_are_no_numbers())
     axes = {
         "network.weights": {"choice": [None, str(tmp_path / "weights")]},
         "training.learning_rate": {"choice": [0.01, 0.001]},  # the second is behind after an epoch
@@ -105,9 +122,13 @@ def test_a_sweep_that_is_killed_goes_on_survives_trials_that_fail_and_stops_one_
     assert f"going on with a sweep of which {len(before)} of 4 trials have ended" in printed.err
     for trial, checkpoints in before.items():
         assert (states[trial], ended(workspace)[trial]) == ("finished", checkpoints), "what had ended was trained again"
-    failed = [trial for trial in facts["trials"] if trial["state"] == "failed"]
-    assert all(re.fullmatch(r"network\.weights=\S+ is not a safetensors file: .*", t["error"]) for t in failed), failed
-    assert all(trial["settings"]["network.weights"] for trial in failed)
+    for trial in facts["trials"]:
+        weights = trial["settings"]["network.weights"]
+        assert (trial["state"] == "failed") == bool(weights), trial
+        assert not weights or trial["error"].startswith("validation embeddings are no numbers, at step"), trial
+    chance = facts["chance"]
+    assert 0 < chance < 1
+    assert all(epoch["chance"] == chance for trial in facts["trials"] for epoch in trial["curve"])
     assert "failed" in printed.out
     best = load_settings([f"{folder}/best.yaml"], read=storage.read_bytes)
     winner = next(trial for trial in facts["trials"] if trial["id"] == facts["best"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cxr_retrieval import command, storage
-from cxr_retrieval.command import settings_help, user_error_in
+from cxr_retrieval.command import settings_help
 from cxr_retrieval.config import Settings, load_settings, settings_fields
-from cxr_retrieval.errors import UserError
+from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.runtime import leaves_room
 
 Run = Callable[..., list[tuple[str, Settings, argparse.Namespace]]]
@@ -55,7 +55,13 @@ def test_words_and_files_reach_the_job_with_an_absolute_workspace(
     for name in ("check", "check_writing"):
         monkeypatch.setattr(storage, name, checked.append)
     assert run("workspace=s3://bucket/x/")[0][1].workspace == "s3://bucket/x"
-    assert checked == ["s3://bucket/x/"] * 2  # asked before the job, for reading and for writing
+    assert checked == ["s3://bucket/x/", "s3://bucket/x/runs"]  # asked before the job, for reading and for writing
+    checked.clear()
+    run("workspace=s3://bucket/x", "publish.to=s3://other/y")
+    assert checked == ["s3://bucket/x", "s3://other/y", "s3://bucket/x/runs"], "only a publisher needs that right"
+    checked.clear()
+    run("workspace=s3://bucket/x", "publish.to=s3://other/y", writes=["publish.to"])
+    assert checked[2:] == ["s3://other/y/objects"]
 
 
 def test_a_path_with_an_equals_sign_is_a_path(run: Run) -> None:
@@ -121,7 +127,7 @@ def test_a_bug_is_not_made_a_line(bug: Exception, run: Run) -> None:
 
 SCRIPT = """
 from cxr_retrieval import command, storage
-from cxr_retrieval.errors import UserError
+from cxr_retrieval.errors import UserError, user_error_in
 
 def the_job_itself(settings, options):
     raise {error}("the text")

@@ -109,23 +109,28 @@ def test_a_grid_has_every_combination_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "cpus", "gpus", "trials"),
+    ("training", "nodes", "gpus", "trials"),
     [
-        ({}, 2, 0, 2),
-        ({"workers": 2}, 2, 0, 1),
-        ({"workers": 2, "cpus_per_worker": 4.0, "gpu": True}, 64, 8, 4),
-        ({"workers": 2, "cpus_per_worker": 4.0, "gpu": True}, 20, 8, 2),
+        ({}, [2], 0, 2),
+        ({"workers": 2}, [2], 0, 1),
+        ({"workers": 2, "cpus_per_worker": 4.0, "gpu": True}, [64], 8, 4),
+        ({"workers": 2, "cpus_per_worker": 4.0, "gpu": True}, [20], 8, 2),
+        ({"workers": 2, "cpus_per_worker": 0.8}, [1, 1, 1, 1], 0, 1),  # two would leave no node that can read
     ],
 )
-def test_as_many_trials_run_as_the_cluster_holds(training: Any, cpus: float, gpus: float, trials: int) -> None:
-    assert trials_at_once(TrainingSettings(**training), cpus, gpus) == trials
+def test_as_many_trials_run_as_the_cluster_holds(training: Any, nodes: list[float], gpus: float, trials: int) -> None:
+    assert trials_at_once(TrainingSettings(**training), nodes, gpus) == trials
 
 
 def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers() -> None:
-    with pytest.raises(UserError, match=r"training\.workers=4.*2 CPUs and 0 GPUs"):
-        trials_at_once(TrainingSettings(workers=4), 2, 0)
+    with pytest.raises(UserError, match=r"training\.workers=4.*CPUs of the nodes: 2; 0 GPUs"):
+        trials_at_once(TrainingSettings(workers=4), [2], 0)
     with pytest.raises(UserError, match=r"training\.gpu=true.*0 GPUs"):
-        trials_at_once(TrainingSettings(gpu=True), 64, 0)
+        trials_at_once(TrainingSettings(gpu=True), [64], 0)
+    with pytest.raises(UserError, match="CPUs of the nodes: 1, 1"):  # enough of them, but none is left to read
+        trials_at_once(TrainingSettings(workers=2, cpus_per_worker=0.8), [1, 1], 0)
+    with pytest.raises(UserError, match="CPUs of the nodes: 4, 4"):  # enough of them, but no node holds a worker
+        trials_at_once(TrainingSettings(cpus_per_worker=5), [4, 4], 0)
 
 
 def test_the_best_point_is_a_config_that_train_takes(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_the_best_point_is_a_config_that_train_takes(tmp_path: Path) -> None:
 
 
 def trial_that_ended(number: int, values: list[float], rate: float) -> dict[str, Any]:
-    curve = [{"epoch": epoch, "value": value} for epoch, value in enumerate(values, start=1)]
+    curve = [{"epoch": epoch, "value": value, "chance": 0.1} for epoch, value in enumerate(values, start=1)]
     settings = {"losses.centre_rate": rate}
     return {"id": f"{number:05d}", "curve": curve, "value": max(values), "settings": settings}
 
@@ -201,7 +206,8 @@ def test_the_best_trial_is_none_that_failed() -> None:
         trial_that_ended(0, [0.3], 0.1) | {"state": "finished"},
         trial_that_ended(1, [0.9], 0.2) | {"state": "failed"},
     ]
-    assert sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), corpus), trials)["best"] == "00000"
+    facts = sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), corpus), trials)
+    assert (facts["best"], facts["chance"]) == ("00000", 0.1)
     assert sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), corpus), trials[1:])["best"] is None
 
 
