@@ -223,6 +223,7 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
         "by_group": {model.chosen: _by_group(chosen["all"], queries, asked, settings.draws)},
         "same_patient_nearest": {name: tables[name]["all"]["same_patient_nearest"] for name in (model.chosen, *floors)},
         **_localisation(queries, model.recipe.size),
+        **_unseen(named, labels, own, model, settings.draws),
     }
 
 
@@ -253,6 +254,25 @@ def _by_finding(figures: QueryFigures, labels_QC: Tensor) -> dict[str, Any]:
         for index, name in enumerate(FINDINGS)
         if found.support[index] > 0
     }
+
+
+def _unseen(
+    named: Mapping[str, Tensor], labels_NC: Tensor, patients_N: Tensor, model: Model, draws: int
+) -> dict[str, Any]:
+    """Retrieval of findings that training never saw, each for itself: a hit is an image that has that very finding."""
+    found: dict[str, Any] = {}
+    for finding in model.unseen:
+        only_N1 = labels_NC[:, [model.findings.index(finding)]]
+        asked = (only_N1 == 1).any(1)
+        for name, vectors in named.items():
+            if not asked.any():
+                continue
+            figures = retrieve(vectors[asked], vectors, only_N1[asked], only_N1, patients_N[asked], patients_N)
+            table = summarise(figures, patients_N[asked], draws=draws)
+            queries = {"queries": table["queries"]}
+            cells = {"precision@8": table["precision_at"]["8"] | queries, "mAP": table["map"] | queries}
+            found.setdefault(finding, {})[name] = cells
+    return {"unseen": found} if found else {}
 
 
 def _localisation(images: Images, size: int) -> dict[str, Any]:

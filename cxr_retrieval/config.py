@@ -113,12 +113,18 @@ class TrainingSettings(Section):
         0.3, ge=0, le=1, description="share of the steps until the deepest step has full weight"
     )
     crop_from: float = Field(0.3, ge=0, lt=1, description="share of the steps after which the crop is seen too")
+    unseen: list[str] = Field(
+        [], description="findings whose images training never sees, e.g. [Hernia]; evaluation asks for them apart"
+    )
     jigsaw: bool = Field(False, description="shuffle patches for the shallow steps while they lead")
     augment: bool = Field(
         True, description="small rotations, shifts, scalings and exposure changes; never a mirror image"
     )
     shuffle_images: int = Field(4096, ge=64, description="images among which the order is fully random")
     lanes: int = Field(4, ge=1, le=1024, description="data streams of one optimizer step; a multiple of the workers")
+    tracking: Literal["tensorboard", "mlflow"] | None = Field(
+        None, description="where curves are shown while training: in RUN/tensorboard, or where MLFLOW_TRACKING_URI says"
+    )
     checkpoint_steps: int = Field(500, ge=1, description="steps between checkpoints inside an epoch")
     max_failures: int = Field(3, ge=0, description="worker failures that a run survives")
 
@@ -225,7 +231,7 @@ def load_settings(
     """
     values: dict[str, tuple[Any, str]] = {}
     for file in files:
-        values.update({key: (value, file) for key, value in _flat(_read_yaml(file, read))})
+        values.update({key: (value, file) for key, value in flat(_read_yaml(file, read))})
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -270,7 +276,7 @@ def settings_fields() -> Iterator[tuple[str, Any]]:
 
 def with_values(settings: Settings, values: Mapping[str, Any], origin: str) -> Settings:
     """These settings with some dotted keys set anew, checked as `load_settings` checks. `origin` is named in errors."""
-    known = {key: (value, "the settings") for key, value in _flat(settings.model_dump(mode="json"))}
+    known = {key: (value, "the settings") for key, value in flat(settings.model_dump(mode="json"))}
     return validate(known | {key: (value, origin) for key, value in values.items()})
 
 
@@ -334,10 +340,11 @@ def _read_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     return tree
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested settings."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         elif not (isinstance(value, Mapping) or (value is None and not prefix and key in _sections())):
             yield f"{prefix}{key}", value
 

@@ -70,7 +70,7 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
     settings, model = model_of(settings)
     rows = find_prepared(settings.corpus, settings.workspace).counts["prepared"]
     opened = Model.open(model.uri)
-    dimensions = len(opened.centring[settings.index.embedding or opened.chosen])
+    dimensions = opened.embedding_sizes[settings.index.embedding or opened.chosen]
     planned = plan_index(rows, dimensions, settings.index.shard_rows, settings.index.exact_rows)
     console.show_table(
         "Plan of index",

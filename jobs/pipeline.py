@@ -34,6 +34,7 @@ from jobs.evaluate import show_evaluation, warn_of_overlap
 from jobs.prepare import say_what_was_left_alone
 from jobs.publish import destination, published_build
 from jobs.search import gallery, read_query
+from jobs.train import training_report
 
 SUMMARY_FILE = "summary.json"
 QUERY_IMAGES = 10_000  # among which the queries of the gallery are chosen
@@ -74,6 +75,8 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     steps.done("prepare", prepared.counts["archive"], corpus.rows, prepared.uri, worked)
 
     model, worked = (given, False) if given else train(settings, corpus)
+    if worked:
+        training_report(settings, model, corpus)
     steps.done("train", model.counts["train_images"], model.counts["train_images"], model.uri, worked)
 
     embedded, worked = embed(settings.embedding, settings.workspace, model.uri, corpus)

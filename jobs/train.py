@@ -7,14 +7,21 @@ The corpus is prepared first where it is not. Killed and run again, it goes on f
 """
 
 import argparse
+import json
 
-from cxr_retrieval import artifacts, command, console
+import safetensors.numpy
+
+from cxr_retrieval import artifacts, command, console, storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
+from cxr_retrieval.corpus.findings import NO_FINDING
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
-from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.report.training import Example, write_training
 from cxr_retrieval.runtime import start_ray
+from cxr_retrieval.training.examples import example_places
+from cxr_retrieval.training.model import CENTRES, MODEL_FILE, WEIGHTS_FILE
 from cxr_retrieval.training.run import model_draft, train
 
 
@@ -25,6 +32,23 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     corpus, _worked = prepare(settings.corpus, settings.workspace)
     model, worked = train(settings, Corpus(corpus))
     show_model(model, worked)
+    console.say(f"report: {training_report(settings, model, Corpus(corpus))}")
+
+
+def training_report(settings: Settings, model: Artifact, corpus: Corpus) -> str:
+    """Write the page of a training run; returns where it is."""
+    facts = json.loads(model.read(MODEL_FILE))
+    centres = safetensors.numpy.load(model.read(WEIGHTS_FILE))[CENTRES]
+    classes = [*facts["findings"], NO_FINDING][: centres.shape[1]]
+    table = corpus.take(example_places(corpus, settings.training.unseen), ["pixels", "findings"])
+    pixels = pixels_of(table, corpus.recipe.size)
+    examples = [
+        Example(pixels[n], findings, [record["crops"][n] for record in facts["history"]])
+        for n, findings in enumerate(table["findings"].to_pylist())
+    ]
+    page = storage.join(settings.workspace, "reports", "training", f"{model.input_id}.html")
+    storage.write_bytes(page, write_training(facts, centres, classes, examples).encode())
+    return page
 
 
 def show_model(model: Artifact, worked: bool) -> None:

@@ -56,19 +56,23 @@ class Corpus:
             found.setdefault(part, set()).add(row)
         return found
 
-    def places(self, split: str) -> np.ndarray:
-        """Where the rows of a split are: an array of PLACE in the order of the corpus."""
+    def places(self, split: str, without: Sequence[str] = ()) -> np.ndarray:
+        """Where the rows of a split are, those left out that have one of the findings `without`: an array of PLACE in
+        the order of the corpus."""
         found = []
         for part, uri in enumerate(self.files):
             with storage.arrow_reader(uri) as file:
                 parquet = pq.ParquetFile(file)
                 sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-                splits = np.asarray(parquet.read(["split"])["split"].to_pylist(), dtype=object)
+                facts = parquet.read(["split", "findings"] if without else ["split"])
+            splits = np.asarray(facts["split"].to_pylist(), dtype=object)
             place = np.zeros(len(splits), PLACE)
             place["part"], place["row"] = part, np.arange(len(splits))
             place["group"] = np.repeat(np.arange(len(sizes)), sizes)
             keep = splits == split
             keep[list(self.excluded.get(part, ()))] = False
+            if without:
+                keep &= [not set(without) & set(findings) for findings in facts["findings"].to_pylist()]
             found.append(place[keep])
         places = np.concatenate(found)
         if len(places) == 0:

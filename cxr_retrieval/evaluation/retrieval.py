@@ -75,6 +75,8 @@ class QueryFigures:
     """[Q']: mean number of findings shared, over the candidates; 0 to C."""
     ideal_dcg: Tensor
     """[Q', K]: DCG@k of the candidates' best order."""
+    first: Tensor
+    """int64 [Q', k]: gallery positions of the first k of the largest cut-off, -1 where there are fewer candidates."""
     has_same_patient_Q: Tensor
     """bool [Q]: the gallery holds another image of the query's patient."""
     same_patient_nearest_Q: Tensor
@@ -217,6 +219,9 @@ def _rank(
         "exact": exact_BG.sum(dim=1),
         "mean_gain": shared_BG.sum(dim=1).double() / candidates_B.clamp(min=1),
         "ideal_dcg": ideal_BK,
+        "first": F.pad(
+            order_BG[:, :last].where(rank_G[:last] <= candidates_B[:, None], -1), (0, cutoffs[-1] - last), value=-1
+        ),
     }
 
 

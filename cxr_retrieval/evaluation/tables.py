@@ -94,7 +94,10 @@ def summarise(
     in 0 to 1, None where not defined (no query; spread with fewer than two patients). Also `queries`,
     `excluded_queries` (a finding, but no relevant candidate), `queries_without_finding`,
     `queries_with_exact_match` (at least one candidate with the same findings), `patients`, `candidates_mean`,
-    `relevant_mean`; `same_patient_nearest` has its own `queries`: those with another image of their patient.
+    `relevant_mean`, and `answers`: how many `distinct` images are among the first k of all queries (k the largest
+    cut-off), and the share of queries that have the `most` frequent one there. Few images that answer everyone are hubs
+    (Radovanovic et al. 2010): a ranking by how abnormal an image looks has them, and scores well, and finds nothing
+    that is alike. `same_patient_nearest` has its own `queries`: those with another image of their patient.
 
     Raises `ValueError` for lengths that disagree.
     """
@@ -121,7 +124,14 @@ def summarise(
         "patients": len(patients.unique()),
         "candidates_mean": _number(figures.candidates[counted].double().mean()),
         "relevant_mean": _number(figures.relevant[counted].double().mean()),
+        "answers": _answers(figures.first[counted]),
     }
+
+
+def _answers(first: Tensor) -> dict[str, float | None]:
+    times = torch.bincount(first[first >= 0])
+    most = float(times.max()) / len(first) if len(times) else None
+    return {"distinct": int((times > 0).sum()), "most": most}
 
 
 def compare(

@@ -169,7 +169,7 @@ def _model_file(uri: str, name: str) -> bytes:
 def _dimensions(model: Model, embedding: str) -> int:
     if embedding not in model.embedding_names:
         raise UserError(f"index.embedding={embedding!r} is none of the model's: {', '.join(model.embedding_names)}")
-    return int(model.centring[embedding].shape[0])
+    return model.embedding_sizes[embedding]
 
 
 def _vectors(source: Source, model: Model, part: int, columns: list[str]) -> tuple[np.ndarray, np.ndarray, pa.Table]:

@@ -148,13 +148,23 @@ class ProgressiveNetwork(nn.Module):
         )
 
 
+def embedding_sizes(steps: int, dimensions: int, findings: int) -> dict[str, int]:
+    """Numbers of each embedding of a network, by its name, in the order in which they are reported."""
+    joined = steps * dimensions
+    sizes = {f"step{number}": dimensions for number in range(1, steps + 1)}
+    sizes |= {"global": joined, "local": joined, "combined": 2 * joined, "profile": findings}
+    return sizes | {"global_profile": joined + findings}
+
+
 def embedding_names(steps: int) -> tuple[str, ...]:
     """Names of the embeddings of a network with so many steps, in the order in which they are reported."""
-    return (*(f"step{number}" for number in range(1, steps + 1)), "global", "local", "combined", "profile")
+    return tuple(embedding_sizes(steps, 1, 1))
 
 
 def uncentred(output: Output) -> dict[str, Tensor]:
     """The vectors [B, ...] whose means over the training set are the `centring` of `embeddings`, by name.
+
+    The last embedding is made of two others and has no vector of its own.
 
     They have unit length, all but the profile: its scores keep their scale, because an image's distance from the mean
     score (how abnormal it is) would be lost if each were brought to unit length before the mean is subtracted.
@@ -165,7 +175,7 @@ def uncentred(output: Output) -> dict[str, Tensor]:
     vectors = [z_PBSD[WHOLE, :, step] for step in range(S)]
     vectors += [joined_PBE[WHOLE], joined_PBE[CROP], F.normalize(torch.cat(list(joined_PBE), dim=1), dim=1)]
     vectors += [output.joint_PBC.detach().float().mean(0)]
-    return dict(zip(embedding_names(S), vectors, strict=True))
+    return dict(zip(embedding_names(S)[:-1], vectors, strict=True))
 
 
 def embeddings(output: Output, centring: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -176,6 +186,8 @@ def embeddings(output: Output, centring: Mapping[str, Tensor] | None = None) -> 
       - `combined` [B, 2 * S * D]: both.
       - `profile` [B, C]: finding scores, the mean of both passes' joint logits (an average of two views of which each
         sees what the other misses; logits, because probabilities of rare findings all lie near 0).
+      - `global_profile` [B, S * D + C]: `global` and `profile` side by side, of equal weight: how an image looks, and
+        what it seems to show.
 
     Args:
         centring: the mean of each vector of `uncentred` over the training set, subtracted before unit length.
@@ -184,11 +196,15 @@ def embeddings(output: Output, centring: Mapping[str, Tensor] | None = None) -> 
         ValueError: `centring` lacks a name.
     """
     vectors = uncentred(output)
-    if centring is None:
-        return {name: F.normalize(vector, dim=1) for name, vector in vectors.items()}
+    return centred(vectors, dict.fromkeys(vectors, torch.zeros(())) if centring is None else centring)
+
+
+def centred(vectors: Mapping[str, Tensor], centring: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`embeddings` from the vectors of `uncentred`."""
     if missing := [name for name in vectors if name not in centring]:
         raise ValueError(f"centring lacks {', '.join(missing)}")
-    return {name: F.normalize(vector - centring[name].to(vector), dim=1) for name, vector in vectors.items()}
+    named = {name: F.normalize(vector - centring[name].to(vector), dim=1) for name, vector in vectors.items()}
+    return named | {"global_profile": F.normalize(torch.cat([named["global"], named["profile"]], dim=1), dim=1)}
 
 
 def jigsaw(images_B1HW: Tensor, patches: int, generator: torch.Generator | None = None) -> Tensor:

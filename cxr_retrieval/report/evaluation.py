@@ -73,6 +73,7 @@ def write_evaluation(evaluation: Mapping[str, Any]) -> str:
         galleries=[_gallery(name, embeddings, floors, chosen) for name in galleries],
         per_finding=_per_finding(evaluation.get("per_finding") or {}, chosen),
         few=_FEW,
+        unseen=_lines(evaluation.get("unseen")),
         localisation=_lines(evaluation.get("localisation")),
         same_patient=_lines(evaluation.get("same_patient_nearest")),
     )
@@ -97,6 +98,7 @@ def _gallery(name: str, embeddings: Mapping[str, Any], floors: Mapping[str, Any]
         "recall": _plot(own, own_floors, _RECALLS, chosen),
         "decisive": _plot(own, own_floors, (_PRECISION, _MAP), chosen),
         "verdicts": _verdicts(own, own_floors, chosen),
+        "answers": _answers(own, chosen),
         "columns": columns,
         "rows": rows,
         "chance": _common_chance(rows, len(columns)),
@@ -153,6 +155,18 @@ def _counts(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
             low, high = f"{min(numbers):,.0f}", f"{max(numbers):,.0f}"
             counts.append((text, low if low == high else f"{low} to {high}"))
     return counts
+
+
+def _answers(own: Mapping[str, Any], chosen: str | None) -> str | None:
+    """Whether the chosen embedding answers queries by images of their own, or everyone by the same few."""
+    answers = (own.get(chosen or "") or {}).get("answers") or {}
+    distinct, most = _number(answers.get("distinct")), _number(answers.get("most"))
+    if distinct is None or most is None:
+        return None
+    return (
+        f"The first {_CUTOFF} hits of all queries are {distinct:,.0f} different images; the most frequent one answers"
+        f" {100 * most:.1f}% of the queries."
+    )
 
 
 def _plot(

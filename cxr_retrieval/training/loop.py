@@ -36,12 +36,14 @@ from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
 from cxr_retrieval.evaluation.tables import chance_levels
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
-from cxr_retrieval.network.progressive import Output, embeddings, jigsaw, uncentred
+from cxr_retrieval.network.progressive import Output, centred, jigsaw, uncentred
 from cxr_retrieval.training.augmentation import augment
+from cxr_retrieval.training.examples import example_places
 from cxr_retrieval.training.input import Batch, WorkerInput
 from cxr_retrieval.training.model import build_network, normalised
-from cxr_retrieval.training.objective import Objective, gather_centres
+from cxr_retrieval.training.objective import BY_TABLE, Objective, gather_centres
 from cxr_retrieval.training.order import Order, group_rows
+from cxr_retrieval.training.tracking import Nowhere, Tracker, epoch_figures, tracker_of
 
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
 CURVE = "curve"  # in what an epoch reports: a point for every epoch so far, also for those before a restart
@@ -63,6 +65,7 @@ class TrainJob:
     progress_uri: str
     beside: int = 0
     """Runs of the same size that share each machine's cores with this one."""
+    tracking_server: str | None = None
 
 
 @dataclass
@@ -102,7 +105,7 @@ class Worker:
         self.autocast = _precision(self.settings.training.precision, self.device)
         torch.manual_seed(self.settings.seed)
         training = self.settings.training
-        self.places = self.corpus.places(TRAIN)
+        self.places = self.corpus.places(TRAIN, training.unseen)
         self.order = Order(
             group_rows(self.places), self.settings.seed, training.batch_size, training.lanes, training.shuffle_images
         )
@@ -113,7 +116,7 @@ class Worker:
         self.model: nn.Module = ray.train.torch.prepare_model(network)  # wrapped by DDP where there are several workers
         self.network = network
         self.averaged = AveragedModel(network, multi_avg_fn=running_average(training.averaging), use_buffers=True)
-        self.optimizer = _optimizer(self.model, training.learning_rate, training.weight_decay)
+        self.optimizer = optimizer_of(self.model, training.learning_rate, training.weight_decay)
         labels = torch.as_tensor(np.concatenate([*self._labels()]))
         steps = self.settings.network.steps
         self.objective = Objective.build(self.settings.losses, labels, steps, training.shallow_share, self.device)
@@ -127,6 +130,10 @@ class Worker:
         )
         self.state = RunState()
         self._restore()
+        self.tracker: Tracker = Nowhere()
+        if self.rank == 0:
+            run_folder = storage.parent(job.progress_uri)
+            self.tracker = tracker_of(self.settings, run_folder, self.state.step, job.tracking_server)
 
     def _labels(self) -> Iterator[np.ndarray]:
         """Labels of all training rows, int8 [N, C], some at a time: as text they are twenty times as large."""
@@ -152,7 +159,9 @@ class Worker:
                     self._average_sums()
                     self._report({"epoch": epoch, "step": self.state.step})
             self._average_sums()
-            record = {name: float(value) / self.order.steps for name, value in self.state.sums.items()}
+            by_table = self.state.sums.pop(BY_TABLE)
+            record: dict[str, Any] = {name: float(value) / self.order.steps for name, value in self.state.sums.items()}
+            record |= _by_table(by_table)
             self.state.sums = {}
             done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
             record["images_per_second"] = done * training.batch_size / (time.monotonic() - began)
@@ -167,8 +176,9 @@ class Worker:
         self.model.train()
         progress = self.state.step / self.total_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = training.learning_rate * _rate(self.state.step, self.total_steps, training.warmup_share)
+            group["lr"] = training.learning_rate * rate_share(self.state.step, self.total_steps, training.warmup_share)
         sums: dict[str, Tensor] = {}
+        contrast = self.objective.ccloss(self.centres)
         crop = progress >= training.crop_from
         shuffled = training.jigsaw and progress < training.shallow_share and self.state.step % 2 == 1
         for micro in range(training.accumulation):
@@ -184,7 +194,7 @@ class Worker:
             with contextlib.nullcontext() if last or self.workers == 1 else self._ddp().no_sync():
                 with self.autocast():
                     output = Output(*self.model(images, crop=crop))
-                loss, parts = self.objective(output, labels, self.centres, progress, shallow_only=shuffled)
+                loss, parts = self.objective(output, labels, contrast, progress, shallow_only=shuffled)
                 (loss / training.accumulation).backward()
             if not shuffled:
                 gather_centres(output, centre_targets(labels, self.settings.losses.no_finding), self.centres)
@@ -242,6 +252,8 @@ class Worker:
             raise self._not_finite("validation embeddings are no numbers")
         figures = _figures(vectors, labels, patients)
         record |= {"epoch": epoch, "validation": {name: _headline(figure) for name, figure in figures.items()}}
+        if self.rank == 0:
+            record["crops"] = self._example_crops()
         record["centre_cosine"] = [table.mean_cosine for table in self.centres.geometry()]
         record["centres_collapsed"] = any(self.centres.collapsed())
         self.state.history.append(record)
@@ -252,8 +264,19 @@ class Worker:
                 name: value.detach().cpu().clone() for name, value in self.averaged.module.state_dict().items()
             }
             self.state.best_centres = self.centres.vectors_TCD.cpu().clone()
+        self.tracker.log(self.state.step, epoch_figures(record))
+        self.tracker.send()
         self._tell(epoch, self.order.steps, force=True)
         self._report(record | {CURVE: self._curve()})
+
+    def _example_crops(self) -> list[list[int]]:
+        """Where the network looks in the images that are followed: x, y, width, height of each."""
+        self.averaged.eval()
+        table = self.corpus.take(example_places(self.corpus, self.settings.training.unseen), ["pixels"])
+        images = normalised(pixels_of(table, self.recipe.size).copy(), self.recipe, self.device)
+        with torch.inference_mode(), self.autocast():
+            boxes: list[list[int]] = Output(*self.averaged.module(images)).boxes_B4.tolist()
+        return boxes
 
     def _finish(self) -> None:
         """With the best weights: the training mean of every embedding, then the choice on validation patients."""
@@ -294,13 +317,12 @@ class Worker:
 
         Without `centring` the mean of the validation vectors themselves is subtracted: good enough to compare epochs.
         """
-        places = self.corpus.places(VALIDATION)
+        places = self.corpus.places(VALIDATION, self.settings.training.unseen)
         places = places[:: math.ceil(len(places) / VALIDATION_IMAGES)]  # every worker holds and ranks all of them
         found: dict[str, list[Tensor]] = {}
         seen: list[tuple[list[str], np.ndarray]] = []
         for output, table in self._embed(places):
-            named = uncentred(output) if centring is None else embeddings(output, centring)
-            for name, vector in named.items():
+            for name, vector in uncentred(output).items():
                 found.setdefault(name, []).append(vector.cpu())
             seen.append((table["patient_id"].to_pylist(), labels_of(table)))
         mine = ({name: torch.cat(value).numpy() for name, value in found.items()}, seen, storage.retries())
@@ -311,8 +333,7 @@ class Worker:
         self.retries = sum(share[2] for share in shares)
         names = list(next(share[0] for share in shares if share[0]))
         vectors = {name: torch.as_tensor(np.concatenate([s[0][name] for s in shares if s[0]])) for name in names}
-        if centring is None:
-            vectors = {name: nn.functional.normalize(value - value.mean(0), dim=1) for name, value in vectors.items()}
+        vectors = centred(vectors, centring or {name: value.mean(0) for name, value in vectors.items()})
         patient_ids = [patient for share in shares for ids, _ in share[1] for patient in ids]
         labels = np.concatenate([labels for share in shares for _, labels in share[1]])
         assert len(patient_ids) == len(places), "validation rows were lost between workers"
@@ -365,6 +386,8 @@ class Worker:
         if self._telling and not self._telling.done() and not force:
             return
         self._told = now
+        if "loss" in self.state.sums:
+            self.tracker.log(self.state.step, {"train/loss": float(self.state.sums["loss"]) / step})
         last = self.state.history[-1] if self.state.history else {}
         facts = {
             "images": self.state.step * self.settings.training.batch_size,
@@ -395,6 +418,15 @@ def curve_point(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _by_table(sums_3T: Tensor) -> dict[str, list[float | None]]:
+    """Mean losses of every step and pass over an epoch; None for a pass that was not seen in it."""
+    ccloss_T, entropy_T, seen_T = sums_3T.tolist()
+    return {
+        f"{name}_by_table": [value / seen if seen else None for value, seen in zip(values, seen_T, strict=True)]
+        for name, values in (("ccloss", ccloss_T), ("cross_entropy", entropy_T))
+    }
+
+
 def load_state(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `Worker` saved, with tensors and plain values only."""
     with checkpoint.as_directory() as folder:
@@ -421,7 +453,7 @@ def running_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], 
     return follow
 
 
-def _optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
     """AdamW; vectors (norms, biases) are not decayed."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     kept = [p for p in model.parameters() if p.dim() <= 1]
@@ -430,7 +462,7 @@ def _optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.Optim
     )
 
 
-def _rate(step: int, total: int, warmup_share: float) -> float:
+def rate_share(step: float, total: float, warmup_share: float) -> float:
     """Learning rate as a share of its peak: linear warm-up, then a cosine to a hundredth."""
     warmup = warmup_share * total
     if step < warmup:

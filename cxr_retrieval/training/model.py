@@ -15,7 +15,7 @@ from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.network.progressive import Output, ProgressiveNetwork, embedding_names
+from cxr_retrieval.network.progressive import Output, ProgressiveNetwork, embedding_names, embedding_sizes
 
 KIND = "model"
 WEIGHTS_FILE, MODEL_FILE = "weights.safetensors", "model.json"
@@ -97,9 +97,20 @@ class Model:
         return list(self.facts["findings"])
 
     @property
+    def unseen(self) -> list[str]:
+        """Findings whose images training never saw."""
+        return list(self.facts.get("unseen", ()))
+
+    @property
     def chosen(self) -> str:
         """The embedding that did best on validation patients."""
         return str(self.facts["chosen"])
+
+    @property
+    def embedding_sizes(self) -> dict[str, int]:
+        """Numbers of each embedding, by its name."""
+        network = self.facts["network"]
+        return embedding_sizes(network["steps"], network["dimensions"], len(self.findings))
 
     @property
     def embedding_names(self) -> tuple[str, ...]:

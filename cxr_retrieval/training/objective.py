@@ -3,6 +3,7 @@
 B images, C findings, D dimensions, P passes (whole image, crop), S steps (shallow to deep), T = P * S tables.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,10 @@ from cxr_retrieval.losses.ccloss import cc_loss, multi_label_cross_entropy
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets, class_weights, positive_weights
 from cxr_retrieval.network.progressive import Output
+from cxr_retrieval.network.steps import PASSES
 
+Contrast = Callable[[int, Tensor, Tensor], Tensor]  # number of the table, embeddings [B, D], targets [B, K] -> scalar
+BY_TABLE = "by_table"
 LEAST_WEIGHT = 0.1  # of a step that has not had its turn: every parameter keeps a gradient
 
 
@@ -31,7 +35,7 @@ def step_weights(progress: float, steps: int, share: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Objective:
-    """CCLoss against `centres` plus multi-label cross-entropy, of every step and pass and of the joint classifier."""
+    """A contrastive loss plus multi-label cross-entropy, of every step and pass and of the joint classifier."""
 
     settings: LossSettings
     steps: int
@@ -55,9 +59,12 @@ class Objective:
         )
 
     def __call__(
-        self, output: Output, labels_BC: Tensor, centres: Centres, progress: float, *, shallow_only: bool = False
+        self, output: Output, labels_BC: Tensor, contrast: Contrast, progress: float, *, shallow_only: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum, and its parts without gradient for the log.
+        """The sum, and its parts without gradient for the log: scalars, and `by_table` [3, T] with CCLoss and
+        cross-entropy of every step and pass, unweighted, and 1 where there were any.
+
+        `contrast` is `ccloss`, or a loss to compare it with.
 
         `shallow_only` is for shuffled images: a crop of them and the deepest step (of several) mean nothing.
         """
@@ -67,31 +74,44 @@ class Objective:
         weights = step_weights(progress, self.steps, self.shallow_share)
         total = output.z_PSBD.new_zeros(())
         sums = {"ccloss": total.clone(), "cross_entropy": total.clone()}
+        by_table = output.z_PSBD.new_zeros(3, PASSES * self.steps)  # sums of both losses, and how often they were taken
         scale = 0.0
         for which in range(len(output.z_PSBD)):
             for step, weight in enumerate(weights):
                 if shallow_only and (which > 0 or 0 < step == self.steps - 1):
                     weight = 0.0
                 z_BD, logits_BC = output.z_PSBD[which, step], output.logits_PSBC[which, step]
-                contrast = cc_loss(
-                    z_BD,
-                    centres.vectors_TCD[which * self.steps + step],
-                    targets_BK,
-                    self.centre_weights_K,
-                    form=loss.form,
-                    margin=loss.margin,
-                    negative_weight=loss.negative_weight,
-                    temperature=loss.temperature,
-                )
+                apart = contrast(which * self.steps + step, z_BD, targets_BK)
                 entropy = self._entropy(logits_BC, labels_BC)
-                total = total + weight * (contrastive_weight * contrast + loss.classification_weight * entropy)
-                sums["ccloss"] += weight * contrast.detach()
+                total = total + weight * (contrastive_weight * apart + loss.classification_weight * entropy)
+                sums["ccloss"] += weight * apart.detach()
                 sums["cross_entropy"] += weight * entropy.detach()
                 scale += weight
+                if not shallow_only:
+                    table = which * self.steps + step
+                    by_table[:, table] = torch.stack([apart.detach(), entropy.detach(), torch.ones_like(apart)])
             joint = 0.0 if shallow_only else weights[-1]
             total = total + joint * loss.classification_weight * self._entropy(output.joint_PBC[which], labels_BC)
         parts = {name: value / scale for name, value in sums.items()}
-        return total / scale, {"loss": (total / scale).detach(), **parts}
+        return total / scale, {"loss": (total / scale).detach(), **parts, BY_TABLE: by_table}
+
+    def ccloss(self, centres: Centres) -> Contrast:
+        """CCLoss against one table of `centres` at a time, as the settings have it."""
+        loss = self.settings
+
+        def contrast(table: int, z_BD: Tensor, targets_BK: Tensor) -> Tensor:
+            return cc_loss(
+                z_BD,
+                centres.vectors_TCD[table],
+                targets_BK,
+                self.centre_weights_K,
+                form=loss.form,
+                margin=loss.margin,
+                negative_weight=loss.negative_weight,
+                temperature=loss.temperature,
+            )
+
+        return contrast
 
     def _entropy(self, logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
         return multi_label_cross_entropy(logits_BC, labels_BC, self.positive_weights_C, self.settings.smoothing)

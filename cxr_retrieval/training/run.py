@@ -1,6 +1,7 @@
 """A training run from its settings to a model artifact, by Ray Train."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import threading
@@ -24,10 +25,11 @@ from cxr_retrieval.runtime import require_cpus
 from cxr_retrieval.training.input import READ_CPUS
 from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
 from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
+from cxr_retrieval.training.tracking import require_tracking, tracking_server
 
 POLL_S = 1.0
 # How a run is executed, not what it computes.
-EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker")
+EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker", "tracking")
 
 
 def model_draft(settings: Settings, corpus: Corpus) -> Draft:
@@ -93,7 +95,9 @@ def trainer_of(
     filesystem, path = storage.filesystem(runs)
     return TorchTrainer(
         train_worker,
-        train_loop_config={"job": TrainJob(settings, corpus, storage.join(runs, run, PROGRESS_FILE), beside)},
+        train_loop_config={
+            "job": TrainJob(settings, corpus, storage.join(runs, run, PROGRESS_FILE), beside, tracking_server())
+        },
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.gpu,
@@ -113,17 +117,29 @@ def trainer_of(
 def planned_images(settings: Settings, corpus: Corpus) -> int:
     """Images that a run sees, over all epochs; the last images of an epoch that fill no batch are left out."""
     training = settings.training
-    steps = corpus.artifact.manifest["splits"][TRAIN]["images"] // training.batch_size
+    steps = training_images(settings, corpus) // training.batch_size
     return int(steps * training.batch_size * training.epochs)
+
+
+def training_images(settings: Settings, corpus: Corpus) -> int:
+    """Images that training sees."""
+    if unseen := settings.training.unseen:
+        return len(corpus.places(TRAIN, unseen))
+    return int(corpus.artifact.manifest["splits"][TRAIN]["images"])
 
 
 def require_trainable(settings: Settings, corpus: Corpus) -> None:
     """Refuse a network that cannot be built and a corpus that no run can train on, before workers start."""
     build_network(settings.network, len(FINDINGS))
+    require_tracking(settings)
+    for finding in settings.training.unseen:
+        if finding not in FINDINGS:
+            near = difflib.get_close_matches(finding, FINDINGS, n=1, cutoff=0) or FINDINGS[:1]
+            raise UserError(f"training.unseen: there is no finding {finding!r}; did you mean {near[0]!r}?")
     splits = corpus.artifact.manifest["splits"]
-    if splits[TRAIN]["images"] < settings.training.batch_size:
+    if (images := training_images(settings, corpus)) < settings.training.batch_size:
         raise UserError(
-            f"{splits[TRAIN]['images']} training images are fewer than training.batch_size="
+            f"{images} training images are fewer than training.batch_size="
             f"{settings.training.batch_size}: lower it, or prepare more images"
         )
     if splits[VALIDATION]["patients"] < 2:
@@ -146,6 +162,7 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "network": settings.network.model_dump(),
         "findings": list(FINDINGS),
         "losses": settings.losses.model_dump(),
+        "unseen": list(settings.training.unseen),
         "chosen": final["chosen"],
         "decode_recipe": corpus.recipe.to_json(),
         "corpus": corpus.artifact.input_id,
@@ -155,7 +172,8 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "history": run["history"],
     }
     splits = corpus.artifact.manifest["splits"]
-    counts = {f"{split}_images": splits[split]["images"] for split in SPLITS} | {"steps": run["step"]}
+    counts = {f"{split}_images": splits[split]["images"] for split in SPLITS}
+    counts |= {"train_images": training_images(settings, corpus), "steps": run["step"]}
     return write_model(draft, facts, run["best_network"], final["centring"], run["best_centres"], counts)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import archive, claim
+from benchmarks import archive, claim, losses
+from benchmarks.contest import CURVE_POINTS
+from cxr_retrieval.config import LossSettings
 
 SMALL = {
     "prepare": {"IMAGES": 96, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
@@ -48,5 +50,36 @@ def _check(written: dict[str, Any]) -> None:
 
 
 def test_every_benchmark_has_a_small_run_in_the_tests() -> None:
-    modules = {path.stem for path in Path(claim.__file__).parent.glob("*.py")} - {"__init__", "claim", "archive"}
-    assert modules == set(SMALL)
+    parts = {"__init__", "claim", "archive", "contest"}
+    modules = {path.stem for path in Path(claim.__file__).parent.glob("*.py")} - parts
+    assert modules == {*SMALL, "losses"}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_losses_are_compared_seed_by_seed_and_only_what_is_missing_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, name in ((claim, "RESULTS"), (archive, "RESULTS"), (losses, "RESULTS"), (losses, "OUT")):
+        monkeypatch.setattr(module, name, tmp_path)
+    monkeypatch.setattr(losses.ray, "shutdown", lambda: None)  # this session's Ray lives on
+    words = ["--phantoms=150", "--name=tiny", "--minutes=0.01", "--seeds=1"]
+    losses.main(words)
+    every = list(losses.rivals(LossSettings(), 0))
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "tiny").glob("*-0.json")}
+    assert len(files) == len(every)
+    entry = json.loads(losses.file_of(tmp_path / "tiny", "CCLoss", 0).read_text())
+    assert entry["steps"] > 0
+    assert len(entry["curve"]) == CURVE_POINTS
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert set(summary) == {"test/global", "test/combined", "test/profile"}
+    assert list(summary["test/global"]) == every
+    for name, facts in summary["test/global"].items():
+        assert set(facts["figures"]) == set(losses.NAMES)
+        assert ("ccloss_minus_this" in facts) == (name != "CCLoss")
+    for written in json.loads((tmp_path / "losses.json").read_text()):
+        _check(written)
+    losses.file_of(tmp_path / "tiny", "all pairs", 0).unlink()
+    losses.main(words)
+    again = {file: file.stat().st_mtime_ns for file in files}
+    assert [file.name for file in files if again[file] != files[file]] == ["all_pairs-0.json"]
+    assert "semi-hard triplets" in capsys.readouterr().out

@@ -271,6 +271,14 @@ def test_places_are_all_rows_of_a_split_in_the_order_of_the_corpus(corpus: Corpu
     assert sorted(seen) == [row["image_id"] for row in rows_of(corpus, ["image_id"])]
 
 
+def test_places_without_a_finding_are_all_other_rows_of_the_split(corpus: Corpus) -> None:
+    facts = ["image_id", "findings"]
+    every = corpus.take(corpus.places("train"), facts).to_pylist()
+    left = corpus.take(corpus.places("train", ["Effusion", "Mass"]), facts).to_pylist()
+    assert left == [row for row in every if not {"Effusion", "Mass"} & set(row["findings"])]
+    assert 0 < len(left) < len(every)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_take_returns_rows_in_the_order_asked_for(seed: int, corpus: Corpus, phantom_archive: Path) -> None:
     rng = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact
@@ -22,7 +23,8 @@ from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.training.loop import PROGRESS_FILE, STATE_FILE
 from cxr_retrieval.training.model import Model
-from cxr_retrieval.training.run import model_draft, train
+from cxr_retrieval.training.run import model_draft, train, training_images
+from jobs.train import training_report
 from tests.commands import done
 from tests.processes import job, wait_until
 
@@ -70,7 +72,7 @@ def corpus(phantom_archive, tmp_path_factory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def undisturbed(phantom_archive, corpus, tmp_path_factory) -> tuple[Settings, Artifact]:
-    plain = settings(phantom_archive, tmp_path_factory.mktemp("undisturbed"))
+    plain = settings(phantom_archive, tmp_path_factory.mktemp("undisturbed"), tracking="tensorboard")
     model, worked = train(plain, corpus)
     assert worked
     return plain, model
@@ -89,7 +91,7 @@ def test_a_run_ends_in_a_model_that_embeds(undisturbed, corpus):
     assert model.findings == list(FINDINGS)
     assert model.recipe == corpus.recipe
     assert model.facts["corpus"] == corpus.artifact.input_id
-    assert set(model.centring) == set(model.embedding_names)
+    assert set(model.centring) == set(model.embedding_names) - {"global_profile"}  # made of two that are centred
     assert set(model.facts["validation"]) == set(model.embedding_names)
     assert model.facts["validation"][model.chosen]["map"] == max(f["map"] for f in model.facts["validation"].values())
     splits = corpus.artifact.manifest["splits"]
@@ -130,6 +132,35 @@ def test_a_corpus_that_nothing_can_be_learnt_from_is_refused_before_workers_star
     with pytest.raises(UserError, match=told):
         train(plain, Corpus(prepare(prepared, str(tmp_path))[0]))
     assert not (tmp_path / "models").exists()
+
+
+def test_a_finding_that_training_must_not_see_is_left_out_and_one_that_does_not_exist_is_refused(
+    phantom_archive, corpus, tmp_path
+):
+    every = training_images(settings(phantom_archive, tmp_path), corpus)
+    seen = training_images(settings(phantom_archive, tmp_path, unseen=["Effusion"]), corpus)
+    assert seen == every - corpus.artifact.manifest["splits"]["train"]["findings"]["Effusion"] < every
+    with pytest.raises(UserError, match=r"training\.unseen: there is no finding 'effusio'; did you mean 'Effusion'"):
+        train(settings(phantom_archive, tmp_path, unseen=["effusio"]), corpus)
+    assert not (tmp_path / "models").exists()
+
+
+def test_curves_stand_in_tensorboard_and_the_page_follows_the_same_images_through_all_epochs(undisturbed, corpus):
+    plain, artifact = undisturbed
+    events = EventAccumulator(f"{plain.workspace}/runs/{artifact.input_id}/tensorboard")
+    events.Reload()
+    told = [(point.step, point.value) for point in events.Scalars("validation/map/global")]
+    steps = artifact.counts["steps"] // EPOCHS
+    records = history(artifact)
+    assert [step for step, _ in told] == [steps * (epoch + 1) for epoch in range(EPOCHS)]
+    assert [value for _, value in told] == pytest.approx([r["validation"]["global"]["map"] for r in records])
+    for record in records:
+        assert len(record["crops"]) == len(records[0]["crops"]) > 0
+        sides = [side for box in record["crops"] for side in box]
+        assert all(0 <= side <= corpus.recipe.size for side in sides)
+        assert len(record["ccloss_by_table"]) == len(record["cross_entropy_by_table"]) == 2 * plain.network.steps
+    page = Path(training_report(plain, artifact, corpus)).read_text()
+    assert page.count("<image ") == len(records[0]["crops"]) * min(4, EPOCHS)
 
 
 def test_a_finished_model_is_not_trained_again(undisturbed, corpus):

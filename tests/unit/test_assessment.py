@@ -3,6 +3,7 @@
 P passes, S steps, N images, D dimensions, C findings.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -125,6 +126,31 @@ def test_every_embedding_and_floor_stands_against_every_gallery(figures: dict[st
     assert figures["patients"] == len(set(queries.patients))
     assert figures["queries"] == int((queries.labels_NC == 1).any(1).sum())
     assert figures["chosen"] == "combined"
+
+
+def test_findings_that_training_never_saw_are_asked_for_each_by_itself(queries: Images, model: Model) -> None:
+    index = FINDINGS.index("Hernia")
+    labels_NC = queries.labels_NC.clone()
+    labels_NC[:, index] = 0
+    labels_NC[[3, 20, 41], index] = 1
+    hidden = taken(queries, range(60), labels_NC=labels_NC)
+    unseen = dataclasses.replace(model, facts={**model.facts, "unseen": ["Hernia", "Edema"]})
+    found = assess(hidden, None, unseen, SETTINGS)["unseen"]
+    assert set(found) == {"Hernia", "Edema"}
+    assert set(found["Hernia"]) == {*embedding_names(STEPS), "pixels", "metadata"}
+    patients = codes(hidden.patients)
+    vectors = hidden.embeddings(model)["combined"]
+    hernia_N = labels_NC[:, index] == 1
+    precisions = []
+    for query in hernia_N.nonzero()[:, 0].tolist():
+        others = [g for g in range(60) if patients[g] != patients[query]]
+        ranked = sorted(others, key=lambda g, query=query: -float(vectors[query] @ vectors[g]))
+        if any(hernia_N[g] for g in others):
+            precisions.append(sum(bool(hernia_N[g]) for g in ranked[:8]) / 8)
+    assert found["Hernia"]["combined"]["precision@8"]["value"] == pytest.approx(np.mean(precisions))
+    assert found["Hernia"]["combined"]["precision@8"]["queries"] == len(precisions)
+    assert "unseen" not in assess(hidden, None, model, SETTINGS)
+    assert "Findings that training never saw" in write_evaluation(assess(hidden, None, unseen, SETTINGS))
 
 
 def test_every_figure_has_its_chance_level_which_no_embedding_changes(figures: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ def table(value, width=0.02, chance=0.3):
         "queries": 1200,
         "excluded_queries": 3,
         "candidates_mean": 1520.4,
+        "answers": {"distinct": 1432, "most": 0.0125},
     }
 
 
@@ -203,3 +204,8 @@ def test_a_plot_tells_whether_its_axis_is_cut():
     assert forest([Series("a", (Figure(0.81, 0.80, 0.82),))], ["mAP"]).cut
     assert not forest([Series("a", (Figure(0.81, chance=0.0),))], ["mAP"]).cut
     assert "not all from zero" in write_evaluation(evaluation())
+
+
+def test_the_page_says_whether_all_queries_are_answered_by_the_same_images():
+    told = text(write_evaluation(evaluation()))
+    assert "first 8 hits of all queries are 1,432 different images; the most frequent one answers 1.2%" in told

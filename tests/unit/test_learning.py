@@ -57,14 +57,14 @@ def test_training_brings_images_with_the_same_finding_together():
         network.train()
         batch = slice(step * BATCH, (step + 1) * BATCH)
         output = network(images[batch])
-        loss, parts = objective(output, labels[batch], centres, step / STEPS)
+        loss, parts = objective(output, labels[batch], objective.ccloss(centres), step / STEPS)
         optimizer.zero_grad()
         loss.backward()
         gather_centres(output, centre_targets(labels[batch], losses.no_finding), centres)
         centres.reduce()
         optimizer.step()
         centres.apply()
-        seen.append({name: float(value) for name, value in parts.items()})
+        seen.append({name: float(value) for name, value in parts.items() if value.dim() == 0})
     after = precision_at_1(network, *fresh)
     for part in ("cross_entropy", "ccloss"):
         assert sum(s[part] for s in seen[-10:]) < 0.8 * sum(s[part] for s in seen[:10]), part

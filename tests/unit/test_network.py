@@ -13,6 +13,7 @@ from cxr_retrieval.network.progressive import (
     Output,
     ProgressiveNetwork,
     embedding_names,
+    embedding_sizes,
     embeddings,
     jigsaw,
     uncentred,
@@ -142,9 +143,12 @@ def test_embeddings_come_in_the_order_of_their_names_and_have_unit_length(traine
     with torch.no_grad():
         named = embeddings(trained_a_little(images()))
     assert tuple(named) == embedding_names(STEPS)
-    assert embedding_names(2) == ("step1", "step2", "global", "local", "combined", "profile")
-    joined = STEPS * DIMENSIONS
-    assert [v.shape[1] for v in named.values()] == [DIMENSIONS] * STEPS + [joined, joined, 2 * joined, FINDINGS]
+    assert embedding_names(2) == ("step1", "step2", "global", "local", "combined", "profile", "global_profile")
+    assert {name: v.shape[1] for name, v in named.items()} == embedding_sizes(STEPS, DIMENSIONS, FINDINGS)
+    assert embedding_sizes(2, 8, 3) == {
+        **{"step1": 8, "step2": 8, "global": 16, "local": 16, "combined": 32, "profile": 3},
+        "global_profile": 19,
+    }
     for vector_BE in named.values():
         torch.testing.assert_close(vector_BE.norm(dim=1), torch.ones(BATCH))
 
@@ -153,7 +157,10 @@ def test_centred_embeddings_lose_the_common_direction(trained_a_little):
     with torch.no_grad():
         output = trained_a_little(images())
     means = {name: vector.mean(0) for name, vector in uncentred(output).items()}
-    for name, vector_BE in embeddings(output, means).items():
+    found = embeddings(output, means)
+    joined_BE = torch.cat([found["global"], found["profile"]], dim=1) / 2**0.5
+    torch.testing.assert_close(found.pop("global_profile"), joined_BE)
+    for name, vector_BE in found.items():
         torch.testing.assert_close(vector_BE.norm(dim=1), torch.ones(BATCH))
         difference_BE = uncentred(output)[name] - means[name]
         torch.testing.assert_close(vector_BE, difference_BE / difference_BE.norm(dim=1, keepdim=True))

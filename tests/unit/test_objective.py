@@ -3,6 +3,8 @@
 S steps, P passes, B images, C findings, D dimensions.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,11 +118,15 @@ def test_the_loss_is_the_weighted_sum_over_passes_and_steps(passes, form, no_fin
         total += weights[-1] * 1.7 * entropy(out.joint_PBC[p])
     scale = passes * sum(weights)
 
-    loss, parts = sums(out, labels(), table, progress)
+    loss, parts = sums(out, labels(), sums.ccloss(table), progress)
     torch.testing.assert_close(loss, total / scale)
     torch.testing.assert_close(parts["loss"], loss.detach())
     torch.testing.assert_close(parts["ccloss"], (cc_total / scale).detach())
     torch.testing.assert_close(parts["cross_entropy"], (entropy_total / scale).detach())
+    by_table = torch.zeros(3, 2 * S)
+    for p, s in itertools.product(range(passes), range(S)):
+        by_table[:, p * S + s] = torch.stack([contrast(p, s), entropy(out.logits_PSBC[p, s]), torch.tensor(1.0)])
+    torch.testing.assert_close(parts["by_table"], by_table.detach())
     assert not any(part.requires_grad for part in parts.values())
 
 
@@ -138,10 +144,10 @@ def test_rare_findings_weigh_more_and_equal_balance_is_plain():
 def test_every_output_has_a_gradient_and_only_what_is_shuffled_away_has_none_but_0(passes, shallow_only):
     """DDP waits for a gradient of every parameter; what means nothing in a shuffled image must not learn from it."""
     out, sums = output(passes), objective()
-    loss, parts = sums(out, labels(), centres(sums), 0.5, shallow_only=shallow_only)
+    loss, parts = sums(out, labels(), sums.ccloss(centres(sums)), 0.5, shallow_only=shallow_only)
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(part) for part in parts.values())
+    assert all(torch.isfinite(part).all() for part in parts.values())
     for gradient in (out.z_PSBD.grad, out.logits_PSBC.grad, out.joint_PBC.grad):
         assert gradient is not None
         assert torch.isfinite(gradient).all()
@@ -156,7 +162,7 @@ def test_every_output_has_a_gradient_and_only_what_is_shuffled_away_has_none_but
 
 def test_a_shuffled_batch_is_a_finite_loss_with_one_step_too():
     out, sums = output(1, steps=1), objective(steps=1)
-    loss, _ = sums(out, labels(), centres(sums, steps=1), 0.1, shallow_only=True)
+    loss, _ = sums(out, labels(), sums.ccloss(centres(sums, steps=1)), 0.1, shallow_only=True)
     loss.backward()
     assert torch.isfinite(loss)
     assert (out.logits_PSBC.grad != 0).any()

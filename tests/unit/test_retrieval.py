@@ -99,6 +99,7 @@ def plain(case: Archive, grouped: bool) -> list[dict | None]:
                 "precision": [sum(place <= k for place in places) / min(k, len(ranking)) for k in CUTOFFS],
                 "ndcg": [gains_of(ranking, gains, k) / gains_of(best, gains, k) for k in CUTOFFS],
                 "exact_recall": [float(any(exact[:k])) for k in CUTOFFS],
+                "first": (ranking + [-1] * CUTOFFS[-1])[: CUTOFFS[-1]],
             }
         )
     return answers
@@ -304,6 +305,18 @@ def test_summary_is_the_mean_of_its_queries_and_fits_json() -> None:
     assert table["queries"] + table["excluded_queries"] + table["queries_without_finding"] == case.queries
     assert table["patients"] == len(set(patients[figures.kept_Q].tolist()))
     assert table["same_patient_nearest"]["queries"] == int(figures.has_same_patient_Q.sum())
+
+
+def test_a_ranking_that_gives_everyone_the_same_images_is_seen() -> None:
+    case = archive(8, 60, unknown=0.0)
+    case.patients = torch.arange(60)
+    patients = case.patients[: case.queries]
+    varied = summarise(case.retrieve(), patients, draws=10)["answers"]
+    case.vectors[:-9] = torch.eye(6)[0]  # as near to everyone as can be, and the first of those that are
+    same = summarise(case.retrieve(), patients, draws=10)["answers"]
+    assert same["distinct"] < 20
+    assert same["most"] > 0.8 > varied["most"]
+    assert varied["distinct"] > 2 * same["distinct"]
 
 
 def test_subsets_share_out_all_queries() -> None:

@@ -1,0 +1,156 @@
+"""A run's curves in TensorBoard or MLflow while it trains, by one setting; both are extras (`tracking`).
+
+TensorBoard: event files in `runs/RUN/tensorboard` of the workspace, sent there after every epoch where that is object
+storage. MLflow: where `MLFLOW_TRACKING_URI` says, one run of the experiment `cxr-retrieval` by the name of the run.
+A run that goes on after a kill goes on there too. What cannot be told is said in the log and ends nothing.
+"""
+
+import importlib
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from cxr_retrieval import storage
+from cxr_retrieval.config import Settings, flat
+from cxr_retrieval.errors import UserError
+
+EXPERIMENT, FOLDER = "cxr-retrieval", "tensorboard"
+MODULES = {"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow"}
+SERVER = "MLFLOW_TRACKING_URI"
+MOST_TEXT = 500  # characters of a parameter that MLflow takes
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Tell figures of an optimizer step."""
+
+    def send(self) -> None:
+        """Make sure that others see what was told."""
+
+
+class Nowhere:
+    """No tracker."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        pass
+
+    def send(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    def __init__(self, folder: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._staged = tempfile.TemporaryDirectory(prefix="cxr-tensorboard-") if storage.is_s3(folder) else None
+        where = self._staged.name if self._staged else storage.canonical(folder)
+        # What a killed run told after its last checkpoint is told again.
+        self._writer = SummaryWriter(where, purge_step=step or None)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def send(self) -> None:
+        self._writer.flush()
+        for file in Path(self._staged.name).iterdir() if self._staged else ():
+            storage.write_bytes(storage.join(self._folder, file.name), file.read_bytes())
+
+
+class _MLflow:
+    def __init__(self, run: str, settings: Settings, server: str | None) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=server)
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
+        known = self._client.search_runs([experiment], f"attributes.run_name = '{run}'")
+        self._run = (known[0] if known else self._client.create_run(experiment, run_name=run)).info.run_id
+        if not known:
+            for key, value in flat(settings.model_dump(mode="json", include={"network", "losses", "training", "seed"})):
+                self._client.log_param(self._run, key, str(value)[:MOST_TEXT])
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def send(self) -> None:
+        pass
+
+
+class _Quietly:
+    """A tracker whose failures are said and end nothing."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        try:
+            self._tracker.log(step, figures)
+        except Exception as error:  # noqa: BLE001  # of whatever server and network there are: no reason to end a run
+            logger.warning("step %d is not told to the tracker: %s", step, error)
+
+    def send(self) -> None:
+        try:
+            self._tracker.send()
+        except Exception as error:  # noqa: BLE001
+            logger.warning("the tracker's files are not sent: %s", error)
+
+
+def require_tracking(settings: Settings) -> None:
+    """Refuse a tracker that is not installed or whose server is not named, before workers start."""
+    kind = settings.training.tracking
+    if kind is None:
+        return
+    try:
+        importlib.import_module(MODULES[kind])
+    except ImportError:
+        raise UserError(
+            f"training.tracking={kind}: it is not installed; pip install 'cxr-retrieval[tracking]' on every node"
+        ) from None
+    if kind != "mlflow":
+        return
+    server = tracking_server()
+    if not server:
+        raise UserError(f"training.tracking=mlflow: set {SERVER}, e.g. to http://host:5000")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of minutes otherwise
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient(tracking_uri=server).search_experiments(max_results=1)
+    except MlflowException as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"training.tracking=mlflow: {SERVER}={server} does not answer: {text}") from None
+
+
+def tracking_server() -> str | None:
+    """The server of MLflow as the driver knows it: workers have another environment."""
+    return os.environ.get(SERVER)
+
+
+def tracker_of(settings: Settings, run_folder: str, step: int, server: str | None) -> Tracker:
+    """The tracker that the settings name, of the run whose state lies in `run_folder` and that begins at `step`."""
+    kind = settings.training.tracking
+    if kind is None:
+        return Nowhere()
+    found: Tracker = (
+        _TensorBoard(storage.join(run_folder, FOLDER), step)
+        if kind == "tensorboard"
+        else _MLflow(run_folder.rpartition("/")[2], settings, server)
+    )
+    return _Quietly(found)
+
+
+def epoch_figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """What is told of an epoch: losses, speed, centres, and every embedding's validation figures."""
+    figures = {name: record[name] for name in ("loss", "ccloss", "cross_entropy", "images_per_second")}
+    figures["centre_cosine"] = sum(record["centre_cosine"]) / len(record["centre_cosine"])
+    for embedding, table in record["validation"].items():
+        figures |= {f"validation/{figure}/{embedding}": value for figure, value in table.items()}
+    return figures
