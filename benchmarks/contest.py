@@ -1,18 +1,18 @@
-"""One entry of a contest of losses: the same network on the same images with one loss, for a budget of time.
+"""One entry of a contest of losses: the same network on the same images with one loss, for the same number of steps.
 
 The progressive network, the cross-entropy beside, the schedule, the augmentation and the running average are those of
 `jobs.train`; only the contrastive loss of each step and pass is another. Everything is in memory and in one process:
-what differs between entries is the loss.
-
-The budget is time of the CPU that the entry's one thread takes (of the clock on a GPU), so that a busy machine makes
-an entry slow and not worse. Learning rate and schedule follow the share of the budget that has gone by.
+what differs between entries is the loss. It joins at `START` of the steps; up to there all entries of a seed are the
+same to the last bit, so this *trunk* is trained once a seed.
 
 N images, B of a batch, C findings, K classes of the centres, D dimensions, Q queries.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,9 @@ from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
 from cxr_retrieval.evaluation.tables import per_finding
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import NoFinding, centre_targets
-from cxr_retrieval.network.progressive import Output, embeddings, uncentred
+from cxr_retrieval.network.progressive import Output, centred, uncentred
 from cxr_retrieval.training.augmentation import augment
-from cxr_retrieval.training.loop import optimizer_of, rate_share, running_average
+from cxr_retrieval.training.loop import autocast_of, optimizer_of, rate_share, running_average
 from cxr_retrieval.training.model import build_network, normalised
 from cxr_retrieval.training.objective import Contrast, Objective, gather_centres
 
@@ -39,9 +39,10 @@ STEPS, DIMENSIONS = NETWORK.steps, NETWORK.dimensions
 TABLES = 2 * STEPS
 BATCH, RATE, PROXY_RATE, DECAY = 64, 1.5e-3, 10.0, 0.05  # the proxies' rate is a multiple of the network's
 AVERAGING, WARM_UP, SHALLOW, CROP_FROM = 0.996, 0.1, 0.1, 0.6
-CURVE_POINTS = 6  # looks at the validation patients while training, outside the budget
+START = 0.4  # of the steps, after which the contrastive loss joins
+CURVE_POINTS = 6  # looks at the validation patients while training, which are not counted as its time
 CENTRING_IMAGES = 2_000
-EVALUATED = ("global", "combined", "profile")
+EVALUATED = ("global", "combined", "profile", "global_profile")
 CUTOFFS = (2, 4, 6, 8)
 
 
@@ -68,13 +69,12 @@ def read_images(corpora: list[Corpus], split: str) -> Images:
 class Rival(nn.Module):
     """A contrastive loss of one table (step and pass) at a time, with whatever it keeps between steps.
 
-    `weight` is its weight beside the cross-entropy; `start` the share of the budget after which it joins;
-    `no_finding` what images without a finding are to it.
+    `weight` is its weight beside the cross-entropy; `no_finding` what images without a finding are to it.
     """
 
-    def __init__(self, weight: float, no_finding: NoFinding = "negatives_only", start: float = 0.4) -> None:
+    def __init__(self, weight: float, no_finding: NoFinding = "negatives_only") -> None:
         super().__init__()
-        self.weight, self.no_finding, self.start = weight, no_finding, start
+        self.weight, self.no_finding = weight, no_finding
 
     def contrast(self, objective: Objective) -> Contrast:
         """What the objective adds to the cross-entropy."""
@@ -90,9 +90,9 @@ class Rival(nn.Module):
 class Centred(Rival):
     """CCLoss: one centre per finding. Images without a finding would only be pulled together: it leaves them out."""
 
-    def __init__(self, weight: float, classes: int, seed: int, rate: float, device: torch.device) -> None:
+    def __init__(self, weight: float, settings: LossSettings, seed: int, device: torch.device) -> None:
         super().__init__(weight, "ignore")
-        self.centres = Centres(TABLES, classes, DIMENSIONS, rate, seed=seed, device=device)
+        self.centres = Centres(TABLES, len(FINDINGS), DIMENSIONS, settings.centre_rate, seed=seed, device=device)
 
     def contrast(self, objective: Objective) -> Contrast:
         return objective.ccloss(self.centres)
@@ -119,9 +119,9 @@ class Paired(Rival):
 class Proxied(Rival):
     """A loss against proxies that are learnt by gradient: one table of them per step and pass."""
 
-    def __init__(self, weight: float, table: Callable[[int, int], nn.Module], classes: int) -> None:
+    def __init__(self, weight: float, table: Callable[[int, int], nn.Module]) -> None:
         super().__init__(weight)
-        self.tables = nn.ModuleList(table(classes, DIMENSIONS) for _ in range(TABLES))
+        self.tables = nn.ModuleList(table(len(FINDINGS), DIMENSIONS) for _ in range(TABLES))
 
     def contrast(self, objective: Objective) -> Contrast:
         def loss(table: int, z_BD: Tensor, targets_BK: Tensor) -> Tensor:
@@ -143,7 +143,11 @@ class Nothing(Rival):
 
 @dataclass
 class Entry:
-    """What one run found. `figures` has, for each embedding and each set of queries, a row per query that counts."""
+    """What one run found. `figures` has, for each embedding and each set of queries, a row per query that counts.
+
+    `seconds` are of the CPU (of the clock on a GPU) and of training only, those of the trunk included; they depend on
+    what else the machine does, and no figure depends on them.
+    """
 
     steps: int
     images: int
@@ -152,135 +156,153 @@ class Entry:
     figures: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Time that training may take, in seconds: of the CPU, or of the clock on a GPU."""
+class Contest:
+    """One seed's network on its way: the trunk first, then one loss."""
 
-    seconds: float
-    device: torch.device
+    def __init__(
+        self, settings: LossSettings, seed: int, steps: int, train: Images, judged: Mapping[str, Images], recipe: Recipe
+    ) -> None:
+        self.settings, self.seed, self.steps = settings, seed, steps
+        self.train_images, self.judged, self.recipe = train, judged, recipe
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.autocast = autocast_of("auto", self.device)
+        torch.manual_seed(seed)
+        self.network = build_network(NETWORK, len(FINDINGS)).to(self.device)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=running_average(AVERAGING), use_buffers=True)
+        self.optimizer = optimizer_of(self.network, RATE, DECAY)
+        self.trunk_rival = Centred(0.0, settings, seed, self.device)
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []
 
-    def clock(self) -> float:
+    @property
+    def trunk_steps(self) -> int:
+        return round(START * self.steps)
+
+    def grow_trunk(self, file: Path) -> None:
+        """Cross-entropy only, while the centres of CCLoss follow the embeddings, as they do in `jobs.train`."""
+        self._advance(self.trunk_rival, self.trunk_steps)
+        names = ("network", "averaged", "optimizer")
+        state = {name: getattr(self, name).state_dict() for name in names}
+        state |= {"centres": self.trunk_rival.centres.state_dict(), "seconds": self.seconds, "curve": self.curve}
+        waiting = file.with_suffix(".part")
+        torch.save(state, waiting)
+        waiting.replace(file)
+
+    def run(self, make: Callable[[torch.device], Rival], trunk: Path) -> Entry:
+        """Go on from the trunk with one loss, then judge the average of the weights on every set of images.
+
+        `judged["validation"]` is also looked at while training. Every set is a gallery to its own queries (*all*).
+        """
+        state = torch.load(trunk, map_location=self.device, weights_only=True)
+        for name in ("network", "averaged", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.seconds, self.curve = self.trunk_steps, state["seconds"], state["curve"]
+        rival = make(self.device).to(self.device)
+        if isinstance(rival, Centred):
+            rival.centres.load_state_dict(state["centres"])
+        if proxies := list(rival.parameters()):
+            self.optimizer.add_param_group({"params": proxies, "weight_decay": 0.0, "faster": PROXY_RATE})
+        self._advance(rival, self.steps)
+        entry = Entry(self.steps, self.steps * BATCH, round(self.seconds, 1), self.curve)
+        pixels = self.train_images.pixels[:: max(1, len(self.train_images.pixels) // CENTRING_IMAGES)]
+        means = {name: value.mean(0) for name, value in uncentred(self._outputs(pixels)).items()}
+        for where, images in self.judged.items():
+            entry.figures[where] = {name: _rows(found, images) for name, found in self._judge(images, means).items()}
+        return entry
+
+    def seconds_a_step(self, crop: bool, count: int = 12) -> float:
+        """What a step of cross-entropy only takes on this machine, with or without the second pass: the median."""
+        train_step, found = self._stepper(Nothing()), []
+        for _ in range(count):
+            began = self._clock()
+            train_step(CROP_FROM if crop else 0.0)
+            found.append(self._clock() - began)
+        return float(np.median(found))
+
+    def _advance(self, rival: Rival, until: int) -> None:
+        train_step = self._stepper(rival)
+        while self.step < until:
+            began = self._clock()
+            train_step(self.step / self.steps)
+            self.step += 1
+            self.seconds += self._clock() - began
+            if self.step * CURVE_POINTS // self.steps > len(self.curve):
+                look = self._judge(self.judged["validation"], None)
+                found = {name: round(float(figures.ap.mean()), 5) for name, figures in look.items()}
+                at = {"share": round(self.step / self.steps, 3), "seconds": round(self.seconds, 1)}
+                self.curve.append(at | found)
+
+    def _stepper(self, rival: Rival) -> Callable[[float], None]:
+        """A function that takes the next optimizer step, given the share of the steps that have gone by."""
+        targets_NK = centre_targets(self.train_images.labels, rival.no_finding)
+        weights = {"contrastive_weight": rival.weight, "contrastive_from": 0.0, "no_finding": rival.no_finding}
+        settings = self.settings.model_copy(update=weights)
+        objective = Objective.build(settings, self.train_images.labels, STEPS, SHALLOW, self.device)
+        return partial(self._train_step, rival, objective, rival.contrast(objective), targets_NK)
+
+    def _train_step(
+        self, rival: Rival, objective: Objective, contrast: Contrast, targets_NK: Tensor, share: float
+    ) -> None:
+        self.network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = RATE * group.get("faster", 1.0) * rate_share(self.step, self.steps, WARM_UP)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        rows = self._rows_of(self.step)
+        images = augment(normalised(self.train_images.pixels[rows], self.recipe, self.device), generator)
+        labels_BC, targets_BK = self.train_images.labels[rows].to(self.device), targets_NK[rows].to(self.device)
+        with self.autocast():
+            crop = share >= CROP_FROM
+            output = Output(*self.network(images.contiguous(memory_format=torch.channels_last), crop=crop))
+        loss, _ = objective(output, labels_BC, contrast, share)
+        loss.backward()
+        rival.gather(output, targets_BK)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"no finite gradient at step {self.step} of seed {self.seed}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.averaged.update_parameters(self.network)
+        rival.after_step()
+
+    def _rows_of(self, step: int) -> Tensor:
+        """The rows of a step's batch: every image once an epoch, but for those that fill no batch."""
+        count = len(self.train_images.labels)
+        epoch, place = divmod(step, count // BATCH)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return order[place * BATCH : (place + 1) * BATCH]
+
+    def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
         return time.process_time()
 
+    def _outputs(self, pixels: np.ndarray) -> Output:
+        """What the average of the weights says of all images; heat and boxes are left out."""
+        self.averaged.eval()
+        z, joint = [], []
+        with torch.inference_mode(), self.autocast():
+            for start in range(0, len(pixels), 2 * BATCH):
+                batch = normalised(pixels[start : start + 2 * BATCH], self.recipe, self.device)
+                output = Output(*self.averaged.module(batch))
+                z.append(output.z_PSBD.float().cpu())
+                joint.append(output.joint_PBC.float().cpu())
+        empty = z[0].new_zeros(0)
+        return Output(torch.cat(z, 2), empty, torch.cat(joint, 1), empty, empty)
 
-def run(
-    make: Callable[[int, torch.device], Rival],
-    settings: LossSettings,
-    seed: int,
-    minutes: float,
-    train: Images,
-    judged: Mapping[str, Images],
-    recipe: Recipe,
-) -> Entry:
-    """Train with one loss, then judge the average of its weights on every set of images in `judged`.
-
-    `judged["validation"]` is also looked at while training. Every set is a gallery to its own queries (*all*).
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(seed)
-    network = build_network(NETWORK, len(FINDINGS)).to(device)
-    rival = make(len(FINDINGS), device).to(device)
-    targets_NK = centre_targets(train.labels, rival.no_finding)
-    weighed = settings.model_copy(
-        update={
-            "contrastive_weight": rival.weight,
-            "contrastive_from": rival.start,
-            "no_finding": rival.no_finding,
+    def _judge(self, images: Images, centring: Mapping[str, Tensor] | None) -> dict[str, QueryFigures]:
+        """Figures of every embedding; without `centring` the mean of these images themselves is taken out."""
+        vectors = uncentred(self._outputs(images.pixels))
+        named = centred(vectors, centring or {name: value.mean(0) for name, value in vectors.items()})
+        asked = (images.labels == 1).any(1)
+        patients = torch.as_tensor(np.unique(images.patients, return_inverse=True)[1])
+        return {
+            name: retrieve(
+                *(named[name][asked], named[name], images.labels[asked], images.labels, patients[asked], patients),
+                cutoffs=CUTOFFS,
+            )
+            for name in EVALUATED
         }
-    )
-    objective = Objective.build(weighed, train.labels, STEPS, SHALLOW, device)
-    contrast = rival.contrast(objective)
-    averaged = AveragedModel(network, multi_avg_fn=running_average(AVERAGING), use_buffers=True)
-    optimizer = optimizer_of(network, RATE, DECAY)
-    if proxies := list(rival.parameters()):
-        optimizer.add_param_group({"params": proxies, "weight_decay": 0.0, "faster": PROXY_RATE})
-    generator = torch.Generator().manual_seed(seed)
-    batches = _batches(len(train.labels), generator)
-    budget = Budget(60.0 * minutes, device)
-    entry, spent = Entry(0, 0, 0.0), 0.0
-    while spent < budget.seconds:
-        began, share = budget.clock(), spent / budget.seconds
-        network.train()
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * group.get("faster", 1.0) * rate_share(spent, budget.seconds, WARM_UP)
-        rows = next(batches)
-        images = augment(normalised(train.pixels[rows], recipe, device), generator)
-        labels_BC, targets_BK = train.labels[rows].to(device), targets_NK[rows].to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            output = Output(*network(images.contiguous(memory_format=torch.channels_last), crop=share >= CROP_FROM))
-        loss, _ = objective(output, labels_BC, contrast, share)
-        loss.backward()
-        rival.gather(output, targets_BK)
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        averaged.update_parameters(network)
-        rival.after_step()
-        entry.steps, entry.images = entry.steps + 1, entry.images + len(rows)
-        spent += budget.clock() - began
-        if len(entry.curve) < int(CURVE_POINTS * spent / budget.seconds):
-            look = _judge(averaged.module, judged["validation"], recipe, None, device)
-            point = {"seconds": round(spent, 1)} | {name: _mean_ap(found) for name, found in look.items()}
-            due = int(CURVE_POINTS * spent / budget.seconds)  # several after a step that took long
-            entry.curve += [point] * (min(due, CURVE_POINTS) - len(entry.curve))
-    entry.seconds = round(spent, 1)
-    means = _centring(averaged.module, train, recipe, device)
-    for where, images_there in judged.items():
-        found = _judge(averaged.module, images_there, recipe, means, device)
-        entry.figures[where] = {name: _rows(figures, images_there) for name, figures in found.items()}
-    return entry
-
-
-def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of one batch after the other, every image once an epoch."""
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count // BATCH * BATCH].view(-1, BATCH)
-
-
-def _outputs(network: nn.Module, pixels: np.ndarray, recipe: Recipe, device: torch.device) -> Output:
-    """What the network says of all images; heat and boxes are left out."""
-    network.eval()
-    z, joint = [], []
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
-        for start in range(0, len(pixels), 2 * BATCH):
-            output = Output(*network(normalised(pixels[start : start + 2 * BATCH], recipe, device)))
-            z.append(output.z_PSBD.float().cpu())
-            joint.append(output.joint_PBC.float().cpu())
-    empty = z[0].new_zeros(0)
-    return Output(torch.cat(z, 2), empty, torch.cat(joint, 1), empty, empty)
-
-
-def _centring(network: nn.Module, train: Images, recipe: Recipe, device: torch.device) -> dict[str, Tensor]:
-    """Means of the embeddings over an even part of the training images."""
-    pixels = train.pixels[:: max(1, len(train.pixels) // CENTRING_IMAGES)]
-    return {name: value.mean(0) for name, value in uncentred(_outputs(network, pixels, recipe, device)).items()}
-
-
-def _judge(
-    network: nn.Module, images: Images, recipe: Recipe, centring: Mapping[str, Tensor] | None, device: torch.device
-) -> dict[str, QueryFigures]:
-    """Figures of every embedding; without `centring` the mean of these images themselves is taken out."""
-    outputs = _outputs(network, images.pixels, recipe, device)
-    if centring is None:
-        centring = {name: value.mean(0) for name, value in uncentred(outputs).items()}
-    named = embeddings(outputs, centring)
-    asked = (images.labels == 1).any(1)
-    patients = torch.as_tensor(np.unique(images.patients, return_inverse=True)[1])
-    return {
-        name: retrieve(
-            *(named[name][asked], named[name], images.labels[asked], images.labels, patients[asked], patients),
-            cutoffs=CUTOFFS,
-        )
-        for name in EVALUATED
-    }
-
-
-def _mean_ap(figures: QueryFigures) -> float:
-    return round(float(figures.ap.mean()), 5)
 
 
 def _rows(figures: QueryFigures, images: Images) -> dict[str, Any]:

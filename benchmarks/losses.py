@@ -3,16 +3,19 @@
   python -m benchmarks.losses --archive DIR [--also DIR]
   python -m benchmarks.losses --phantoms 16000
 
-Every run of a loss and a seed trains for `--minutes` and leaves one JSON in `docs/results/losses/NAME`; two run side by
-side on a core each (one on a GPU). Run again, it does only what is missing, and compares what is there.
+`--minutes` of one run become a number of steps, measured once with cross-entropy only and nothing beside it, and kept
+in `budget.json`; every loss and seed takes as many. A run leaves one JSON in `docs/results/losses/NAME`; two run side
+by side on a core each (one on a GPU). Run again, it does only what is missing, and compares what is there.
 
 `--archive` is split by patient: it is trained on, and its test patients are one of the sets that are judged. `--also`
-is another archive, all of whose patients are judged only. Figures are of the gallery *all*, means over seeds; intervals
-are over patients (of the mean over seeds), `detectable` is the difference that 80% of such comparisons would find.
+is another archive, all of whose patients are judged only. Figures are of the gallery *all*, means over seeds. The
+interval of a figure is over patients. That of a difference has the spread of the difference over seeds in it too, and
+is given from two seeds on; `detectable` is the true difference that 80% of such comparisons would find.
 """
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +23,7 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -30,7 +34,7 @@ from torch import Tensor
 from benchmarks import contest
 from benchmarks.archive import phantom_archive
 from benchmarks.claim import RESULTS, Claim, machine, publish
-from benchmarks.contest import CUTOFFS, EVALUATED, Centred, Nothing, Paired, Proxied, Rival
+from benchmarks.contest import CROP_FROM, CUTOFFS, EVALUATED, Centred, Contest, Nothing, Paired, Proxied, Rival
 from cxr_retrieval.config import CorpusSettings, LossSettings
 from cxr_retrieval.console import Meter, say, show_table
 from cxr_retrieval.corpus.preparation import prepare
@@ -43,7 +47,7 @@ from cxr_retrieval.runtime import start_ray
 OURS, ALONE = "CCLoss", "cross-entropy only"
 SIDE = 128
 OUT = Path(__file__).parents[1] / "docs" / "results" / "losses"
-Maker = Callable[[int, torch.device], Rival]
+Maker = Callable[[torch.device], Rival]
 
 
 def rivals(settings: LossSettings, seed: int) -> dict[str, Maker]:
@@ -53,21 +57,18 @@ def rivals(settings: LossSettings, seed: int) -> dict[str, Maker]:
     embeddings of the training labels (root mean square over batches; docs/experiments.md).
     """
 
-    def centred(classes: int, device: torch.device) -> Rival:
-        return Centred(0.1, classes, seed, settings.centre_rate, device)
-
     def paired(weight: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Maker:
-        return lambda *_: Paired(weight, loss)
+        return lambda _: Paired(weight, loss)
 
     return {
-        OURS: centred,
-        ALONE: lambda *_: Nothing(),
+        OURS: lambda device: Centred(0.1, settings, seed, device),
+        ALONE: lambda _: Nothing(),
         "all pairs": paired(0.1, partial(baselines.pair_contrast, margin=1.4)),
         "semi-hard triplets": paired(0.25, baselines.semi_hard_triplets),
         "multi-similarity": paired(0.55, baselines.multi_similarity),
         "supervised contrastive": paired(0.1, partial(baselines.supervised_contrast, temperature=0.5)),
-        "proxy-anchor": lambda classes, _: Proxied(0.004, baselines.ProxyAnchor, classes),
-        "multi-label proxies": lambda classes, _: Proxied(0.02, baselines.MultiLabelProxies, classes),
+        "proxy-anchor": lambda _: Proxied(0.004, baselines.ProxyAnchor),
+        "multi-label proxies": lambda _: Proxied(0.02, baselines.MultiLabelProxies),
     }
 
 
@@ -100,15 +101,27 @@ def _load(uris: list[str]) -> None:
     _loaded["recipe"] = first.recipe
 
 
-def _run(name: str, seed: int, minutes: float, out: str) -> None:
-    settings = LossSettings()
-    entry = contest.run(
-        rivals(settings, seed)[name], settings, seed, minutes, _loaded["train"], _loaded["judged"], _loaded["recipe"]
-    )
-    facts = {"loss": name, "seed": seed, "minutes": minutes, "machine": machine()} | asdict(entry)
+def _contest(seed: int, steps: int) -> Contest:
+    return Contest(LossSettings(), seed, steps, _loaded["train"], _loaded["judged"], _loaded["recipe"])
+
+
+def _grow(seed: int, steps: int, trunk: str) -> None:
+    _contest(seed, steps).grow_trunk(Path(trunk))
+
+
+def _run(name: str, seed: int, steps: int, trunk: str, out: str, key: dict[str, Any]) -> None:
+    entry = _contest(seed, steps).run(rivals(LossSettings(), seed)[name], Path(trunk))
+    facts = {"loss": name, "seed": seed, "machine": machine()} | key | asdict(entry)
     waiting = Path(out + ".part")
     waiting.write_text(json.dumps(facts, separators=(",", ":")) + "\n")
     waiting.replace(out)
+
+
+def _calibrated(minutes: float) -> int:
+    """Steps that cross-entropy only takes in so many minutes."""
+    contest = _contest(0, 1_000)
+    whole, both = (contest.seconds_a_step(crop) for crop in (False, True))
+    return max(20, round(60 * minutes / (CROP_FROM * whole + (1 - CROP_FROM) * both)))
 
 
 def file_of(folder: Path, name: str, seed: int) -> Path:
@@ -117,31 +130,52 @@ def file_of(folder: Path, name: str, seed: int) -> Path:
 
 def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, minutes: float) -> None:
     """Run what is missing, seed by seed, so that what is there early can be compared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uris = [corpus.artifact.uri for corpus in corpora]
+    at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     wanted = [(name, seed) for seed in range(seeds) for name in names]
     left = [(name, seed) for name, seed in wanted if not file_of(folder, name, seed).exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    uris = [corpus.artifact.uri for corpus in corpora]
-    with (
-        ProcessPoolExecutor(at_once, get_context("spawn"), _load, (uris,)) as pool,
-        Meter("losses", len(wanted), "runs") as meter,
-    ):
-        meter.advance(len(wanted) - len(left))
-        waiting = {
-            pool.submit(_run, name, seed, minutes, str(file_of(folder, name, seed))): f"{name}, seed {seed}"
-            for name, seed in left
-        }
-        for ended in as_completed(waiting):
-            ended.result()
-            meter.advance(1, waiting[ended])
+    pool = ProcessPoolExecutor(at_once, get_context("spawn"), _load, (uris,))
+    try:
+        budget = _budget(folder, [corpus.artifact.input_id for corpus in corpora], minutes, pool)
+        steps, trunks = budget["steps"], RESULTS / "losses" / "trunks"
+        trunks.mkdir(parents=True, exist_ok=True)
+        trunk_of = {seed: trunks / f"{folder.name}-{steps}-{seed}.pt" for _, seed in left}
+        growing = [pool.submit(_grow, seed, steps, str(file)) for seed, file in trunk_of.items() if not file.exists()]
+        for grown in growing:
+            grown.result()
+        with Meter("losses", len(wanted), "runs") as meter:
+            meter.advance(len(wanted) - len(left))
+            waiting = {
+                pool.submit(
+                    _run, name, seed, steps, str(trunk_of[seed]), str(file_of(folder, name, seed)), budget
+                ): f"{name}, seed {seed}"
+                for name, seed in left
+            }
+            for ended in as_completed(waiting):
+                ended.result()
+                meter.advance(1, waiting[ended])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def read_entries(folder: Path, minutes: float) -> dict[str, list[dict[str, Any]]]:
+def _budget(folder: Path, corpora: list[str], minutes: float, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """What all runs of a folder have in common; results of another budget or other images are refused."""
+    file, wanted = folder / "budget.json", {"minutes": minutes, "corpora": corpora}
+    if not file.exists():
+        file.write_text(json.dumps(wanted | {"steps": pool.submit(_calibrated, minutes).result()}) + "\n")
+    budget: dict[str, Any] = json.loads(file.read_text())
+    if {name: budget[name] for name in wanted} != wanted:
+        raise SystemExit(f"{file} is of {budget}, which is not {wanted}: choose another --name, or the same settings")
+    return budget
+
+
+def read_entries(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The runs that are there, by loss, in the order of their seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name in rivals(LossSettings(), 0):
-        files = sorted(folder.glob(f"{name.replace(' ', '_')}-*.json"))
-        entries = [entry for file in files if (entry := json.loads(file.read_text()))["minutes"] == minutes]
+        files = folder.glob(f"{name.replace(' ', '_')}-*.json")
+        entries = sorted((json.loads(file.read_text()) for file in files), key=lambda entry: entry["seed"])
         if entries:
             found[name] = entries
     return found
@@ -170,7 +204,7 @@ def compared(entries: dict[str, list[dict[str, Any]]], where: str, embedding: st
             "seeds": sorted(values),
             "queries": len(patients),
             "patients": int(patients.max()) + 1,
-            "steps": float(np.mean([run["steps"] for run in runs])),
+            "seconds": float(np.mean([run["seconds"] for run in runs])),
             "figures": {
                 column: {
                     "value": float(mean.mean[i]),
@@ -187,18 +221,29 @@ def compared(entries: dict[str, list[dict[str, Any]]], where: str, embedding: st
         if name != OURS and both:
             theirs = np.mean([values[seed] for seed in both], axis=0)
             own = np.mean([columns(ours[seed]["figures"][where][embedding]) for seed in both], axis=0)
-            apart = paired_difference(torch.as_tensor(own), torch.as_tensor(theirs), patients)
-            detectable = detectable_difference(apart.standard_error)
-            facts["ccloss_minus_this"] = {
-                column: {
-                    "difference": float(apart.mean[i]),
-                    "low": float(apart.low[i]),
-                    "high": float(apart.high[i]),
-                    "detectable": float(detectable[i]),
-                }
-                for i, column in enumerate(NAMES)
-            }
+            by_seed = np.mean(
+                [columns(ours[seed]["figures"][where][embedding]) - values[seed] for seed in both], axis=1
+            )
+            facts["ccloss_minus_this"] = _apart(torch.as_tensor(own), torch.as_tensor(theirs), patients, by_seed)
         found[name] = facts
+    return found
+
+
+def _apart(own_QM: Tensor, theirs_QM: Tensor, patients: Tensor, by_seed_SM: np.ndarray) -> dict[str, Any]:
+    """Differences with what patients and seeds leave open; with one seed nobody knows what another would have given."""
+    over_patients = paired_difference(own_QM, theirs_QM, patients)
+    seeds = len(by_seed_SM)
+    found = {}
+    for i, column in enumerate(NAMES):
+        difference = float(over_patients.mean[i])
+        facts: dict[str, Any] = {"difference": difference, "by_seed": by_seed_SM[:, i].round(5).tolist()}
+        if seeds > 1:
+            spread = float(by_seed_SM[:, i].std(ddof=1))
+            error = math.hypot(float(over_patients.standard_error[i]), spread / math.sqrt(seeds))
+            reach = NormalDist().inv_cdf(0.975) * error
+            facts |= {"low": difference - reach, "high": difference + reach, "spread_over_seeds": spread}
+            facts["detectable"] = float(detectable_difference(torch.tensor(error)))
+        found[column] = facts
     return found
 
 
@@ -207,44 +252,58 @@ def _codes(patients: list[str]) -> Tensor:
 
 
 def time_to_equal(entries: dict[str, list[dict[str, Any]]], embedding: str) -> dict[str, float | None]:
-    """Seconds until the validation mAP of a loss, mean over seeds, reaches where cross-entropy alone ends."""
-    means = {
-        name: np.mean([[(look["seconds"], look[embedding]) for look in run["curve"]] for run in runs], axis=0)
+    """Share of the steps after which the validation mAP of a loss, mean over the seeds that all have, stays above the
+    end of cross-entropy only; None where it does not end there. Up to `START` all losses are one."""
+    seeds = set.intersection(*({run["seed"] for run in runs} for runs in entries.values()))
+    curves = {
+        name: np.mean(
+            [[(look["share"], look[embedding]) for look in run["curve"]] for run in runs if run["seed"] in seeds],
+            axis=0,
+        )
         for name, runs in entries.items()
     }
-    if ALONE not in means:
+    if ALONE not in curves or not seeds:
         return {}
-    goal = means[ALONE][-1, 1]
-    return {name: next((float(s) for s, value in looks if value >= goal), None) for name, looks in means.items()}
+    goal = curves[ALONE][-1, 1]
+    found: dict[str, float | None] = {}
+    for name, looks in curves.items():
+        below = [n for n, value in enumerate(looks[:, 1]) if value < goal]
+        first = below[-1] + 1 if below else 0
+        found[name] = float(looks[first, 0]) if first < len(looks) else None
+    return found
 
 
 def _percent(cell: dict[str, float], name: str = "value") -> str:
     return f"{100 * cell[name]:.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
 
 
-def show(found: dict[str, Any], title: str, seconds: dict[str, float | None]) -> None:
+def _difference(cell: dict[str, float]) -> str:
+    if "low" not in cell:
+        return f"{100 * cell['difference']:+.1f} (one seed)"
+    return f"{_percent(cell, 'difference')}; {100 * cell['detectable']:.1f}"
+
+
+def show(found: dict[str, Any], title: str, shares: dict[str, float | None]) -> None:
     figures, differences = [], []
     for name, facts in found.items():
-        cells, reached = facts["figures"], seconds.get(name)
+        cells, reached = facts["figures"], shares.get(name)
         figures.append(
             [
-                *(name, len(facts["seeds"]), f"{facts['steps']:.0f}"),
+                *(name, len(facts["seeds"]), f"{facts['seconds']:.0f}"),
                 *(f"{100 * cells[f'Recall@{cutoff}']['value']:.1f}" for cutoff in CUTOFFS),
                 f"{100 * facts['macro_recall_at_8']:.1f}",
                 *(_percent(cells[column]) for column in ("precision@8", "mAP")),
                 f"{100 * cells['nDCG@8']['value']:.1f}",
-                "-" if reached is None else f"{reached:.0f}",
+                "-" if reached is None else f"{reached:.2f}",
             ]
         )
         if apart := facts.get("ccloss_minus_this"):
             columns = [apart[column] for column in ("Recall@8", "precision@8", "mAP")]
-            differences.append(
-                [name, *(f"{_percent(cell, 'difference')}; {100 * cell['detectable']:.1f}" for cell in columns)]
-            )
+            differences.append([name, *map(_difference, columns)])
     recalls = [f"R@{cutoff}" for cutoff in CUTOFFS]
     show_table(
         title,
-        ["loss", "seeds", "steps", *recalls, "macro R@8", "precision@8", "mAP", "nDCG@8", "s to equal mAP"],
+        ["loss", "seeds", "seconds", *recalls, "macro R@8", "precision@8", "mAP", "nDCG@8", "share to equal mAP"],
         figures,
     )
     if differences:
@@ -256,22 +315,22 @@ def show(found: dict[str, Any], title: str, seconds: dict[str, float | None]) ->
 
 
 def claims(found: dict[str, Any], where: str, embedding: str, minutes: float) -> list[Claim]:
-    """Ahead of all: CCLoss over the best of the others, by figure."""
+    """Ahead of all: CCLoss against the loss that is best in each figure, over the seeds that both have."""
     made = []
     for column in ("precision@8", "mAP", "Recall@8"):
-        others = {name: facts["figures"][column]["value"] for name, facts in found.items() if name != OURS}
-        if OURS not in found or not others:
+        others = {name: facts for name, facts in found.items() if "ccloss_minus_this" in facts}
+        if not others:
             continue
-        best = max(others, key=lambda name: others[name])
-        ours = found[OURS]["figures"][column]["value"]
+        best = min(others, key=lambda name: others[name]["ccloss_minus_this"][column]["difference"])
+        ours, apart = found[OURS]["figures"][column]["value"], others[best]["ccloss_minus_this"][column]
         made.append(
             Claim.of(
                 f"{column} of CCLoss, {embedding}, {where}, {minutes:g} minutes a run",
                 f"{best}, the best of {len(others)} others",
                 1.0,
-                [ours / others[best]],
+                [ours / (ours - difference) for difference in apart["by_seed"]],
                 ours=100 * ours,
-                best_other=100 * others[best],
+                difference=100 * apart["difference"],
             )
         )
     return made
@@ -303,7 +362,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def report(folder: Path, minutes: float) -> None:
     """Tables of what is there, `summary.json` beside the runs, and the claim."""
-    entries = read_entries(folder, minutes)
+    entries = read_entries(folder)
     places = list(next(iter(entries.values()))[0]["figures"])
     summary, made = {}, []
     for where in places[1:]:  # validation is for looking while training

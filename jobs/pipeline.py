@@ -75,7 +75,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     steps.done("prepare", prepared.counts["archive"], corpus.rows, prepared.uri, worked)
 
     model, worked = (given, False) if given else train(settings, corpus)
-    if worked:
+    if not given:
         training_report(settings, model, corpus)
     steps.done("train", model.counts["train_images"], model.counts["train_images"], model.uri, worked)
 

@@ -22,7 +22,7 @@ from cxr_retrieval.report.training import Example, write_training
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.examples import example_places
 from cxr_retrieval.training.model import CENTRES, MODEL_FILE, WEIGHTS_FILE
-from cxr_retrieval.training.run import model_draft, train
+from cxr_retrieval.training.run import model_draft, train, training_images
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
@@ -40,12 +40,14 @@ def training_report(settings: Settings, model: Artifact, corpus: Corpus) -> str:
     facts = json.loads(model.read(MODEL_FILE))
     centres = safetensors.numpy.load(model.read(WEIGHTS_FILE))[CENTRES]
     classes = [*facts["findings"], NO_FINDING][: centres.shape[1]]
-    table = corpus.take(example_places(corpus, settings.training.unseen), ["pixels", "findings"])
-    pixels = pixels_of(table, corpus.recipe.size)
-    examples = [
-        Example(pixels[n], findings, [record["crops"][n] for record in facts["history"]])
-        for n, findings in enumerate(table["findings"].to_pylist())
-    ]
+    examples = []
+    if len(places := example_places(corpus, settings.training.unseen)):
+        table = corpus.take(places, ["pixels", "findings"])
+        pixels = pixels_of(table, corpus.recipe.size)
+        examples = [
+            Example(pixels[n], findings, [record["crops"][n] for record in facts["history"]])
+            for n, findings in enumerate(table["findings"].to_pylist())
+        ]
     page = storage.join(settings.workspace, "reports", "training", f"{model.input_id}.html")
     storage.write_bytes(page, write_training(facts, centres, classes, examples).encode())
     return page
@@ -67,9 +69,9 @@ def show_model(model: Artifact, worked: bool) -> None:
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    corpus = find_prepared(settings.corpus, settings.workspace)
-    draft = model_draft(settings, Corpus(corpus))
-    images = corpus.manifest["splits"]["train"]["images"]
+    corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
+    draft = model_draft(settings, corpus)
+    images = training_images(settings, corpus)
     training = settings.training
     console.show_table(
         "Plan of train",

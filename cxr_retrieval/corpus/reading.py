@@ -57,14 +57,14 @@ class Corpus:
         return found
 
     def places(self, split: str, without: Sequence[str] = ()) -> np.ndarray:
-        """Where the rows of a split are, those left out that have one of the findings `without`: an array of PLACE in
-        the order of the corpus."""
+        """Where the rows of a split are, left out those that have, or may have, one of the findings `without`: an array
+        of PLACE in the order of the corpus."""
         found = []
         for part, uri in enumerate(self.files):
             with storage.arrow_reader(uri) as file:
                 parquet = pq.ParquetFile(file)
                 sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-                facts = parquet.read(["split", "findings"] if without else ["split"])
+                facts = parquet.read(["split", "findings", "unknown"] if without else ["split"])
             splits = np.asarray(facts["split"].to_pylist(), dtype=object)
             place = np.zeros(len(splits), PLACE)
             place["part"], place["row"] = part, np.arange(len(splits))
@@ -72,7 +72,8 @@ class Corpus:
             keep = splits == split
             keep[list(self.excluded.get(part, ()))] = False
             if without:
-                keep &= [not set(without) & set(findings) for findings in facts["findings"].to_pylist()]
+                both = zip(facts["findings"].to_pylist(), facts["unknown"].to_pylist(), strict=True)
+                keep &= [set(without).isdisjoint([*findings, *unknown]) for findings, unknown in both]
             found.append(place[keep])
         places = np.concatenate(found)
         if len(places) == 0:

@@ -155,7 +155,7 @@ def _chart(label: str, note: str, y: Dimension, curves: Mapping[str, Sequence[fl
 
 
 def _known(curves: Mapping[str, Sequence[float | None]]) -> list[float]:
-    return [value for curve in curves.values() for value in curve if value is not None] or [0.0]
+    return [v for curve in curves.values() for v in curve if v is not None and math.isfinite(v)] or [0.0]
 
 
 def _geometry(centres_KD: np.ndarray, classes: Sequence[str], label: str) -> _Matrix:

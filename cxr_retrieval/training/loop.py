@@ -46,6 +46,7 @@ from cxr_retrieval.training.order import Order, group_rows
 from cxr_retrieval.training.tracking import Nowhere, Tracker, epoch_figures, tracker_of
 
 STATE_FILE, PROGRESS_FILE = "state.pt", "progress.json"
+TAKEN = "taken"  # optimizer steps of an epoch that were not skipped
 CURVE = "curve"  # in what an epoch reports: a point for every epoch so far, also for those before a restart
 logger = logging.getLogger(__name__)
 LABELS_AT_ONCE = 65_536
@@ -102,7 +103,7 @@ class Worker:
         sharing = context.get_local_world_size() * (1 + job.beside)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // sharing))
         self.recipe = self.corpus.recipe
-        self.autocast = _precision(self.settings.training.precision, self.device)
+        self.autocast = autocast_of(self.settings.training.precision, self.device)
         torch.manual_seed(self.settings.seed)
         training = self.settings.training
         self.places = self.corpus.places(TRAIN, training.unseen)
@@ -151,16 +152,18 @@ class Worker:
             epoch, start = divmod(self.state.step, self.order.steps)
             began = time.monotonic()
             for index in range(start, self.order.steps):
-                parts = self._step(batches)
-                self.state.sums = {name: self.state.sums.get(name, 0.0) + value for name, value in parts.items()}
+                if parts := self._step(batches):
+                    self.state.sums = {name: self.state.sums.get(name, 0.0) + value for name, value in parts.items()}
                 self._tell(epoch, index + 1)
                 inside = index + 1 < self.order.steps
                 if inside and self.state.step % training.checkpoint_steps == 0:
                     self._average_sums()
                     self._report({"epoch": epoch, "step": self.state.step})
             self._average_sums()
-            by_table = self.state.sums.pop(BY_TABLE)
-            record: dict[str, Any] = {name: float(value) / self.order.steps for name, value in self.state.sums.items()}
+            if not self.state.sums:
+                raise self._not_finite("no finite gradient in a whole epoch")
+            by_table, taken = self.state.sums.pop(BY_TABLE), float(self.state.sums.pop(TAKEN))
+            record: dict[str, Any] = {name: float(value) / taken for name, value in self.state.sums.items()}
             record |= _by_table(by_table)
             self.state.sums = {}
             done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
@@ -171,7 +174,10 @@ class Worker:
         self._finish()
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """One optimizer step: all micro-batches forward and backward, then weights, then centres."""
+        """One optimizer step: all micro-batches forward and backward, then weights, then centres.
+
+        Returns what to sum up over an epoch; nothing of a step that was skipped.
+        """
         training = self.settings.training
         self.model.train()
         progress = self.state.step / self.total_steps
@@ -213,7 +219,7 @@ class Worker:
                 raise self._not_finite(f"no finite gradient in {self.skipped} steps in a row")
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        return sums
+        return sums | {TAKEN: torch.ones((), device=self.device)} if self.skipped == 0 else {}
 
     def _not_finite(self, what: str) -> UserError:
         return UserError(
@@ -272,7 +278,10 @@ class Worker:
     def _example_crops(self) -> list[list[int]]:
         """Where the network looks in the images that are followed: x, y, width, height of each."""
         self.averaged.eval()
-        table = self.corpus.take(example_places(self.corpus, self.settings.training.unseen), ["pixels"])
+        places = example_places(self.corpus, self.settings.training.unseen)
+        if not len(places):
+            return []
+        table = self.corpus.take(places, ["pixels"])
         images = normalised(pixels_of(table, self.recipe.size).copy(), self.recipe, self.device)
         with torch.inference_mode(), self.autocast():
             boxes: list[list[int]] = Output(*self.averaged.module(images)).boxes_B4.tolist()
@@ -301,6 +310,7 @@ class Worker:
             "chosen": chosen,
             "centring_images": int(count.item()),
         }
+        self.tracker.end()
         self._report_final()
 
     def _report_final(self) -> None:
@@ -387,7 +397,8 @@ class Worker:
             return
         self._told = now
         if "loss" in self.state.sums:
-            self.tracker.log(self.state.step, {"train/loss": float(self.state.sums["loss"]) / step})
+            mean = float(self.state.sums["loss"]) / float(self.state.sums[TAKEN])
+            self.tracker.log(self.state.step, {"train/loss": mean})
         last = self.state.history[-1] if self.state.history else {}
         facts = {
             "images": self.state.step * self.settings.training.batch_size,
@@ -474,7 +485,7 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _precision(setting: str, device: torch.device) -> Any:
+def autocast_of(setting: str, device: torch.device) -> Any:
     """A factory of autocast contexts. `auto` is bfloat16 only where the hardware computes in it."""
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     dtype = PRECISIONS["bfloat16" if fast else "float32"] if setting == "auto" else PRECISIONS[setting]

@@ -71,9 +71,10 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     training = settings.training
     require_cpus(training.workers, training.cpus_per_worker, READ_CPUS, training.workers * training.gpu)
     require_trainable(settings, corpus)
+    require_tracking(settings)
     draft.begin()
     progress_uri = storage.join(settings.workspace, "runs", draft.input_id, PROGRESS_FILE)
-    trainer = trainer_of(settings, corpus, draft.input_id)
+    trainer = trainer_of(settings, corpus, draft.input_id, tracking_server())
     before, total = told_of(progress_uri).get("images", 0), planned_images(settings, corpus)
     with Progress.of(settings.workspace, draft, "train", total, before=min(before, total)) as progress:
         with _followed(progress_uri, progress, before):
@@ -84,20 +85,23 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
 
 
 def trainer_of(
-    settings: Settings, corpus: Corpus, run: str, beside: int = 0, callbacks: Sequence[UserCallback] = ()
+    settings: Settings,
+    corpus: Corpus,
+    run: str,
+    server: str | None,
+    beside: int = 0,
+    callbacks: Sequence[UserCallback] = (),
 ) -> TorchTrainer:
     """The Ray Train run of that name; its state lies in the workspace, and a trainer of the same name goes on from it.
 
-    `beside` runs of the same size share each machine's cores with it.
+    `beside` runs of the same size share each machine's cores with it; `server` is MLflow's, as the driver knows it.
     """
     training = settings.training
     runs = storage.join(settings.workspace, "runs")
     filesystem, path = storage.filesystem(runs)
     return TorchTrainer(
         train_worker,
-        train_loop_config={
-            "job": TrainJob(settings, corpus, storage.join(runs, run, PROGRESS_FILE), beside, tracking_server())
-        },
+        train_loop_config={"job": TrainJob(settings, corpus, storage.join(runs, run, PROGRESS_FILE), beside, server)},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.gpu,
@@ -128,23 +132,29 @@ def training_images(settings: Settings, corpus: Corpus) -> int:
     return int(corpus.artifact.manifest["splits"][TRAIN]["images"])
 
 
+def validation_patients(settings: Settings, corpus: Corpus) -> int:
+    """Patients that an epoch is judged by; with `training.unseen`, those who still have a finding."""
+    if unseen := settings.training.unseen:
+        facts = corpus.take(corpus.places(VALIDATION, unseen), ["patient_id", "findings"]).to_pylist()
+        return len({row["patient_id"] for row in facts if row["findings"]})
+    return int(corpus.artifact.manifest["splits"][VALIDATION]["patients"])
+
+
 def require_trainable(settings: Settings, corpus: Corpus) -> None:
     """Refuse a network that cannot be built and a corpus that no run can train on, before workers start."""
     build_network(settings.network, len(FINDINGS))
-    require_tracking(settings)
     for finding in settings.training.unseen:
         if finding not in FINDINGS:
             near = difflib.get_close_matches(finding, FINDINGS, n=1, cutoff=0) or FINDINGS[:1]
             raise UserError(f"training.unseen: there is no finding {finding!r}; did you mean {near[0]!r}?")
-    splits = corpus.artifact.manifest["splits"]
     if (images := training_images(settings, corpus)) < settings.training.batch_size:
         raise UserError(
             f"{images} training images are fewer than training.batch_size="
             f"{settings.training.batch_size}: lower it, or prepare more images"
         )
-    if splits[VALIDATION]["patients"] < 2:
+    if (patients := validation_patients(settings, corpus)) < 2:
         raise UserError(
-            f"{splits[VALIDATION]['patients']} validation patients: choosing an embedding takes at least two; raise"
+            f"{patients} validation patients: choosing an embedding takes at least two; raise"
             " corpus.validation_share, or prepare more patients"
         )
 

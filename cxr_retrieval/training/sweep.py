@@ -38,6 +38,7 @@ from cxr_retrieval.training.input import READ_CPUS
 from cxr_retrieval.training.loop import CURVE, PROGRESS_FILE
 from cxr_retrieval.training.run import model_draft, require_trainable, told_of, trainer_of
 from cxr_retrieval.training.space import Space, plain, trial_settings, value_of
+from cxr_retrieval.training.tracking import require_tracking, tracking_server
 
 KIND = "sweep"
 METRIC = "value"  # validation mAP of an epoch's best embedding
@@ -118,7 +119,7 @@ class _EpochReport(TuneReportCallback):
             super().after_report(run_context, [told], checkpoint)
 
 
-def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
+def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int, server: str | None) -> None:
     """One trial. Its run is named by it, without a time: begun again, it goes on from its checkpoint."""
     number, point = config[TRIAL]
     settings = sweep.trial_settings(point)
@@ -132,7 +133,7 @@ def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
     fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(scheduling_strategy=outside, runtime_env=address)
     try:
         require_trainable(settings, sweep.corpus)
-        ray.get(fit.remote(settings, sweep.corpus, run, beside, _EpochReport()))
+        ray.get(fit.remote(settings, sweep.corpus, run, server, beside, _EpochReport()))
     except Exception as error:
         mendable = user_error_in(error)
         if mendable is None:
@@ -141,9 +142,9 @@ def _run_trial(config: dict[str, Any], sweep: Sweep, beside: int) -> None:
         tune.report({METRIC: 0.0, REFUSED: str(mendable)})
 
 
-def _fit(settings: Settings, corpus: Corpus, run: str, beside: int, report: _EpochReport) -> None:
+def _fit(settings: Settings, corpus: Corpus, run: str, server: str | None, beside: int, report: _EpochReport) -> None:
     """The run of a trial. Runs in a task that ends with the trial, and its workers with it."""
-    trainer_of(settings, corpus, run, beside, [report]).fit()
+    trainer_of(settings, corpus, run, server, beside, [report]).fit()
 
 
 class _Ledger(tune.Callback):
@@ -204,6 +205,7 @@ def run_sweep(sweep: Sweep, before: Mapping[int, dict[str, Any]], progress: Prog
     Ray must be running. Raises UserError where no trial fits the cluster or nothing can be trained on the corpus.
     """
     require_trainable(sweep.base, sweep.corpus)
+    require_tracking(sweep.base)
     at_once = trials_at_once(sweep.base.training, nodes_cpus(), ray.cluster_resources().get("GPU", 0.0))
     _Ledger.progress = progress
     if len(before) < sweep.space.count:
@@ -228,7 +230,10 @@ def _tuner(sweep: Sweep, before: Mapping[int, dict[str, Any]], at_once: int) -> 
     chosen = space.search == "optuna"
     points = [] if chosen else space.points()
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(_run_trial, sweep=sweep, beside=on_a_node - 1), {"CPU": TRIAL_CPUS}),
+        tune.with_resources(
+            tune.with_parameters(_run_trial, sweep=sweep, beside=on_a_node - 1, server=tracking_server()),
+            {"CPU": TRIAL_CPUS},
+        ),
         param_space={key: axis.domain for key, axis in space.space.items()}
         if chosen
         else {TRIAL: tune.grid_search([(number, points[number]) for number in left])},

@@ -2,14 +2,15 @@
 
 TensorBoard: event files in `runs/RUN/tensorboard` of the workspace, sent there after every epoch where that is object
 storage. MLflow: where `MLFLOW_TRACKING_URI` says, one run of the experiment `cxr-retrieval` by the name of the run.
-A run that goes on after a kill goes on there too. What cannot be told is said in the log and ends nothing.
+A run that goes on after a kill goes on there too. The first failure is said in the worker's log and ends the tracking,
+not the run.
 """
 
 import importlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from cxr_retrieval.errors import UserError
 EXPERIMENT, FOLDER = "cxr-retrieval", "tensorboard"
 MODULES = {"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow"}
 SERVER = "MLFLOW_TRACKING_URI"
+RETRIES, FEW = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"  # its default is minutes of one call, while all workers wait
 MOST_TEXT = 500  # characters of a parameter that MLflow takes
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ class Tracker(Protocol):
     def send(self) -> None:
         """Make sure that others see what was told."""
 
+    def end(self) -> None:
+        """Say that the run has ended."""
+
 
 class Nowhere:
     """No tracker."""
@@ -41,6 +46,9 @@ class Nowhere:
     def send(self) -> None:
         pass
 
+    def end(self) -> None:
+        pass
+
 
 class _TensorBoard:
     def __init__(self, folder: str, step: int) -> None:
@@ -49,8 +57,8 @@ class _TensorBoard:
         self._folder = folder
         self._staged = tempfile.TemporaryDirectory(prefix="cxr-tensorboard-") if storage.is_s3(folder) else None
         where = self._staged.name if self._staged else storage.canonical(folder)
-        # What a killed run told after its last checkpoint is told again.
-        self._writer = SummaryWriter(where, purge_step=step or None)
+        # What a killed run told after its last checkpoint, which holds `step`, is told again.
+        self._writer = SummaryWriter(where, purge_step=step + 1)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -61,9 +69,14 @@ class _TensorBoard:
         for file in Path(self._staged.name).iterdir() if self._staged else ():
             storage.write_bytes(storage.join(self._folder, file.name), file.read_bytes())
 
+    def end(self) -> None:
+        self.send()
+        self._writer.close()
+
 
 class _MLflow:
     def __init__(self, run: str, settings: Settings, server: str | None) -> None:
+        os.environ.setdefault(RETRIES, FEW)
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=server)
@@ -82,24 +95,32 @@ class _MLflow:
     def send(self) -> None:
         pass
 
+    def end(self) -> None:
+        self._client.set_terminated(self._run)
+
 
 class _Quietly:
-    """A tracker whose failures are said and end nothing."""
+    """A tracker whose first failure is said, ends nothing, and is its last: every further one would cost its time."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, make: Callable[[], Tracker]) -> None:
+        self._tracker: Tracker = Nowhere()
+        self._try(lambda: setattr(self, "_tracker", make()))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        try:
-            self._tracker.log(step, figures)
-        except Exception as error:  # noqa: BLE001  # of whatever server and network there are: no reason to end a run
-            logger.warning("step %d is not told to the tracker: %s", step, error)
+        self._try(lambda: self._tracker.log(step, figures))
 
     def send(self) -> None:
+        self._try(lambda: self._tracker.send())
+
+    def end(self) -> None:
+        self._try(lambda: self._tracker.end())
+
+    def _try(self, tell: Callable[[], None]) -> None:
         try:
-            self._tracker.send()
-        except Exception as error:  # noqa: BLE001
-            logger.warning("the tracker's files are not sent: %s", error)
+            tell()
+        except Exception as error:  # noqa: BLE001  # of whatever server and network there are: no reason to end a run
+            self._tracker = Nowhere()
+            logger.warning("the run goes on untracked: %s", error)
 
 
 def require_tracking(settings: Settings) -> None:
@@ -118,7 +139,7 @@ def require_tracking(settings: Settings) -> None:
     server = tracking_server()
     if not server:
         raise UserError(f"training.tracking=mlflow: set {SERVER}, e.g. to http://host:5000")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of minutes otherwise
+    os.environ.setdefault(RETRIES, FEW)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -139,12 +160,9 @@ def tracker_of(settings: Settings, run_folder: str, step: int, server: str | Non
     kind = settings.training.tracking
     if kind is None:
         return Nowhere()
-    found: Tracker = (
-        _TensorBoard(storage.join(run_folder, FOLDER), step)
-        if kind == "tensorboard"
-        else _MLflow(run_folder.rpartition("/")[2], settings, server)
-    )
-    return _Quietly(found)
+    if kind == "tensorboard":
+        return _Quietly(lambda: _TensorBoard(storage.join(run_folder, FOLDER), step))
+    return _Quietly(lambda: _MLflow(run_folder.rpartition("/")[2], settings, server))
 
 
 def epoch_figures(record: Mapping[str, Any]) -> dict[str, float]:

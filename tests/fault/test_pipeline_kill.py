@@ -22,7 +22,7 @@ from tests.processes import ROOT, job, wait_until
 from tests.proxy import FaultProxy
 
 IMAGES = 96
-STEPS = {"step1", "step2", "step3", "global", "local", "combined", "profile"}
+STEPS = {"step1", "step2", "step3", "global", "local", "combined", "profile", "global_profile"}
 CUTOFFS = {"2", "4", "6", "8"}
 # So small that the walk takes seconds; the demo's own settings stay in force beside them.
 WORDS = [

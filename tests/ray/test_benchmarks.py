@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from benchmarks import archive, claim, losses
-from benchmarks.contest import CURVE_POINTS
+from benchmarks.contest import CURVE_POINTS, EVALUATED
 from cxr_retrieval.config import LossSettings
 
 SMALL = {
     "prepare": {"IMAGES": 96, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
     "embed": {"IMAGES": 32 * (os.cpu_count() or 1), "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "STEPS": 1},
+    "workers": {"IMAGES": 160, "SIDE": 128, "ROUNDS": 1, "STEPS": 1, "ROWS": 8},
     "ccloss_speed": {"SIZES": (128, 256, 512), "MOST_PAIRED": 256, "ROUNDS": 1},
     "object_storage": {"IMAGES": 48, "SIDE": 128, "SIZE": 64, "PART": 48, "ROUNDS": 1},
 }
@@ -55,6 +56,12 @@ def test_every_benchmark_has_a_small_run_in_the_tests() -> None:
     assert modules == {*SMALL, "losses"}
 
 
+def curve_of(folder: Path, name: str) -> list[dict[str, float]]:
+    """Looks at the validation patients of a run of seed 0, without their times."""
+    curve = json.loads(losses.file_of(folder / "tiny", name, 0).read_text())["curve"]
+    return [{key: value for key, value in point.items() if key != "seconds"} for point in curve]
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_losses_are_compared_seed_by_seed_and_only_what_is_missing_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -68,16 +75,22 @@ def test_losses_are_compared_seed_by_seed_and_only_what_is_missing_is_run(
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "tiny").glob("*-0.json")}
     assert len(files) == len(every)
     entry = json.loads(losses.file_of(tmp_path / "tiny", "CCLoss", 0).read_text())
-    assert entry["steps"] > 0
+    budget = json.loads((tmp_path / "tiny" / "budget.json").read_text())
+    assert entry["steps"] == budget["steps"] >= 20
+    assert [point["share"] for point in entry["curve"]] == sorted({point["share"] for point in entry["curve"]})
     assert len(entry["curve"]) == CURVE_POINTS
+    trunk = [curve_of(tmp_path, name)[:2] for name in every]
+    assert all(points == trunk[0] for points in trunk), "up to where the loss joins, all entries of a seed are one"
     summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
-    assert set(summary) == {"test/global", "test/combined", "test/profile"}
+    assert set(summary) == {f"test/{name}" for name in EVALUATED}
     assert list(summary["test/global"]) == every
     for name, facts in summary["test/global"].items():
         assert set(facts["figures"]) == set(losses.NAMES)
         assert ("ccloss_minus_this" in facts) == (name != "CCLoss")
     for written in json.loads((tmp_path / "losses.json").read_text()):
         _check(written)
+    with pytest.raises(SystemExit, match="choose another --name"):
+        losses.main([*words[:2], "--minutes=0.02", "--seeds=1"])
     losses.file_of(tmp_path / "tiny", "all pairs", 0).unlink()
     losses.main(words)
     again = {file: file.stat().st_mtime_ns for file in files}

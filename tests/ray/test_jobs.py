@@ -367,7 +367,11 @@ def test_searching_needs_no_cluster(world: World) -> None:
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     (found,) = json.loads(ended.stdout)
-    assert found["hits"] == search(world, world.image, "-k", "2")[0]["hits"]
+    here = search(world, world.image, "-k", "2")[0]["hits"]
+    for there, hit in zip(found["hits"], here, strict=True):
+        # Another process may have another number of threads, and round otherwise.
+        assert there.pop("distance") == pytest.approx(hit.pop("distance"), abs=1e-5)
+    assert found["hits"] == here
 
 
 def test_the_embedded_rows_are_those_of_the_archive(world: World) -> None:

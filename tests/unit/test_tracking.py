@@ -44,7 +44,7 @@ def test_tensorboard_reads_what_was_told_and_a_run_that_goes_on_takes_the_lost_s
     again.log(25, {"loss": 0.5})
     again.send()
     found = points(Path(run) / "tensorboard", "loss")
-    assert found == [(10, 0.1), (25, 0.5)]
+    assert found == [(10, 0.1), (20, 0.05), (25, 0.5)]
 
 
 def test_tensorboard_files_of_a_workspace_on_s3_are_sent_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,7 +88,14 @@ def test_a_tracker_that_fails_later_ends_nothing_and_is_said(
     monkeypatch.setattr(MlflowClient, "log_metric", broken)
     with caplog.at_level(logging.WARNING):
         tracker.log(7, {"loss": 1.0})
-    assert "step 7 is not told to the tracker: no route" in caplog.text
+        tracker.log(8, {"loss": 1.0})
+        tracker.send()
+        tracker.end()
+        tracker_of(settings("mlflow"), "runs/abc", 0, "http://127.0.0.1:9").log(1, {"loss": 1.0})
+    told = [record.getMessage() for record in caplog.records if record.name == tracking.logger.name]
+    assert told[0] == "the run goes on untracked: no route"  # once, and not with every step
+    assert len(told) == 2
+    assert "127.0.0.1" in told[1]
 
 
 def test_what_cannot_track_is_refused_before_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
