@@ -207,6 +207,8 @@ class Contest:
         pixels = self.train_images.pixels[:: max(1, len(self.train_images.pixels) // CENTRING_IMAGES)]
         means = {name: value.mean(0) for name, value in uncentred(self._outputs(pixels)).items()}
         for where, images in self.judged.items():
+            if where == "validation":
+                continue
             entry.figures[where] = {name: _rows(found, images) for name, found in self._judge(images, means).items()}
         return entry
 
@@ -311,11 +313,11 @@ def _rows(figures: QueryFigures, images: Images) -> dict[str, Any]:
     kept = figures.kept_Q
     macro = per_finding(figures, images.labels[asked])
     return {
-        "patients": images.patients[asked.numpy()][kept.numpy()].tolist(),
+        "patients": np.unique(images.patients, return_inverse=True)[1][asked.numpy()][kept.numpy()].tolist(),
         "recall": ["".join(str(int(hit)) for hit in row) for row in figures.recall.tolist()],
         "hits_of_8": [round(8 * value) for value in figures.precision[:, -1].tolist()],
         "ap": [round(value, 4) for value in figures.ap.tolist()],
-        "ndcg_at_8": [round(value, 4) for value in figures.ndcg[:, -1].tolist()],
+        "ndcg_at_8": [round(value, 3) for value in figures.ndcg[:, -1].tolist()],
         "macro_recall_at_8": round(float(macro.macro_recall[-1]), 5),
         "macro_map": round(float(macro.macro_ap), 5),
     }

@@ -247,7 +247,7 @@ def _apart(own_QM: Tensor, theirs_QM: Tensor, patients: Tensor, by_seed_SM: np.n
     return found
 
 
-def _codes(patients: list[str]) -> Tensor:
+def _codes(patients: list[int]) -> Tensor:
     return torch.as_tensor(np.unique(patients, return_inverse=True)[1])
 
 
@@ -365,7 +365,7 @@ def report(folder: Path, minutes: float) -> None:
     entries = read_entries(folder)
     places = list(next(iter(entries.values()))[0]["figures"])
     summary, made = {}, []
-    for where in places[1:]:  # validation is for looking while training
+    for where in places:
         for embedding in EVALUATED:
             found = compared(entries, where, embedding)
             summary[f"{where}/{embedding}"] = found

@@ -17,7 +17,7 @@ def run(seed: int, better: float, curve: tuple[float, ...] = (0.1, 0.2, 0.3)) ->
     """A run whose average precision lies `better` above what the query itself decides."""
     base = np.random.default_rng(0).random(QUERIES) * 0.5
     figures = {
-        "patients": [f"p{number // 2}" for number in range(QUERIES)],
+        "patients": [number // 2 for number in range(QUERIES)],
         "recall": ["0111" if number % 2 else "0000" for number in range(QUERIES)],
         "hits_of_8": [number % 9 for number in range(QUERIES)],
         "ap": (base + better).tolist(),
