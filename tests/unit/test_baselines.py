@@ -176,7 +176,7 @@ def test_a_step_against_the_gradient_brings_alike_images_nearer_than_unlike_ones
     alike_BB, unlike_BB = baselines.alike_and_unlike(targets_BC)
 
     def gap() -> float:
-        cosines_BB = F.normalize(x_BD, dim=1) @ F.normalize(x_BD, dim=1).T
+        cosines_BB = (F.normalize(x_BD, dim=1) @ F.normalize(x_BD, dim=1).T).detach()
         return float(cosines_BB[alike_BB].mean() - cosines_BB[unlike_BB].mean())
 
     before = gap()
