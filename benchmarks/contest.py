@@ -9,9 +9,10 @@ N images, B of a batch, C findings, K classes of the centres, D dimensions, Q qu
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ class Images:
     labels: Tensor
     patients: np.ndarray
 
+    @cached_property
+    def patient_codes(self) -> Tensor:
+        """A number for each patient, [N]."""
+        return torch.as_tensor(np.unique(self.patients, return_inverse=True)[1])
+
 
 def read_images(corpora: list[Corpus], split: str) -> Images:
     """The images of one split of several archives, which share no patient."""
@@ -66,7 +72,7 @@ def read_images(corpora: list[Corpus], split: str) -> Images:
     return Images(np.concatenate(pixels), torch.as_tensor(np.concatenate(labels)), np.asarray(patients))
 
 
-class Rival(nn.Module):
+class Rival(nn.Module, ABC):
     """A contrastive loss of one table (step and pass) at a time, with whatever it keeps between steps.
 
     `weight` is its weight beside the cross-entropy; `no_finding` what images without a finding are to it.
@@ -76,9 +82,9 @@ class Rival(nn.Module):
         super().__init__()
         self.weight, self.no_finding = weight, no_finding
 
+    @abstractmethod
     def contrast(self, objective: Objective) -> Contrast:
         """What the objective adds to the cross-entropy."""
-        raise NotImplementedError
 
     def gather(self, output: Output, targets_BK: Tensor) -> None:
         """Take notice of a batch, before the optimizer's step."""
@@ -297,7 +303,7 @@ class Contest:
         vectors = uncentred(self._outputs(images.pixels))
         named = centred(vectors, centring or {name: value.mean(0) for name, value in vectors.items()})
         asked = (images.labels == 1).any(1)
-        patients = torch.as_tensor(np.unique(images.patients, return_inverse=True)[1])
+        patients = images.patient_codes
         return {
             name: retrieve(
                 *(named[name][asked], named[name], images.labels[asked], images.labels, patients[asked], patients),
@@ -313,7 +319,7 @@ def _rows(figures: QueryFigures, images: Images) -> dict[str, Any]:
     kept = figures.kept_Q
     macro = per_finding(figures, images.labels[asked])
     return {
-        "patients": np.unique(images.patients, return_inverse=True)[1][asked.numpy()][kept.numpy()].tolist(),
+        "patients": images.patient_codes[asked][kept].tolist(),
         "recall": ["".join(str(int(hit)) for hit in row) for row in figures.recall.tolist()],
         "hits_of_8": [round(8 * value) for value in figures.precision[:, -1].tolist()],
         "ap": [round(value, 4) for value in figures.ap.tolist()],

@@ -119,8 +119,8 @@ def _run(name: str, seed: int, steps: int, trunk: str, out: str, key: dict[str, 
 
 def _calibrated(minutes: float) -> int:
     """Steps that cross-entropy only takes in so many minutes."""
-    contest = _contest(0, 1_000)
-    whole, both = (contest.seconds_a_step(crop) for crop in (False, True))
+    untrained = _contest(0, 1_000)
+    whole, both = (untrained.seconds_a_step(crop) for crop in (False, True))
     return max(20, round(60 * minutes / (CROP_FROM * whole + (1 - CROP_FROM) * both)))
 
 
@@ -194,9 +194,12 @@ NAMES = (*(f"Recall@{cutoff}" for cutoff in CUTOFFS), "precision@8", "mAP", "nDC
 def compared(entries: dict[str, list[dict[str, Any]]], where: str, embedding: str) -> dict[str, Any]:
     """Figures of every loss, means over its seeds, and their differences from CCLoss over the seeds that both have."""
     found: dict[str, Any] = {}
+    of_seed = {
+        name: {run["seed"]: columns(run["figures"][where][embedding]) for run in runs} for name, runs in entries.items()
+    }
+    ours = of_seed.get(OURS, {})
     for name, runs in entries.items():
-        ours = {run["seed"]: run for run in entries.get(OURS, [])}
-        values = {run["seed"]: columns(run["figures"][where][embedding]) for run in runs}
+        values = of_seed[name]
         patients = _codes(runs[0]["figures"][where][embedding]["patients"])
         mean = patient_bootstrap(torch.as_tensor(np.mean(list(values.values()), axis=0)), patients)
         by_seed = np.array([value.mean(axis=0) for value in values.values()])
@@ -219,20 +222,17 @@ def compared(entries: dict[str, list[dict[str, Any]]], where: str, embedding: st
         }
         both = sorted(set(values) & set(ours))
         if name != OURS and both:
-            theirs = np.mean([values[seed] for seed in both], axis=0)
-            own = np.mean([columns(ours[seed]["figures"][where][embedding]) for seed in both], axis=0)
-            by_seed = np.mean(
-                [columns(ours[seed]["figures"][where][embedding]) - values[seed] for seed in both], axis=1
-            )
-            facts["ccloss_minus_this"] = _apart(torch.as_tensor(own), torch.as_tensor(theirs), patients, by_seed)
+            own_SQM, theirs_SQM = (np.stack([of[seed] for seed in both]) for of in (ours, values))
+            facts["ccloss_minus_this"] = _apart(own_SQM, theirs_SQM, patients)
         found[name] = facts
     return found
 
 
-def _apart(own_QM: Tensor, theirs_QM: Tensor, patients: Tensor, by_seed_SM: np.ndarray) -> dict[str, Any]:
+def _apart(own_SQM: np.ndarray, theirs_SQM: np.ndarray, patients: Tensor) -> dict[str, Any]:
     """Differences with what patients and seeds leave open; with one seed nobody knows what another would have given."""
+    own_QM, theirs_QM = (torch.as_tensor(values.mean(axis=0)) for values in (own_SQM, theirs_SQM))
     over_patients = paired_difference(own_QM, theirs_QM, patients)
-    seeds = len(by_seed_SM)
+    seeds, by_seed_SM = len(own_SQM), (own_SQM - theirs_SQM).mean(axis=1)
     found = {}
     for i, column in enumerate(NAMES):
         difference = float(over_patients.mean[i])
@@ -298,8 +298,7 @@ def show(found: dict[str, Any], title: str, shares: dict[str, float | None]) -> 
             ]
         )
         if apart := facts.get("ccloss_minus_this"):
-            columns = [apart[column] for column in ("Recall@8", "precision@8", "mAP")]
-            differences.append([name, *map(_difference, columns)])
+            differences.append([name, *(_difference(apart[column]) for column in ("Recall@8", "precision@8", "mAP"))])
     recalls = [f"R@{cutoff}" for cutoff in CUTOFFS]
     show_table(
         title,

@@ -190,6 +190,14 @@ def number_axis(title: str, note: str, values: Iterable[float], log: bool = Fals
     return Dimension(title, note, low, high, tuple((tick, f"{tick:.4g}") for tick in ticks), log)
 
 
+def epoch_axis(last: int) -> Dimension:
+    """A direction of the epochs 1 to `last`."""
+    ticks = tuple((float(epoch), str(epoch)) for epoch in range(1, last + 1, math.ceil(last / 12)))
+    # A single epoch has no width of its own.
+    start, end = (1.0, float(last)) if last > 1 else (0.5, 1.5)
+    return Dimension("epoch", "passes over the training images", start, end, ticks)
+
+
 def choice_axis(title: str, note: str, texts: Sequence[str]) -> Dimension:
     """A direction with one place for each text, at 0, 1, 2, ..."""
     return Dimension(

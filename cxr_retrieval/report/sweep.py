@@ -1,6 +1,5 @@
 """A sweep as one HTML file: where in the space good trials lie, how they learnt, and what the data asks for next."""
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from cxr_retrieval.report.charts import (
     Plane,
     choice_axis,
     colour_bar,
+    epoch_axis,
     number_axis,
     percent_axis,
     plane,
@@ -275,12 +275,8 @@ def _curves(run: Trials) -> _Chart | None:
     if not curves:
         return None
     last = max(run.epochs or 1, *(curve[-1][0] for curve in curves))
-    ticks = tuple((float(epoch), str(epoch)) for epoch in range(1, last + 1, math.ceil(last / 12)))
-    # A single epoch has no width of its own.
-    start, end = (1.0, float(last)) if last > 1 else (0.5, 1.5)
-    x = Dimension("epoch", "passes over the training images", start, end, ticks)
     y = percent_axis(run.metric, known_numbers(run.chance, *(value for curve in curves for _, value in curve)))
-    area = plane(x, y, *_MAP_SIZE, beside=64)
+    area = plane(epoch_axis(last), y, *_MAP_SIZE, beside=64)
 
     def line(trial: Trial) -> _Spot | None:
         if not trial.curve:

@@ -3,7 +3,6 @@
 A *table* is a step of a pass, as in the history of a model: the whole image's steps first, then the crop's.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from cxr_retrieval.report.charts import (
     Plane,
     choice_axis,
     colour_bar,
+    epoch_axis,
     number_axis,
     percent_axis,
     plane,
@@ -26,7 +26,6 @@ from cxr_retrieval.report.pages import finding_label, render
 
 _SIZE = (640.0, 380.0)
 _MATRIX_SIZE = (760.0, 620.0)
-_MOST_TICKS = 12
 _SHOWN = 4  # looks at one example, from the first epoch to the last
 _PASSES = ("whole image", "crop")
 CHANCE = "chance"
@@ -97,7 +96,7 @@ def write_training(
             ("Chosen embedding", chosen),
             ("Its validation mAP, %", f"{100 * figures['map']:.1f}"),
             ("Chance, %", f"{100 * figures['chance_map']:.1f}"),
-            ("Images a second", f"{_median([record['images_per_second'] for record in history]):.0f}"),
+            ("Images a second", f"{np.median([record['images_per_second'] for record in history]):.0f}"),
             ("Unseen findings", ", ".join(map(finding_label, model.get("unseen", ())))),
             ("Corpus", model["corpus"]),
         ],
@@ -138,9 +137,7 @@ def _cosines(history: Sequence[Mapping[str, Any]], tables: Sequence[str]) -> _Ch
 
 def _chart(label: str, note: str, y: Dimension, curves: Mapping[str, Sequence[float | None]]) -> _Chart:
     last = max(len(curve) for curve in curves.values())
-    ticks = tuple((float(epoch), str(epoch)) for epoch in range(1, last + 1, math.ceil(last / _MOST_TICKS)))
-    start, end = (1.0, float(last)) if last > 1 else (0.5, 1.5)  # a single epoch has no width of its own
-    area = plane(Dimension("epoch", "passes over the training images", start, end, ticks), y, *_SIZE)
+    area = plane(epoch_axis(last), y, *_SIZE)
     count = sum(name != CHANCE for name in curves)
     lines = []
     for number, (name, curve) in enumerate(curves.items()):
@@ -155,7 +152,7 @@ def _chart(label: str, note: str, y: Dimension, curves: Mapping[str, Sequence[fl
 
 
 def _known(curves: Mapping[str, Sequence[float | None]]) -> list[float]:
-    return [v for curve in curves.values() for v in curve if v is not None and math.isfinite(v)] or [0.0]
+    return [value for curve in curves.values() for value in curve if value is not None] or [0.0]
 
 
 def _geometry(centres_KD: np.ndarray, classes: Sequence[str], label: str) -> _Matrix:
@@ -194,7 +191,3 @@ def _film(example: Example) -> dict[str, Any]:
             for epoch in epochs
         ],
     }
-
-
-def _median(values: Sequence[float]) -> float:
-    return float(np.median(values))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -275,14 +276,18 @@ class Worker:
         self._tell(epoch, self.order.steps, force=True)
         self._report(record | {CURVE: self._curve()})
 
+    @cached_property
+    def _examples(self) -> np.ndarray | None:
+        """Pixels of the images that are followed, found once a run; None where no validation image has a finding."""
+        places = example_places(self.corpus, self.settings.training.unseen)
+        return pixels_of(self.corpus.take(places, ["pixels"]), self.recipe.size).copy() if len(places) else None
+
     def _example_crops(self) -> list[list[int]]:
         """Where the network looks in the images that are followed: x, y, width, height of each."""
-        self.averaged.eval()
-        places = example_places(self.corpus, self.settings.training.unseen)
-        if not len(places):
+        if self._examples is None:
             return []
-        table = self.corpus.take(places, ["pixels"])
-        images = normalised(pixels_of(table, self.recipe.size).copy(), self.recipe, self.device)
+        self.averaged.eval()
+        images = normalised(self._examples, self.recipe, self.device)
         with torch.inference_mode(), self.autocast():
             boxes: list[list[int]] = Output(*self.averaged.module(images)).boxes_B4.tolist()
         return boxes
