@@ -302,20 +302,24 @@ class Contest:
         """Figures of every embedding; without `centring` the mean of these images themselves is taken out."""
         vectors = uncentred(self._outputs(images.pixels))
         named = centred(vectors, centring or {name: value.mean(0) for name, value in vectors.items()})
-        asked = (images.labels == 1).any(1)
-        patients = images.patient_codes
-        return {
-            name: retrieve(
-                *(named[name][asked], named[name], images.labels[asked], images.labels, patients[asked], patients),
-                cutoffs=CUTOFFS,
+        asked, (labels, patients) = _asked(images), (x.to(self.device) for x in (images.labels, images.patient_codes))
+        found = {}
+        for name in EVALUATED:
+            gallery = named[name].to(self.device)
+            found[name] = retrieve(
+                *(gallery[asked], gallery, labels[asked], labels, patients[asked], patients), cutoffs=CUTOFFS
             )
-            for name in EVALUATED
-        }
+        return found
+
+
+def _asked(images: Images) -> Tensor:
+    """Which images are queries, bool [N]: those with a finding."""
+    return (images.labels == 1).any(1)
 
 
 def _rows(figures: QueryFigures, images: Images) -> dict[str, Any]:
     """The figures of every query in few digits, and what cannot be taken from them."""
-    asked = (images.labels == 1).any(1)
+    asked = _asked(images)
     kept = figures.kept_Q
     macro = per_finding(figures, images.labels[asked])
     return {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 class Screen(nn.Module):
     """Attention over channels, then over places (CBAM, Woo et al. 2018): it screens what the crop is drawn from.
 
-    It learns although the crop gives it no gradient: the screened maps are what the deepest steps embed and classify.
+    It learns although the crop gives it no gradient: the screened maps are what the steps embed and classify.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:

@@ -22,7 +22,7 @@ class Output(NamedTuple):
         z_PSBD: embeddings of unit length.
         logits_PSBC: finding logits of each step.
         joint_PBC: finding logits of all steps together (PMG's classifier over the concatenated features).
-        heat_BHW: where pass 1 looked, in [0, 1], a sixteenth of the images' sides (a 32nd with one step); no gradient.
+        heat_BHW: where pass 1 looked, in [0, 1], as fine as the map of the first step; no gradient.
         boxes_B4: what pass 2 saw: x, y, width, height in pixels of the images given, int64.
     """
 
@@ -40,17 +40,18 @@ class _Pass(NamedTuple):
     neck_maps: list[Tensor]
 
 
-# How many steps, from the deepest, are screened and draw the heat. The deepest map alone has 4 x 4 places for an image
-# of 128 pixels: a crop of one place then misses half of the small signs that the network itself found.
-_SCREENED = 2
+ARCHITECTURE = 2  # raise it with every change that gives the same settings or weights another output
+# Least places a side of a map that says where a finding is. On phantoms of 64 pixels the maps of 4 x 4 and 2 x 2 places
+# name the findings best and point away from them: their places see all of the image, padding included.
+_FINE = 8
 
 
 class ProgressiveNetwork(nn.Module):
     """Steps as in PMG (Du et al. 2020), a crop as in AG-CNN (Guan et al. 2018) and WS-DAN (Hu et al. 2019).
 
-    Pass 1 sees the whole image. The two deepest maps, screened by attention, give the heat, the heat gives the box, and
-    pass 2 sees the box enlarged to the image's size, with the same weights. Both passes are one forward, because DDP
-    allows one forward before a backward.
+    Pass 1 sees the whole image. Its maps are screened by attention; those with at least 8 places a side (else the
+    finest one) give the heat, the heat gives the box, and pass 2 sees the box enlarged to the image's size, with the
+    same weights. Both passes are one forward, because DDP allows one forward before a backward.
 
     Under DDP with `find_unused_parameters=False` every output with a gradient must enter the loss: weigh what is not
     wanted by 0 instead of leaving it out.
@@ -97,16 +98,14 @@ class ProgressiveNetwork(nn.Module):
         self.whole_side = whole_side
         self.crop_side = crop_side
         self.backbone = build_backbone(backbone, steps, weights, normalisation)
-        self.screens = nn.ModuleList(Screen(channels) for channels in self.backbone.channels[-_SCREENED:])
+        self.screens = nn.ModuleList(Screen(channels) for channels in self.backbone.channels)
         stages = [Step(channels, dimensions, findings, normalisation) for channels in self.backbone.channels]
         self.steps = nn.ModuleList(stages)
         self.joint = nn.Linear(sum(step.classifier.in_features for step in stages), findings)
         nn.init.constant_(self.joint.bias, PRIOR_LOGIT)
 
     def _pass(self, images_B1HW: Tensor, which: int) -> _Pass:
-        maps = list(self.backbone(images_B1HW))
-        first = len(maps) - len(self.screens)
-        maps[first:] = [screen(stage) for screen, stage in zip(self.screens, maps[first:], strict=True)]
+        maps = [screen(stage) for screen, stage in zip(self.screens, self.backbone(images_B1HW), strict=True)]
         outputs: list[StepOutput] = [step(stage, which) for step, stage in zip(self.steps, maps, strict=True)]
         with torch.autocast(images_B1HW.device.type, enabled=False):
             joint_BC = self.joint(torch.cat([output.pooled_BN for output in outputs], dim=1))
@@ -130,8 +129,8 @@ class ProgressiveNetwork(nn.Module):
         whole = self._pass(whole_B1HW, WHOLE)
         image_size = (images_B1HW.shape[2], images_B1HW.shape[3])
         with torch.no_grad():
-            deepest = list(zip(self.steps, whole.neck_maps, strict=True))[-_SCREENED:]
-            activations = [cast(Step, step).activations(neck_BNHW) for step, neck_BNHW in deepest]
+            fine = [step for step, map_BNHW in enumerate(whole.neck_maps) if min(map_BNHW.shape[2:]) >= _FINE] or [0]
+            activations = [cast(Step, self.steps[step]).activations(whole.neck_maps[step]) for step in fine]
             heat_BHW = heat_map(sum_activations(activations), whole.joint_BC)
             if boxes_B4 is None:
                 boxes_B4 = crop_boxes(heat_BHW, self.crop_threshold, image_size, self.crop_minimum)

@@ -15,7 +15,13 @@ from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.network.progressive import Output, ProgressiveNetwork, embedding_names, embedding_sizes
+from cxr_retrieval.network.progressive import (
+    ARCHITECTURE,
+    Output,
+    ProgressiveNetwork,
+    embedding_names,
+    embedding_sizes,
+)
 
 KIND = "model"
 WEIGHTS_FILE, MODEL_FILE = "weights.safetensors", "model.json"
@@ -80,8 +86,13 @@ class Model:
 
     @classmethod
     def parse(cls, facts: bytes, weights: bytes) -> "Model":
-        """A model from the bytes of its two files."""
+        """A model from the bytes of its two files. Raises UserError where its network is of another architecture."""
         described = json.loads(facts)
+        if (version := described.get("architecture")) != ARCHITECTURE:
+            raise UserError(
+                f"this model is of network architecture {version}, and this version of cxr-retrieval computes"
+                f" {ARCHITECTURE}: train it again, or use the version that trained it"
+            )
         settings = NetworkSettings.model_validate(described["network"] | {"weights": None})
         network = build_network(settings, len(described["findings"]))
         tensors = safetensors.torch.load(weights)
@@ -139,7 +150,7 @@ def write_model(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files = [
         draft.write(WEIGHTS_FILE, safetensors.torch.save(plain)),
-        draft.write(MODEL_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()),
+        draft.write(MODEL_FILE, json.dumps({"architecture": ARCHITECTURE, **facts}, indent=1, sort_keys=True).encode()),
     ]
     return draft.finish(
         files, counts, chosen=facts["chosen"], decode_recipe_id=Recipe.from_json(facts["decode_recipe"]).id

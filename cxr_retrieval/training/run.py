@@ -20,6 +20,7 @@ from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.network.progressive import ARCHITECTURE
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import require_cpus
 from cxr_retrieval.training.input import READ_CPUS
@@ -36,6 +37,7 @@ def model_draft(settings: Settings, corpus: Corpus) -> Draft:
     """The model that these settings train on that corpus: its identity and its place."""
     shaping: dict[str, Any] = {
         "seed": settings.seed,
+        "architecture": ARCHITECTURE,
         "network": settings.network.model_dump(),
         "losses": settings.losses.model_dump(),
         "training": settings.training.model_dump(exclude=set(EXECUTION)),

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -202,15 +202,19 @@ def test_a_run_whose_worker_and_then_all_of_its_ray_is_killed_gives_the_same_cur
     assert before["history"], "the kill came in the first epoch: this test showed nothing"
     (run / PROGRESS_FILE).unlink()  # it is for a person to read, and nothing goes on from it
 
+    ended = threading.Event()
+
     def first_step() -> int:
-        end = time.monotonic() + 120
-        while not (run / PROGRESS_FILE).exists() and time.monotonic() < end:
-            time.sleep(0.005)
+        while not (run / PROGRESS_FILE).exists() and not ended.wait(0.005):
+            pass
         return json.loads((run / PROGRESS_FILE).read_text())["images"] // BATCH
 
     with ThreadPoolExecutor(1) as watcher:
         seen = watcher.submit(first_step)
-        done(*command)
+        try:
+            done(*command)
+        finally:
+            ended.set()
     assert seen.result() == before["step"] + 1, "the first step of the second run is the next one"
     model = artifacts.load(str(tmp_path / "models" / artifact.input_id), "model")
     speeds = [record[SPEED] for record in before["history"]]

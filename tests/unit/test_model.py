@@ -13,7 +13,7 @@ from cxr_retrieval.config import NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.network.progressive import embeddings, uncentred
+from cxr_retrieval.network.progressive import ARCHITECTURE, embeddings, uncentred
 from cxr_retrieval.training.model import KIND, MODEL_FILE, WEIGHTS_FILE, Model, build_network, normalised, write_model
 
 SIZE, IMAGES = 64, 4
@@ -84,6 +84,13 @@ def test_model_json_says_what_a_reader_needs(written):
     assert NetworkSettings.model_validate(facts["network"]) == NETWORK
     model = Model.open(artifact.uri)
     assert (model.recipe, model.chosen, model.findings) == (RECIPE, "combined", list(FINDINGS))
+
+
+def test_a_model_of_another_architecture_is_refused(written):
+    _, _, artifact = written
+    facts = json.loads(artifact.read(MODEL_FILE)) | {"architecture": ARCHITECTURE - 1}
+    with pytest.raises(UserError, match=f"architecture {ARCHITECTURE - 1}.* train it again"):
+        Model.parse(json.dumps(facts).encode(), artifact.read(WEIGHTS_FILE))
 
 
 def test_nothing_in_the_artifact_can_be_executed(written):

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cxr_retrieval.network.attention import crop_and_resize
+from cxr_retrieval.network.attention import crop_and_resize, heat_map, sum_activations
 from cxr_retrieval.network.norm import SyncedStandardise
 from cxr_retrieval.network.progressive import (
     Output,
@@ -28,8 +28,8 @@ def network(seed: int = 0, **settings) -> ProgressiveNetwork:
     return ProgressiveNetwork("resnet18_half", FINDINGS, **{"dimensions": DIMENSIONS} | settings)
 
 
-def images(number: int = BATCH, seed: int = 1) -> Tensor:
-    return torch.randn(number, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+def images(number: int = BATCH, seed: int = 1, side: int = SIZE) -> Tensor:
+    return torch.randn(number, 1, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def some_loss(output: Output) -> Tensor:
@@ -62,7 +62,7 @@ def test_one_forward_gives_both_passes_of_every_step(trained_a_little):
     assert output.z_PSBD.shape == (2, STEPS, BATCH, DIMENSIONS)
     assert output.logits_PSBC.shape == (2, STEPS, BATCH, FINDINGS)
     assert output.joint_PBC.shape == (2, BATCH, FINDINGS)
-    assert output.heat_BHW.shape == (BATCH, SIZE // 16, SIZE // 16)
+    assert output.heat_BHW.shape == (BATCH, SIZE // 8, SIZE // 8)
     assert output.boxes_B4.shape == (BATCH, 4)
     torch.testing.assert_close(output.z_PSBD.norm(dim=-1), torch.ones(2, STEPS, BATCH))
 
@@ -89,11 +89,25 @@ def test_the_loss_reaches_every_parameter_the_screen_included(normalisation):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("step", [-1, -2])
-def test_a_deep_step_alone_teaches_its_screen(step):
+@pytest.mark.parametrize("step", range(STEPS))
+def test_each_step_alone_teaches_its_screen(step):
     model = network().train()
     model(images()).logits_PSBC[WHOLE, step].square().mean().backward()
     assert all(p.grad.any() for p in model.screens[step].parameters())
+
+
+@pytest.mark.parametrize(("side", "fine"), [(64, [0]), (128, [0, 1]), (32, [0])])
+def test_maps_of_too_few_places_do_not_say_where_to_look(side, fine):
+    model = network().eval()
+    with torch.no_grad():
+        for step in model.steps:
+            torch.nn.init.normal_(step.classifier.weight)
+        output = model(images(2, side=side))
+        maps = model.backbone(images(2, side=side))
+        maps = [step.neck(screen(stage)) for step, screen, stage in zip(model.steps, model.screens, maps, strict=True)]
+        activations = [model.steps[step].activations(maps[step]) for step in fine]
+        expected = heat_map(sum_activations(activations), output.joint_PBC[WHOLE])
+    torch.testing.assert_close(output.heat_BHW, expected)
 
 
 def test_one_step_is_enough():
