@@ -100,8 +100,11 @@ class TrainingSettings(Section):
     workers: int = Field(1, ge=1, description="Ray Train workers")
     gpu: bool = Field(False, description="give each worker a GPU")
     cpus_per_worker: float = Field(0.5, gt=0, description="logical CPUs of a worker; the rest feeds Ray Data")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware has it, else float32"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware has it, else float32; float16 is for GPUs without it"
+    )
+    compile: bool = Field(
+        False, description="compile the backbone: minutes at the start for faster steps; takes a C++ compiler"
     )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate (AdamW, warm-up, cosine)")
     weight_decay: float = Field(0.05, ge=0, le=1, description="decoupled weight decay")
@@ -203,6 +206,8 @@ class Settings(Section):
                 f"training.batch_size={training.batch_size} is not a multiple of training.lanes={training.lanes}"
                 f" x training.accumulation={training.accumulation}"
             )
+        if training.precision == "float16" and not training.gpu:
+            raise ValueError("training.precision=float16 needs training.gpu=true: CPUs have bfloat16 or float32")
         if self.network.normalisation == "frozen_batch" and self.network.weights is None and self.model is None:
             raise ValueError(
                 "network.normalisation=frozen_batch needs network.weights: there are no statistics to freeze"

@@ -23,13 +23,15 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import require_cpus
 from cxr_retrieval.training.input import READ_CPUS
-from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
+from cxr_retrieval.training.loop import TrainJob, train_worker
 from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
+from cxr_retrieval.training.state import load_state
+from cxr_retrieval.training.telling import PROGRESS_FILE, told_of
 from cxr_retrieval.training.tracking import require_tracking, tracking_server
 
 POLL_S = 1.0
 # How a run is executed, not what it computes.
-EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker", "tracking")
+EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker", "tracking", "compile")
 
 
 def model_draft(settings: Settings, corpus: Corpus) -> Draft:
@@ -220,10 +222,3 @@ def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> N
             note += f", validation mAP {100 * best:.1f}" if best is not None else ""
             progress.advance(facts["images"] - seen, note)
             seen = facts["images"]
-
-
-def told_of(uri: str) -> dict[str, Any]:
-    """What the workers of a run have told of it last: images done, requests to storage sent again; empty before."""
-    found = storage.read_tagged(uri)
-    facts: dict[str, Any] = json.loads(found[0]) if found else {}
-    return facts

@@ -21,9 +21,10 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.training.loop import PROGRESS_FILE, STATE_FILE
 from cxr_retrieval.training.model import Model
 from cxr_retrieval.training.run import model_draft, train, training_images
+from cxr_retrieval.training.state import STATE_FILE
+from cxr_retrieval.training.telling import PROGRESS_FILE
 from jobs.train import training_report
 from tests.commands import done
 from tests.processes import job, wait_until
