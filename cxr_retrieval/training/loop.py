@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ class Worker:
         self.job, self.settings, self.corpus = job, job.settings, job.corpus
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.lanes = range(self.settings.training.lanes)[self.rank :: self.workers]
         self.device = ray.train.torch.get_device()
         # Workers of one machine share its cores: more threads than cores spin at every barrier and halve the speed.
         sharing = context.get_local_world_size() * (1 + job.beside)
@@ -122,7 +123,7 @@ class Worker:
             return
         training = self.settings.training
         batches = self._batches()
-        while self.state.step < self.total_steps:
+        while self.state.step < self.total_steps and not self._is_patience_over():
             epoch, start = divmod(self.state.step, self.order.steps)
             began = time.monotonic()
             for index in range(start, self.order.steps):
@@ -140,9 +141,14 @@ class Worker:
             done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
             record["images_per_second"] = done * training.batch_size / (time.monotonic() - began)
             self._end_epoch(epoch, record)
-        assert next(batches, None) is None, "the input holds more steps than the plan"
+        assert self.state.step < self.total_steps or next(batches, None) is None, "more input than the plan has steps"
+        batches.close()
         self.teller.end()
         self._finish()
+
+    def _is_patience_over(self) -> bool:
+        patience = self.settings.training.patience
+        return patience is not None and self.state.epochs_since_best() >= patience
 
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: all micro-batches forward and backward, then weights, then centres."""
@@ -152,6 +158,8 @@ class Worker:
         sums: dict[str, Tensor] = {}
         contrast = self.objective.ccloss(optimisation.centres)
         shuffled = training.jigsaw and progress < training.shallow_share and self.state.step % 2 == 1
+        # Means over images become means over the step's: workers average gradients, and may have lanes more or less.
+        share = len(self.lanes) * self.workers / training.lanes / training.accumulation
         for micro in range(training.accumulation):
             batch = next(batches)
             images = self._varied(normalised(batch.pixels.copy(), self.corpus.recipe, self.device), micro, shuffled)
@@ -159,28 +167,35 @@ class Worker:
             with optimisation.micro_batch(last=micro == training.accumulation - 1):
                 output = optimisation.forward(images, crop=progress >= training.crop_from)
                 loss, parts = self.objective(output, labels, contrast, progress, shallow_only=shuffled)
-                optimisation.backward(loss / training.accumulation)
+                optimisation.backward(loss * share)
             if not shuffled:
                 targets = centre_targets(labels, self.settings.losses.no_finding)
                 gather_centres(output, targets, optimisation.centres)
-            sums = {name: sums.get(name, 0.0) + value / training.accumulation for name, value in parts.items()}
+            sums = {name: sums.get(name, 0.0) + value * share for name, value in parts.items()}
         if optimisation.end():
             self.state.add(sums)
         self.state.step += 1
 
     def _varied(self, images: Tensor, micro: int, shuffled: bool) -> Tensor:
-        """The images of a micro-batch, augmented and, where `shuffled`, cut into patches."""
-        generator = torch.Generator().manual_seed(_seed(self.settings.seed, self.state.step, micro, self.rank))
-        if self.settings.training.augment:
-            images = augment(images, generator).contiguous(memory_format=torch.channels_last)
-        return jigsaw(images, JIGSAW_PATCHES, generator) if shuffled else images
+        """The images of a micro-batch, augmented and, where `shuffled`, cut into patches.
 
-    def _batches(self) -> Iterator[Batch]:
+        The dice belong to the lane: an image is changed alike however many workers there are.
+        """
+        if not (self.settings.training.augment or shuffled):
+            return images
+        pieces = []
+        for lane, piece in zip(self.lanes, images.chunk(len(self.lanes)), strict=True):
+            generator = torch.Generator().manual_seed(_seed(self.settings.seed, self.state.step, micro, lane))
+            if self.settings.training.augment:
+                piece = augment(piece, generator)
+            pieces.append(jigsaw(piece, JIGSAW_PATCHES, generator) if shuffled else piece)
+        return torch.cat(pieces).contiguous(memory_format=torch.channels_last)
+
+    def _batches(self) -> Generator[Batch]:
         """This worker's micro-batches from the current step to the last epoch's end."""
         training = self.settings.training
-        source = WorkerInput(self.corpus, self.places, self.order, self.rank, self.workers)
-        rows = training.batch_size // self.workers // training.accumulation
-        return source.batches(self.state.step, training.epochs, rows)
+        source = WorkerInput(self.corpus, self.places, self.order, self.rank, self.workers, training.accumulation)
+        return source.batches(self.state.step, training.epochs)
 
     def _average_sums(self) -> None:
         """The mean over workers, which stays what it is if taken again: a checkpoint speaks for all of them."""

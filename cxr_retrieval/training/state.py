@@ -58,6 +58,10 @@ class RunState:
             self.best_network = {name: tensor.detach().cpu().clone() for name, tensor in network.items()}
             self.best_centres = centres_TCD.cpu().clone()
 
+    def epochs_since_best(self) -> int:
+        """How many of the last epochs were no better than the best one before them."""
+        return len(self.history) - 1 - self.best_epoch
+
     def curve(self) -> list[dict[str, float]]:
         """A point for every epoch so far, also for those before a restart."""
         return [curve_point(past) for past in self.history]

@@ -1,5 +1,6 @@
 """One optimizer step: what moves, what a step without a finite gradient leaves alone, and when the run ends."""
 
+import contextlib
 import shutil
 
 import pytest
@@ -20,8 +21,11 @@ def optimisation(**changes: object) -> Optimisation:
     torch.manual_seed(0)
     network = ProgressiveNetwork("resnet18_half", C, steps=2, dimensions=D)
     centres = Centres(4, C + 1, D, 0.05)
-    settings = {"precision": "float32", **changes}
-    return Optimisation(network, network, centres, TrainingSettings.model_validate(settings), total_steps=100)
+    settings = TrainingSettings.model_validate({"precision": "float32", **changes})
+    stepped = Optimisation(network, network, centres, settings, total_steps=100)
+    if settings.precision == "float16":  # its scale and its rule are looked at here; computing in it is for GPUs
+        stepped.autocast = contextlib.nullcontext
+    return stepped
 
 
 def step(stepped: Optimisation, number: int, spoil: float = 1.0, micro_batches: int = 1) -> bool:
@@ -81,7 +85,7 @@ def test_float16_skips_what_is_too_large_for_it_until_its_scale_has_fallen_and_c
     stepped = optimisation(precision="float16")
     before = moving(stepped)
     skipped = 0
-    while not step(stepped, skipped, spoil=2.0**12):  # a loss as large as that overflows 16 bits with the first scale
+    while not step(stepped, skipped, spoil=2.0**118):  # overflows float32 with the first scale
         skipped += 1
         assert stepped.skipped == 0
         assert stepped.scaler.get_scale() == 2.0 ** (16 - skipped)
@@ -105,7 +109,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_scale_of_float16() -> Non
     assert step(one, 0)
     assert step(other, 0)
     for name, value in moving(one).items():
-        torch.testing.assert_close(moving(other)[name], value, atol=2e-3, rtol=0)
+        assert torch.equal(moving(other)[name], value), name
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -131,7 +135,7 @@ def test_micro_batches_add_up_to_one_step() -> None:
     step(parts, 0, micro_batches=2)
     for name, value in moving(whole).items():
         if name != "centres":  # their sums are those of twice as many images
-            torch.testing.assert_close(moving(parts)[name], value, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(moving(parts)[name], value, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on this machine")
