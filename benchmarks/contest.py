@@ -31,9 +31,9 @@ from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import NoFinding, centre_targets
 from cxr_retrieval.network.progressive import Output, centred, uncentred
 from cxr_retrieval.training.augmentation import augment
-from cxr_retrieval.training.loop import autocast_of, optimizer_of, rate_share, running_average
 from cxr_retrieval.training.model import build_network, normalised
 from cxr_retrieval.training.objective import Contrast, Objective, gather_centres
+from cxr_retrieval.training.optimisation import autocast_of, optimizer_of, rate_share, running_average
 
 NETWORK = NetworkSettings(normalisation="batch", whole_side=64, crop_side=64)
 STEPS, DIMENSIONS = NETWORK.steps, NETWORK.dimensions

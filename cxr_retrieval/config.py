@@ -98,10 +98,19 @@ class TrainingSettings(Section):
     batch_size: int = Field(32, ge=2, description="images of one optimizer step, over all workers")
     accumulation: int = Field(1, ge=1, description="micro-batches that a worker adds up to one optimizer step")
     workers: int = Field(1, ge=1, description="Ray Train workers")
+    min_workers: int | None = Field(
+        None, ge=1, description="start and go on with as few workers where the cluster has no room for all; null: never"
+    )
     gpu: bool = Field(False, description="give each worker a GPU")
     cpus_per_worker: float = Field(0.5, gt=0, description="logical CPUs of a worker; the rest feeds Ray Data")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware has it, else float32"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware has it, else float32; float16 is for GPUs without it"
+    )
+    compile: bool = Field(
+        False, description="compile the backbone: minutes at the start for faster steps; takes a C++ compiler"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better validation mAP that end the run; null: it trains all epochs"
     )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate (AdamW, warm-up, cosine)")
     weight_decay: float = Field(0.05, ge=0, le=1, description="decoupled weight decay")
@@ -198,11 +207,23 @@ class Settings(Section):
             raise ValueError(
                 f"training.lanes={training.lanes} is not a multiple of training.workers={training.workers}"
             )
+        if training.min_workers is not None:
+            if training.min_workers > training.workers:
+                raise ValueError(
+                    f"training.min_workers={training.min_workers} is above training.workers={training.workers}"
+                )
+            if self.network.normalisation == "batch" and not training.gpu:
+                raise ValueError(
+                    "training.min_workers with network.normalisation=batch needs training.gpu=true: on CPUs batch"
+                    " statistics are each worker's own, and would change with their number"
+                )
         if training.batch_size % (training.lanes * training.accumulation):
             raise ValueError(
                 f"training.batch_size={training.batch_size} is not a multiple of training.lanes={training.lanes}"
                 f" x training.accumulation={training.accumulation}"
             )
+        if training.precision == "float16" and not training.gpu:
+            raise ValueError("training.precision=float16 needs training.gpu=true: CPUs have bfloat16 or float32")
         if self.network.normalisation == "frozen_batch" and self.network.weights is None and self.model is None:
             raise ValueError(
                 "network.normalisation=frozen_batch needs network.weights: there are no statistics to freeze"

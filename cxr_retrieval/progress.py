@@ -104,6 +104,12 @@ class Progress:
         self._done, self._before = self._done + count, self._before + count
         self._meter.total -= count
 
+    def end_early(self, note: str) -> None:
+        """There is no more to do than what was done."""
+        self._total, self._note = self._done, note
+        self._meter.total = self._done - self._before
+        self._meter.advance(0, note)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -5,7 +5,7 @@ that streams for the whole run would do the same with less code, but while it wa
 the training process (Ray 2.60; measured: more than half of the time of a core that trains).
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,22 +34,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class WorkerInput:
-    """What one worker reads: its share of every step of the plan."""
+    """What one worker reads: its lanes' share of every step of the plan, in micro-batches."""
 
     corpus: Corpus
     places: np.ndarray
     order: Order
     rank: int
     workers: int
+    micro_batches: int
 
-    def batches(self, first_step: int, epochs: int, rows: int) -> Iterator[Batch]:
-        """Batches of `rows` images from global step `first_step` to the end of `epochs`."""
+    def batches(self, first_step: int, epochs: int) -> Generator[Batch]:
+        """Micro-batches from global step `first_step` to the end of `epochs`."""
         windows = self.order.windows(first_step, epochs)
         if not windows:
             return  # a run that goes on after its last epoch
         stretches = [windows[start : start + WINDOWS_AT_ONCE] for start in range(0, len(windows), WINDOWS_AT_ONCE)]
         # Places are 12 bytes a row of the corpus: once into the object store, not with every stretch to every task.
-        read = _Reader(self.corpus, ray.put(self.places), self.order, self.rank, self.workers)
+        read = _Reader(self.corpus, ray.put(self.places), self.order, self.rank, self.workers, self.micro_batches)
+        rows = self.order.micro_batch_rows(self.rank, self.workers, self.micro_batches)
         with ThreadPoolExecutor(1, thread_name_prefix="input") as ahead:
             waiting: list[Future[list[Any]]] = [ahead.submit(_materialise, stretch, read) for stretch in stretches[:1]]
             for following in [*stretches[1:], None]:
@@ -75,10 +77,11 @@ class _Reader:
     order: Order
     rank: int
     workers: int
+    micro_batches: int
 
     def __call__(self, item: dict[str, np.ndarray]) -> pa.Table:
         epoch, first, last = (int(item[name][0]) for name in ("epoch", "first", "last"))
-        rows = self.order.worker_rows(epoch, first, last, self.rank, self.workers).reshape(-1)
+        rows = self.order.worker_rows(epoch, first, last, self.rank, self.workers, self.micro_batches).reshape(-1)
         before = storage.retries()
         table = self.corpus.take(ray.get(self.places)[rows], COLUMNS)
         return table.replace_schema_metadata({RETRIES: str(storage.retries() - before)})

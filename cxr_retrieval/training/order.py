@@ -1,9 +1,10 @@
 """Which image every worker sees at every step: a pure function of seed, epoch and the corpus.
 
 Row groups are dealt in random order to a fixed number of *lanes*, and each lane shuffles its rows inside windows, so
-that reading stays sequential inside a window. One optimizer step takes the same number of rows from every lane. A
-worker reads the lanes whose number is congruent to its rank, so the images of a step do not depend on the number of
-workers, no row group is read by every worker, and workers agree on the number of steps before an epoch begins.
+that reading stays sequential inside a window. One optimizer step takes the same number of rows from every lane, and so
+does every micro-batch of it. A worker reads the lanes whose number is congruent to its rank, so the images of a step
+and of a micro-batch do not depend on the number of workers, no row group is read by every worker, and workers agree on
+the number of steps before an epoch begins. Where workers do not divide the lanes, some read one lane more than others.
 
 What it gives up: rows that do not fill the last step of an epoch (fewer than one batch) wait for another epoch, and
 images are mixed among about `window` others, not among all.
@@ -61,12 +62,20 @@ class Order:
                 generator.shuffle(lane[start : start + self.window_steps * lane_batch])
         return by_lane.reshape(self.lanes, self.steps, lane_batch).transpose(1, 0, 2)
 
-    def worker_rows(self, epoch: int, first: int, last: int, rank: int, workers: int) -> np.ndarray:
-        """Rows of a worker for steps `first` to `last` (exclusive): int64 [steps, batch_size / workers]."""
-        if self.lanes % workers:
-            raise ValueError(f"lanes {self.lanes} is not a multiple of workers {workers}")
-        mine = self.epoch(epoch)[first:last, rank::workers]
-        return mine.reshape(len(mine), -1)
+    def micro_batch_rows(self, rank: int, workers: int, micro_batches: int) -> int:
+        """Rows of a worker in one micro-batch. Raises ValueError for more workers than lanes."""
+        if workers > self.lanes:
+            raise ValueError(f"lanes {self.lanes} are fewer than workers {workers}")
+        return len(range(rank, self.lanes, workers)) * (self.batch_size // self.lanes // micro_batches)
+
+    def worker_rows(
+        self, epoch: int, first: int, last: int, rank: int, workers: int, micro_batches: int = 1
+    ) -> np.ndarray:
+        """Rows of a worker for steps `first` to `last` (exclusive): int64 [steps, micro-batches, rows]."""
+        rows = self.micro_batch_rows(rank, workers, micro_batches)
+        mine = self.epoch(epoch)[first:last, rank::workers]  # [steps, lanes, rows of a lane]
+        by_part = mine.reshape(len(mine), mine.shape[1], micro_batches, -1).transpose(0, 2, 1, 3)
+        return by_part.reshape(len(mine), micro_batches, rows)
 
     def windows(self, first_step: int, epochs: int) -> list[tuple[int, int, int]]:
         """(epoch, first, last) of every window from global step `first_step` to the end of `epochs`."""

@@ -5,15 +5,16 @@ import difflib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Artifact, Draft
-from cxr_retrieval.config import Settings
+from cxr_retrieval.config import Settings, TrainingSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import find_prepared
@@ -22,15 +23,17 @@ from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.network.progressive import ARCHITECTURE
 from cxr_retrieval.progress import Progress
-from cxr_retrieval.runtime import require_cpus
+from cxr_retrieval.runtime import nodes_cpus, require_cpus
 from cxr_retrieval.training.input import READ_CPUS
-from cxr_retrieval.training.loop import PROGRESS_FILE, TrainJob, load_state, train_worker
+from cxr_retrieval.training.loop import TrainJob, train_worker
 from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
+from cxr_retrieval.training.state import load_state
+from cxr_retrieval.training.telling import PROGRESS_FILE, told_of
 from cxr_retrieval.training.tracking import require_tracking, tracking_server
 
 POLL_S = 1.0
 # How a run is executed, not what it computes.
-EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker", "tracking")
+EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker", "tracking", "compile", "min_workers")
 
 
 def model_draft(settings: Settings, corpus: Corpus) -> Draft:
@@ -71,7 +74,8 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     if done:
         return done, False
     training = settings.training
-    require_cpus(training.workers, training.cpus_per_worker, READ_CPUS, training.workers * training.gpu)
+    workers = _workers_to_begin_with(training)
+    require_cpus(workers, training.cpus_per_worker, READ_CPUS, workers * training.gpu)
     require_trainable(settings, corpus)
     require_tracking(settings)
     draft.begin()
@@ -82,8 +86,20 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
         with _followed(progress_uri, progress, before):
             result = trainer.fit()
         assert result.checkpoint is not None, "a run that ends has reported its last checkpoint"
-        saved = load_state(result.checkpoint)
-        return _export(draft, settings, corpus, saved["run"]), True
+        run = load_state(result.checkpoint)["run"]
+        if stopped_early(settings, run):
+            progress.end_early(f"no better for {training.patience} epochs")
+        return _export(draft, settings, corpus, run), True
+
+
+def _workers_to_begin_with(training: TrainingSettings) -> int:
+    """How many workers Ray starts: of a range, as many as the cluster holds."""
+    if training.min_workers is None:
+        return training.workers
+    held = sum(int((cpus + 1e-9) / training.cpus_per_worker) for cpus in nodes_cpus())
+    if training.gpu:
+        held = min(held, int(ray.cluster_resources().get("GPU", 0)))
+    return min(training.workers, max(training.min_workers, held))
 
 
 def trainer_of(
@@ -105,7 +121,8 @@ def trainer_of(
         train_worker,
         train_loop_config={"job": TrainJob(settings, corpus, storage.join(runs, run, PROGRESS_FILE), beside, server)},
         scaling_config=ScalingConfig(
-            num_workers=training.workers,
+            # Ray takes as many of a range as the cluster holds, and begins again from the checkpoint when that changes.
+            num_workers=(training.min_workers, training.workers) if training.min_workers else training.workers,
             use_gpu=training.gpu,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.gpu else {}),
         ),
@@ -121,7 +138,7 @@ def trainer_of(
 
 
 def planned_images(settings: Settings, corpus: Corpus) -> int:
-    """Images that a run sees, over all epochs; the last images of an epoch that fill no batch are left out."""
+    """Images that a run sees at most, over all epochs; the last images of an epoch that fill no batch are left out."""
     training = settings.training
     steps = training_images(settings, corpus) // training.batch_size
     return int(steps * training.batch_size * training.epochs)
@@ -161,6 +178,11 @@ def require_trainable(settings: Settings, corpus: Corpus) -> None:
         )
 
 
+def stopped_early(settings: Settings, run: Mapping[str, Any]) -> bool:
+    """Whether `training.patience` ended a run before its last epoch."""
+    return len(run["history"]) < settings.training.epochs
+
+
 def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any]) -> Artifact:
     final = run["final"]
     best = run["history"][run["best_epoch"]]
@@ -169,6 +191,11 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
     if best["centres_collapsed"]:
         console.say(
             "warning: the centres of a step have collapsed onto one point (mean cosine above 0.9): see model.json"
+        )
+    if stopped_early(settings, run):
+        console.say(
+            f"training stopped after epoch {len(run['history'])} of {settings.training.epochs}: none of the last"
+            f" {settings.training.patience} was better than epoch {run['best_epoch'] + 1}"
         )
     facts = {
         "network": settings.network.model_dump(),
@@ -181,6 +208,7 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "label_tables": corpus.label_tables,
         "validation": final["validation"],
         "best_epoch": run["best_epoch"],
+        "stopped_early": stopped_early(settings, run),
         "history": run["history"],
     }
     splits = corpus.artifact.manifest["splits"]
@@ -222,10 +250,3 @@ def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> N
             note += f", validation mAP {100 * best:.1f}" if best is not None else ""
             progress.advance(facts["images"] - seen, note)
             seen = facts["images"]
-
-
-def told_of(uri: str) -> dict[str, Any]:
-    """What the workers of a run have told of it last: images done, requests to storage sent again; empty before."""
-    found = storage.read_tagged(uri)
-    facts: dict[str, Any] = json.loads(found[0]) if found else {}
-    return facts

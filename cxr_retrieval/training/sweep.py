@@ -35,9 +35,10 @@ from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import leaves_room, nodes_cpus
 from cxr_retrieval.training.input import READ_CPUS
-from cxr_retrieval.training.loop import CURVE, PROGRESS_FILE
-from cxr_retrieval.training.run import model_draft, require_trainable, told_of, trainer_of
+from cxr_retrieval.training.loop import CURVE
+from cxr_retrieval.training.run import model_draft, require_trainable, trainer_of
 from cxr_retrieval.training.space import Space, plain, trial_settings, value_of
+from cxr_retrieval.training.telling import PROGRESS_FILE, told_of
 from cxr_retrieval.training.tracking import require_tracking, tracking_server
 
 KIND = "sweep"

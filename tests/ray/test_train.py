@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.train import UserCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cxr_retrieval import artifacts
@@ -21,9 +22,11 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.training.loop import PROGRESS_FILE, STATE_FILE
+from cxr_retrieval.progress import statuses
 from cxr_retrieval.training.model import Model
-from cxr_retrieval.training.run import model_draft, train, training_images
+from cxr_retrieval.training.run import model_draft, train, trainer_of, training_images
+from cxr_retrieval.training.state import STATE_FILE, load_state
+from cxr_retrieval.training.telling import PROGRESS_FILE
 from jobs.train import training_report
 from tests.commands import done
 from tests.processes import job, wait_until
@@ -236,6 +239,66 @@ def test_two_workers_see_the_same_rows_and_give_the_same_loss(undisturbed, two_w
         one, two = ([record[name] for record in history(model)] for model in (artifact, two_workers))
         assert np.array(two[:WHOLE_EPOCHS]) == pytest.approx(np.array(one[:WHOLE_EPOCHS]), rel=1e-4, abs=1e-5), name
         assert np.array(two) == pytest.approx(np.array(one), rel=0.05, abs=0.01), name
+
+
+class EndsIt(UserCallback):
+    """Ends a run from outside, once a checkpoint from within a later epoch is written."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if metrics[0]["epoch"] == 1 and "validation" not in metrics[0]:
+            raise RuntimeError("no room for two workers any more")
+
+
+def test_a_run_of_two_workers_goes_on_with_one_and_gives_the_curve_of_one(
+    undisturbed, phantom_archive, corpus, tmp_path
+):
+    _, artifact = undisturbed
+    two, one = (settings(phantom_archive, tmp_path, workers=workers, checkpoint_steps=3) for workers in (2, 1))
+    with pytest.raises(Exception, match="no room"):
+        trainer_of(two, corpus, "elastic", None, callbacks=[EndsIt()]).fit()
+    checkpoint = newest_checkpoint(tmp_path / "runs" / "elastic")
+    assert checkpoint is not None
+    before = torch.load(checkpoint / STATE_FILE, weights_only=True)["run"]
+    assert len(before["history"]) == 1
+    assert before["sums"], "it goes on from within an epoch"
+    after = load_state(trainer_of(one, corpus, "elastic", None).fit().checkpoint)["run"]
+    assert after["history"][0] == before["history"][0], "nothing was trained again"
+    assert after["step"] == artifact.counts["steps"]
+    for name in ("loss", "ccloss", "cross_entropy", "centre_cosine"):
+        found, straight = ([record[name] for record in records] for records in (after["history"], history(artifact)))
+        assert found[:WHOLE_EPOCHS] == pytest.approx(straight[:WHOLE_EPOCHS], rel=1e-4, abs=1e-5), name
+        assert np.array(found) == pytest.approx(np.array(straight), rel=0.05, abs=0.01), name
+
+
+def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_its_model_is_the_same(
+    undisturbed, phantom_archive, corpus, tmp_path
+):
+    _, artifact = undisturbed
+    wide = {"workers": 2, "cpus_per_worker": 1.2, "epochs": 1}
+    with pytest.raises(UserError, match=r"training\.workers=2 with training\.cpus_per_worker=1\.2 leave Ray Data"):
+        train(settings(phantom_archive, tmp_path, **wide), corpus)
+    elastic = settings(phantom_archive, tmp_path, min_workers=1, **wide)
+    assert model_draft(elastic, corpus) == model_draft(settings(phantom_archive, tmp_path, **wide), corpus)
+    (record,) = history(train(elastic, corpus)[0])
+    first = history(train(settings(phantom_archive, tmp_path, epochs=1), corpus)[0])[0]
+    assert without_speed([record]) == without_speed([first]), "one worker trained it"
+    assert artifact.counts["steps"] > 0
+
+
+def test_a_run_that_no_longer_gets_better_ends_with_its_best_epoch_and_shows_done(
+    phantom_archive, corpus, tmp_path, capsys
+):
+    # A rate that changes nothing: the first epoch stays the best one.
+    still = settings(phantom_archive, tmp_path, patience=1, learning_rate=1e-30, averaging=0.0, epochs=9)
+    model, _ = train(still, corpus)
+    facts = json.loads(model.read("model.json"))
+    assert facts["stopped_early"]
+    assert len(facts["history"]) < 9
+    assert facts["best_epoch"] == len(facts["history"]) - 2
+    assert model.counts["steps"] == len(facts["history"]) * (model.counts["train_images"] // BATCH)
+    (seen,) = statuses(str(tmp_path))
+    assert (seen.state(), seen.done) == ("finished", seen.total)
+    assert "training stopped after epoch" in capsys.readouterr().err
 
 
 def newest_checkpoint(run: Path) -> Path | None:

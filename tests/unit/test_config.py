@@ -123,6 +123,9 @@ def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> No
     [
         (("corpus.validation_share=0.4", "corpus.test_share=0.5"), "corpus.validation_share + corpus.test_share"),
         (("training.lanes=4", "training.workers=3"), "training.lanes=4 is not a multiple of training.workers=3"),
+        (("training.workers=2", "training.min_workers=3"), "training.min_workers=3 is above training.workers=2"),
+        (("training.min_workers=1", "network.normalisation=batch"), "training.min_workers with network.norm"),
+        (("training.precision=float16",), "training.precision=float16 needs training.gpu=true"),
         (("training.batch_size=30",), "training.batch_size=30 is not a multiple of training.lanes=4"),
         (("training.accumulation=3",), "training.batch_size=32 is not a multiple of training.lanes=4 x training.acc"),
     ],

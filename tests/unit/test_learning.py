@@ -8,8 +8,8 @@ from cxr_retrieval.evaluation.retrieval import retrieve
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
 from cxr_retrieval.network.progressive import ProgressiveNetwork, uncentred
-from cxr_retrieval.training.loop import running_average
 from cxr_retrieval.training.objective import Objective, gather_centres
+from cxr_retrieval.training.optimisation import running_average
 
 FINDINGS, SIDE, STEPS, BATCH = 3, 64, 60, 16
 CORNERS = ((8, 8), (8, 40), (40, 8))

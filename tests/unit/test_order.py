@@ -1,5 +1,7 @@
 """The order of an epoch: every row at most once, the same for every number of workers, and nothing read twice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.training.input import WorkerInput
 from cxr_retrieval.training.order import Order, group_rows
 
-WORKERS = (1, 2, 4)  # each divides LANES
+WORKERS = (1, 2, 3, 4)  # three do not divide LANES
 LANES = 4
 
 
@@ -66,8 +68,25 @@ def test_the_images_of_a_step_do_not_depend_on_the_number_of_workers(plan, epoch
     expected = np.sort(plan.epoch(epoch)[first:last].reshape(last - first, -1))
     for workers in WORKERS:
         shares = [plan.worker_rows(epoch, first, last, rank, workers) for rank in range(workers)]
-        assert all(share.shape == (last - first, plan.batch_size // workers) for share in shares)
-        assert np.array_equal(np.sort(np.concatenate(shares, axis=1)), expected)
+        lanes = [share.size // (last - first) // (plan.batch_size // LANES) for share in shares]
+        assert max(lanes) - min(lanes) <= 1
+        assert np.array_equal(np.sort(np.concatenate(shares, axis=2)[:, 0]), expected)
+
+
+@settings(deadline=None)
+@given(orders(), st.integers(0, 5), st.sampled_from((2, 3)))
+def test_the_images_of_a_micro_batch_do_not_depend_on_the_number_of_workers(plan, epoch, parts):
+    plan = replace(plan, group_rows=np.asarray([*plan.group_rows, plan.batch_size * parts]), batch_size=LANES * parts)
+
+    def micro_batches(workers: int) -> np.ndarray:
+        shares = [plan.worker_rows(epoch, 0, plan.steps, rank, workers, parts) for rank in range(workers)]
+        for rank, share in enumerate(shares):
+            assert share.shape[2] == plan.micro_batch_rows(rank, workers, parts)
+        return np.sort(np.concatenate(shares, axis=2))
+
+    alone = micro_batches(1)
+    assert alone.shape == (plan.steps, parts, LANES)
+    assert all(np.array_equal(micro_batches(workers), alone) for workers in WORKERS)
 
 
 @settings(deadline=None)
@@ -101,14 +120,13 @@ def test_images_are_mixed_inside_a_window():
 def test_nothing_is_read_after_the_last_step():
     """A run killed between its last epoch and its choice goes on with no step left."""
     plan = order()
-    source = WorkerInput(None, np.zeros(320, PLACE), plan, 0, 1)
-    assert list(source.batches(3 * plan.steps, 3, plan.batch_size)) == []
+    source = WorkerInput(None, np.zeros(320, PLACE), plan, 0, 1, 1)
+    assert list(source.batches(3 * plan.steps, 3)) == []
 
 
-@pytest.mark.parametrize("workers", [3, 8])
-def test_lanes_that_do_not_divide_among_workers_are_refused(workers):
-    with pytest.raises(ValueError, match=f"lanes 4 is not a multiple of workers {workers}"):
-        order().worker_rows(0, 0, 1, 0, workers)
+def test_more_workers_than_lanes_are_refused():
+    with pytest.raises(ValueError, match="lanes 4 are fewer than workers 5"):
+        order().worker_rows(0, 0, 1, 0, 5)
 
 
 def test_a_batch_that_does_not_divide_among_lanes_is_refused():

@@ -39,6 +39,15 @@ def test_what_was_there_already_is_no_part_of_the_rate(tmp_path: Path, capsys: p
     assert "publish: 10 of 10 bytes" in capsys.readouterr().err
 
 
+def test_work_that_ends_early_shows_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(str(tmp_path), "train-x", "there", "train", 100, before=10) as work:
+        work.advance(40)
+        work.end_early("no better for 2 epochs")
+    (seen,) = statuses(str(tmp_path))
+    assert (seen.state(), seen.done, seen.total, seen.note) == ("finished", 50, 50, "no better for 2 epochs")
+    assert "train: 40 of 40 images" in capsys.readouterr().err
+
+
 def test_work_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError), Progress.of(str(tmp_path), draft(tmp_path), "make", 10):
         raise ValueError("first\nsecond")

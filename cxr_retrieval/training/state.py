@@ -1,0 +1,93 @@
+"""Where a run stands, and the checkpoint that keeps it.
+
+T tables of centres: a step of the network and a pass each.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.train import Checkpoint
+from torch import Tensor
+
+from cxr_retrieval.training.objective import BY_TABLE
+
+STATE_FILE = "state.pt"
+TAKEN = "taken"  # optimizer steps of an epoch that were not skipped
+
+
+@dataclass
+class RunState:
+    """Where the run stands. All of it is in a checkpoint, beside what the next optimizer step depends on."""
+
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the losses of the running epoch's steps
+    best_map: float = -1.0
+    best_epoch: int = -1
+    best_network: dict[str, Tensor] = field(default_factory=dict)
+    best_centres: Tensor | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    final: dict[str, Any] | None = None
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Sum up what the objective says of a step that was taken."""
+        for name, value in {**parts, TAKEN: torch.ones_like(parts["loss"])}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def mean_losses(self) -> dict[str, Any]:
+        """The means over the epoch's steps, of every step and pass too; None for a pass that was not seen."""
+        taken = float(self.sums[TAKEN])
+        record: dict[str, Any] = {
+            name: float(value) / taken for name, value in self.sums.items() if name not in (BY_TABLE, TAKEN)
+        }
+        ccloss_T, entropy_T, seen_T = self.sums[BY_TABLE].tolist()
+        for name, values in (("ccloss", ccloss_T), ("cross_entropy", entropy_T)):
+            means = [value / seen if seen else None for value, seen in zip(values, seen_T, strict=True)]
+            record[f"{name}_by_table"] = means
+        return record
+
+    def keep_best(self, network: Mapping[str, Tensor], centres_TCD: Tensor) -> None:
+        """Keep weights and centres where the last epoch's best embedding is ahead of every earlier one's."""
+        value = curve_point(self.history[-1])["value"]
+        if value > self.best_map:
+            self.best_map, self.best_epoch = value, self.history[-1]["epoch"]
+            self.best_network = {name: tensor.detach().cpu().clone() for name, tensor in network.items()}
+            self.best_centres = centres_TCD.cpu().clone()
+
+    def epochs_since_best(self) -> int:
+        """How many of the last epochs were no better than the best one before them."""
+        return len(self.history) - 1 - self.best_epoch
+
+    def curve(self) -> list[dict[str, float]]:
+        """A point for every epoch so far, also for those before a restart."""
+        return [curve_point(past) for past in self.history]
+
+
+def curve_point(record: Mapping[str, Any]) -> dict[str, float]:
+    """An epoch's place in the learning curve: epochs from 1; validation mAP of its best embedding, and of chance."""
+    return {
+        "epoch": record["epoch"] + 1,
+        "value": max(figures["map"] for figures in record["validation"].values()),
+        "loss": record["loss"],
+        "centre_cosine": sum(record["centre_cosine"]) / len(record["centre_cosine"]),
+        "chance": max(figures["chance_map"] for figures in record["validation"].values()),
+    }
+
+
+@contextmanager
+def checkpoint_of(optimisation: Mapping[str, Any], state: RunState) -> Iterator[Checkpoint]:
+    """A checkpoint in a folder that is there for as long as the block."""
+    with tempfile.TemporaryDirectory(prefix="cxr-checkpoint-") as folder:
+        torch.save({**optimisation, "run": vars(state)}, Path(folder) / STATE_FILE)
+        yield Checkpoint.from_directory(folder)
+
+
+def load_state(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `checkpoint_of` saved, with tensors and plain values only."""
+    with checkpoint.as_directory() as folder:
+        saved: dict[str, Any] = torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True)
+    return saved

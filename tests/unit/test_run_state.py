@@ -1,0 +1,46 @@
+"""Where a run stands: what it keeps of an epoch, which epoch is the best, and for how long none was better."""
+
+import pytest
+import torch
+
+from cxr_retrieval.training.state import RunState
+
+
+def epoch(state: RunState, value: float) -> None:
+    """An epoch whose best embedding has that validation mAP; its weights and centres are all that number."""
+    figures = {"global": {"map": value, "chance_map": 0.1}, "profile": {"map": value / 2, "chance_map": 0.1}}
+    state.history.append({"epoch": len(state.history), "loss": 1.0, "centre_cosine": [0.0, 0.5], "validation": figures})
+    state.keep_best({"weight": torch.full((2,), value)}, torch.full((1, 2, 3), value))
+
+
+def test_the_best_epoch_is_kept_and_patience_counts_from_it() -> None:
+    state, waited = RunState(), []
+    assert state.epochs_since_best() == 0
+    for value in (0.2, 0.4, 0.3, 0.4, 0.5, 0.1):
+        epoch(state, value)
+        waited.append(state.epochs_since_best())
+    assert waited == [0, 0, 1, 2, 0, 1]
+    assert (state.best_epoch, state.best_map) == (4, 0.5)
+    assert torch.equal(state.best_network["weight"], torch.full((2,), 0.5))
+    assert state.best_centres is not None
+    assert torch.equal(state.best_centres, torch.full((1, 2, 3), 0.5))
+    assert [point["value"] for point in state.curve()] == [0.2, 0.4, 0.3, 0.4, 0.5, 0.1]
+
+
+def test_patience_goes_on_where_the_checkpoint_was_taken() -> None:
+    state = RunState()
+    for value in (0.4, 0.3, 0.2):
+        epoch(state, value)
+    assert RunState(**vars(state)).epochs_since_best() == 2
+
+
+def test_the_losses_of_an_epoch_are_means_over_the_steps_that_were_taken() -> None:
+    state = RunState()
+    for loss in (1.0, 2.0):
+        by_table = torch.tensor([[2 * loss, 0.0], [3 * loss, 0.0], [1.0, 0.0]])
+        state.add({"loss": torch.tensor(loss), "ccloss": torch.tensor(2 * loss), "by_table": by_table})
+    means = state.mean_losses()
+    assert (means["loss"], means["ccloss"]) == pytest.approx((1.5, 3.0))
+    assert means["ccloss_by_table"] == [pytest.approx(3.0), None]
+    assert means["cross_entropy_by_table"] == [pytest.approx(4.5), None]
+    assert set(means) == {"loss", "ccloss", "ccloss_by_table", "cross_entropy_by_table"}
