@@ -38,7 +38,7 @@ from cxr_retrieval.training.optimisation import autocast_of, optimizer_of, rate_
 NETWORK = NetworkSettings(normalisation="batch", whole_side=64, crop_side=64)
 STEPS, DIMENSIONS = NETWORK.steps, NETWORK.dimensions
 TABLES = 2 * STEPS
-BATCH, RATE, PROXY_RATE, DECAY = 64, 1.5e-3, 10.0, 0.05  # the proxies' rate is a multiple of the network's
+BATCH, RATE, PROXY_RATE, DECAY = 64, 7.5e-4, 10.0, 0.2  # the proxies' rate is a multiple of the network's
 AVERAGING, WARM_UP, SHALLOW, CROP_FROM = 0.996, 0.1, 0.1, 0.6
 START = 0.4  # of the steps, after which the contrastive loss joins
 CURVE_POINTS = 6  # looks at the validation patients while training, which are not counted as its time

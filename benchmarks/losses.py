@@ -1,14 +1,14 @@
 """CCLoss against the losses that it is compared with: one network, one budget, several seeds, paired over patients.
 
   python -m benchmarks.losses --archive DIR [--also DIR]
-  python -m benchmarks.losses --phantoms 16000
+  python -m benchmarks.losses --phantoms 20600
 
-`--minutes` of one run become a number of steps, measured once with cross-entropy only and nothing beside it, and kept
-in `budget.json`; every loss and seed takes as many. A run leaves one JSON in `docs/results/losses/NAME`; two run side
+`--minutes` of one run become a number of steps, measured once with cross-entropy only and nothing beside it (or
+`--steps` says it), and kept in `budget.json`; every loss and seed takes as many. A run leaves one JSON in `docs/results/losses/NAME`; two run side
 by side on a core each (one on a GPU). Run again, it does only what is missing, and compares what is there.
 
-`--archive` is split by patient: it is trained on, and its test patients are one of the sets that are judged. `--also`
-is another archive, all of whose patients are judged only. Figures are of the gallery *all*, means over seeds. The
+`--archive` is split by patient: it is trained on, and its test patients are one of the sets that are judged; of
+phantoms three quarters are test patients, 5,000 of 20,600 images. `--also` is another archive, all of whose patients are judged only. Figures are of the gallery *all*, means over seeds. The
 interval of a figure is over patients. That of a difference has the spread of the difference over seeds in it too, and
 is given from two seeds on; `detectable` is the true difference that 80% of such comparisons would find.
 """
@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
@@ -46,6 +46,8 @@ from cxr_retrieval.runtime import start_ray
 
 OURS, ALONE = "CCLoss", "cross-entropy only"
 SIDE = 128
+SETTINGS = LossSettings(class_balance=0.0, temperature=0.5)
+PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
 OUT = Path(__file__).parents[1] / "docs" / "results" / "losses"
 Maker = Callable[[torch.device], Rival]
 
@@ -53,8 +55,8 @@ Maker = Callable[[torch.device], Rival]
 def rivals(settings: LossSettings, seed: int) -> dict[str, Maker]:
     """Every loss by its name.
 
-    Weights beside the cross-entropy: CCLoss 0.1, and for the others what gives their gradient the same length on random
-    embeddings of the training labels (root mean square over batches; docs/experiments.md).
+    Weights beside the cross-entropy: CCLoss 0.1, and for the others what gives their gradient the length of CCLoss's at
+    temperature 0.2, on random embeddings of the training labels (root mean square over batches; docs/experiments.md).
     """
 
     def paired(weight: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Maker:
@@ -72,13 +74,13 @@ def rivals(settings: LossSettings, seed: int) -> dict[str, Maker]:
     }
 
 
-def prepared(archives: list[str], size: int) -> list[Corpus]:
+def prepared(archives: list[str], size: int, shares: Mapping[str, float]) -> list[Corpus]:
     """The archives as corpora under benchmarks/results: the first split by patient, the others all test."""
     start_ray()
     found = []
     for number, archive in enumerate(archives):
         split: Any = "all_test" if number else "hash"
-        corpus = CorpusSettings(archive=archive, name=f"losses-{number}", size=size, split=split)
+        corpus = CorpusSettings(archive=archive, name=f"losses-{number}", size=size, split=split, **shares)
         found.append(Corpus(prepare(corpus, str(RESULTS / "losses"))[0]))
     ray.shutdown()
     return found
@@ -102,7 +104,7 @@ def _load(uris: list[str]) -> None:
 
 
 def _contest(seed: int, steps: int) -> Contest:
-    return Contest(LossSettings(), seed, steps, _loaded["train"], _loaded["judged"], _loaded["recipe"])
+    return Contest(SETTINGS, seed, steps, _loaded["train"], _loaded["judged"], _loaded["recipe"])
 
 
 def _grow(seed: int, steps: int, trunk: str) -> None:
@@ -110,7 +112,7 @@ def _grow(seed: int, steps: int, trunk: str) -> None:
 
 
 def _run(name: str, seed: int, steps: int, trunk: str, out: str, key: dict[str, Any]) -> None:
-    entry = _contest(seed, steps).run(rivals(LossSettings(), seed)[name], Path(trunk))
+    entry = _contest(seed, steps).run(rivals(SETTINGS, seed)[name], Path(trunk))
     facts = {"loss": name, "seed": seed, "machine": machine()} | key | asdict(entry)
     waiting = Path(out + ".part")
     waiting.write_text(json.dumps(facts, separators=(",", ":")) + "\n")
@@ -128,8 +130,11 @@ def file_of(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name.replace(' ', '_')}-{seed}.json"
 
 
-def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, minutes: float) -> None:
-    """Run what is missing, seed by seed, so that what is there early can be compared."""
+def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, asked: dict[str, float]) -> None:
+    """Run what is missing, seed by seed, so that what is there early can be compared.
+
+    `asked` is the budget of a run: `{"minutes": M}` or `{"steps": N}`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     uris = [corpus.artifact.uri for corpus in corpora]
     at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -137,7 +142,7 @@ def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, m
     left = [(name, seed) for name, seed in wanted if not file_of(folder, name, seed).exists()]
     pool = ProcessPoolExecutor(at_once, get_context("spawn"), _load, (uris,))
     try:
-        budget = _budget(folder, [corpus.artifact.input_id for corpus in corpora], minutes, pool)
+        budget = _budget(folder, [corpus.artifact.input_id for corpus in corpora], asked, pool)
         steps, trunks = budget["steps"], RESULTS / "losses" / "trunks"
         trunks.mkdir(parents=True, exist_ok=True)
         trunk_of = {seed: trunks / f"{folder.name}-{steps}-{seed}.pt" for _, seed in left}
@@ -159,13 +164,14 @@ def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, m
         pool.shutdown(cancel_futures=True)
 
 
-def _budget(folder: Path, corpora: list[str], minutes: float, pool: ProcessPoolExecutor) -> dict[str, Any]:
+def _budget(folder: Path, corpora: list[str], asked: dict[str, float], pool: ProcessPoolExecutor) -> dict[str, Any]:
     """What all runs of a folder have in common; results of another budget or other images are refused."""
-    file, wanted = folder / "budget.json", {"minutes": minutes, "corpora": corpora}
+    file, wanted = folder / "budget.json", asked | {"corpora": corpora}
     if not file.exists():
-        file.write_text(json.dumps(wanted | {"steps": pool.submit(_calibrated, minutes).result()}) + "\n")
+        steps = asked.get("steps") or pool.submit(_calibrated, asked["minutes"]).result()
+        file.write_text(json.dumps(wanted | {"steps": steps}) + "\n")
     budget: dict[str, Any] = json.loads(file.read_text())
-    if {name: budget[name] for name in wanted} != wanted:
+    if {name: budget.get(name) for name in wanted} != wanted:
         raise SystemExit(f"{file} is of {budget}, which is not {wanted}: choose another --name, or the same settings")
     return budget
 
@@ -173,7 +179,7 @@ def _budget(folder: Path, corpora: list[str], minutes: float, pool: ProcessPoolE
 def read_entries(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The runs that are there, by loss, in the order of their seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in rivals(LossSettings(), 0):
+    for name in rivals(SETTINGS, 0):
         files = folder.glob(f"{name.replace(' ', '_')}-*.json")
         entries = sorted((json.loads(file.read_text()) for file in files), key=lambda entry: entry["seed"])
         if entries:
@@ -313,7 +319,7 @@ def show(found: dict[str, Any], title: str, shares: dict[str, float | None]) -> 
         )
 
 
-def claims(found: dict[str, Any], where: str, embedding: str, minutes: float) -> list[Claim]:
+def claims(found: dict[str, Any], where: str, embedding: str, steps: int) -> list[Claim]:
     """Ahead of all: CCLoss against the loss that is best in each figure, over the seeds that both have."""
     made = []
     for column in ("precision@8", "mAP", "Recall@8"):
@@ -324,7 +330,7 @@ def claims(found: dict[str, Any], where: str, embedding: str, minutes: float) ->
         ours, apart = found[OURS]["figures"][column]["value"], others[best]["ccloss_minus_this"][column]
         made.append(
             Claim.of(
-                f"{column} of CCLoss, {embedding}, {where}, {minutes:g} minutes a run",
+                f"{column} of CCLoss, {embedding}, {where}, {steps:,} steps a run",
                 f"{best}, the best of {len(others)} others",
                 1.0,
                 [ours / (ours - difference) for difference in apart["by_seed"]],
@@ -341,28 +347,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--also", action="append", default=[], help="archive of other patients, to judge only")
     parser.add_argument("--phantoms", type=int, help="draw so many phantoms and use them as the archive")
     parser.add_argument("--name", help="folder of the results; default: nih or phantoms")
-    parser.add_argument("--minutes", type=float, default=5.0, help="budget of one run (default 5)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=5.0, help="budget of one run (default 5)")
+    budget.add_argument("--steps", type=int, help="budget of one run in optimizer steps, instead of minutes")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each loss (default 3)")
     parser.add_argument("--only", action="append", default=[], help="run this loss only (may be repeated)")
     options = parser.parse_args(arguments)
     if bool(options.archive) == bool(options.phantoms):
         parser.error("give --archive or --phantoms")
-    known = list(rivals(LossSettings(), 0))
+    known = list(rivals(SETTINGS, 0))
     if unknown := set(options.only) - set(known):
         parser.error(f"unknown loss {min(unknown)!r}; one of: {', '.join(known)}")
     folder = OUT / (options.name or ("phantoms" if options.phantoms else "nih"))
     if options.phantoms:
         start_ray()
         options.archive = phantom_archive(options.phantoms, SIDE)
-    corpora = prepared([options.archive, *options.also], SIDE)
-    run_all(folder, corpora, options.only or known, options.seeds, options.minutes)
-    report(folder, options.minutes)
+    corpora = prepared([options.archive, *options.also], SIDE, PHANTOM_SHARES if options.phantoms else {})
+    asked = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
+    run_all(folder, corpora, options.only or known, options.seeds, asked)
+    report(folder)
 
 
-def report(folder: Path, minutes: float) -> None:
+def report(folder: Path) -> None:
     """Tables of what is there, `summary.json` beside the runs, and the claim."""
     entries = read_entries(folder)
-    places = list(next(iter(entries.values()))[0]["figures"])
+    first = next(iter(entries.values()))[0]
+    places = list(first["figures"])
     summary, made = {}, []
     for where in places:
         for embedding in EVALUATED:
@@ -370,7 +380,7 @@ def report(folder: Path, minutes: float) -> None:
             summary[f"{where}/{embedding}"] = found
             show(found, f"{where}, embedding {embedding}", time_to_equal(entries, embedding))
             if embedding == EVALUATED[0]:
-                made += claims(found, where, embedding, minutes)
+                made += claims(found, where, embedding, first["steps"])
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     say(f"written: {folder}")
     publish("losses", made)
