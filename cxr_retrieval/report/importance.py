@@ -18,8 +18,8 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from cxr_retrieval.report.trials import Axis, Trial, Trials, as_text, counted
 
 TOP = 1 / 3
-# Optuna wants five trials above the line. In simulated sweeps of three settings, one of which matters, it named that one
-# in 62% of those of 8 trials, 74% of 12, 82% of 16 and 95% of 30 (docs/experiments.md); guessing names it in 33%.
+# Optuna wants five trials above the line. In simulated sweeps of three settings, one of which matters, it came out
+# first in 62% of those of 8 trials, 74% of 12, 82% of 16 and 95% of 30 (docs/experiments.md); by chance in 33%.
 ENOUGH = 15
 RESAMPLES = 100
 

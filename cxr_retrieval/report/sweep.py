@@ -136,13 +136,12 @@ def _assumed_apart(run: Trials) -> list[str]:
     basis = "about one standard error of one value" if run.validation_images else "assumed"
     sentences = [
         f"Read differences with care: each trial is one run with one seed, judged{judges}, and a difference under"
-        f" {as_points(run.assumed_noise)} ({basis}; intervals were not kept) is not told apart from noise; the best of"
-        " several noisy figures is also flattered by having been picked."
+        f" {as_points(run.assumed_noise)} ({basis}, where intervals were not kept) is not told apart from noise; the"
+        " best of several noisy figures is also flattered by having been picked."
     ]
-    near = run.near()
-    if near:
-        second = f"trial {near[0].id} with {as_percent(near[0].reached)}"
-        sentences.append(f"The second, {second}, is that close: the two are not told apart.")
+    for trial in run.near()[:1]:
+        close = f"Trial {trial.id}, with {as_percent(trial.reached)}, is that close to the best"
+        sentences.append(f"{close}: the two are not told apart.")
     return sentences
 
 

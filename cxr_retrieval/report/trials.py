@@ -49,7 +49,7 @@ class Trial:
     epochs: int
     seconds: float | None
     images: int | None
-    """Training images that it saw, each as often as it was seen."""
+    """Training images of the epochs that ended, each as often as it was seen."""
     error: str | None
     model: str | None
     curve: tuple[tuple[int, float], ...]
