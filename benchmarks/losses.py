@@ -4,11 +4,13 @@
   python -m benchmarks.losses --phantoms 20600
 
 `--minutes` of one run become a number of steps, measured once with cross-entropy only and nothing beside it (or
-`--steps` says it), and kept in `budget.json`; every loss and seed takes as many. A run leaves one JSON in `docs/results/losses/NAME`; two run side
-by side on a core each (one on a GPU). Run again, it does only what is missing, and compares what is there.
+`--steps` says it), and kept in `budget.json`; every loss and seed takes as many. A run leaves one JSON in
+`docs/results/losses/NAME`; two run side by side on a core each (one on a GPU). Run again, it does only what is missing,
+and compares what is there.
 
 `--archive` is split by patient: it is trained on, and its test patients are one of the sets that are judged; of
-phantoms three quarters are test patients, 5,000 of 20,600 images. `--also` is another archive, all of whose patients are judged only. Figures are of the gallery *all*, means over seeds. The
+phantoms three quarters are test patients, 5,000 with 20,600 images. `--also` is another archive, all of whose patients
+are judged only. Figures are of the gallery *all*, means over seeds. The
 interval of a figure is over patients. That of a difference has the spread of the difference over seeds in it too, and
 is given from two seeds on; `detectable` is the true difference that 80% of such comparisons would find.
 """

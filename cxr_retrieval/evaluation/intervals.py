@@ -42,26 +42,31 @@ def patient_bootstrap(
     Raises `ValueError` for no queries, NaN in `values`, lengths that disagree, `draws` below 2, or a `level` that
     is not between 0 and 1.
     """
-    if values.dim() not in (1, 2) or len(values) != len(patients_Q):
-        raise ValueError(f"values must be [Q] or [Q, M] with Q = {len(patients_Q)}, got {tuple(values.shape)}")
-    if len(values) == 0:
-        raise ValueError("no queries to resample")
-    if draws < 2 or not 0 < level < 1:
-        raise ValueError(f"draws must be at least 2 and level between 0 and 1, got {draws} and {level}")
-    values_QM = values.detach().cpu().double().reshape(len(values), -1)
-    if bool(values_QM.isnan().any()):
-        raise ValueError("values hold NaN: leave out the queries for which a figure is not defined")
-    _, patient_Q = torch.unique(patients_Q.cpu(), return_inverse=True)
-    patients = int(patient_Q.max()) + 1
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    values_QM, patient_Q = _checked(values, patients_Q, draws)
     mean_M = values_QM.mean(dim=0)
-    if patients < 2:
+    if int(patient_Q.max()) == 0:
         low_M = high_M = error_M = torch.full_like(mean_M, torch.nan)
     else:
-        resampled_RM = _resampled_means(values_QM, patient_Q, patients, draws, seed)
+        resampled_RM = _resampled_means(values_QM, patient_Q, draws, seed)
         outside = (1 - level) / 2
         low_M, high_M = torch.from_numpy(np.quantile(resampled_RM.numpy(), (outside, 1 - outside), axis=0))
         error_M = resampled_RM.std(dim=0)
     return Interval(*(column.reshape(values.shape[1:]) for column in (mean_M, low_M, high_M, error_M)))
+
+
+def resampled_means(values: Tensor, patients_Q: Tensor, *, draws: int, seed: int = 0) -> Tensor:
+    """The means that `patient_bootstrap` takes its interval from: float64 `[draws, M]`, or `[draws]` for one figure.
+
+    Kept, they are compared later with those of another run over the same queries: the spread of the differences is
+    that of `paired_difference`. Nothing where there are fewer than two patients: `[0, M]`, or `[0]`. Errors as in
+    `patient_bootstrap`.
+    """
+    values_QM, patient_Q = _checked(values, patients_Q, draws)
+    if int(patient_Q.max()) == 0:
+        return torch.empty(0, *values.shape[1:], dtype=torch.float64)
+    return _resampled_means(values_QM, patient_Q, draws, seed).reshape(draws, *values.shape[1:])
 
 
 def paired_difference(
@@ -91,8 +96,23 @@ def detectable_difference(standard_error: Tensor, *, power: float = 0.8, signifi
     return standard_error * (normal.inv_cdf(1 - significance / 2) + normal.inv_cdf(power))
 
 
-def _resampled_means(values_QM: Tensor, patient_Q: Tensor, patients: int, draws: int, seed: int) -> Tensor:
+def _checked(values: Tensor, patients_Q: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """The values as float64 `[Q, M]`, and the patients counted from 0."""
+    if values.dim() not in (1, 2) or len(values) != len(patients_Q):
+        raise ValueError(f"values must be [Q] or [Q, M] with Q = {len(patients_Q)}, got {tuple(values.shape)}")
+    if len(values) == 0:
+        raise ValueError("no queries to resample")
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, got {draws}")
+    values_QM = values.detach().cpu().double().reshape(len(values), -1)
+    if bool(values_QM.isnan().any()):
+        raise ValueError("values hold NaN: leave out the queries for which a figure is not defined")
+    return values_QM, torch.unique(patients_Q.cpu(), return_inverse=True)[1]
+
+
+def _resampled_means(values_QM: Tensor, patient_Q: Tensor, draws: int, seed: int) -> Tensor:
     """Mean over queries in each of `draws` resamples of the patients, `[draws, M]`."""
+    patients = int(patient_Q.max()) + 1
     sums_PM = torch.zeros(patients, values_QM.shape[1], dtype=torch.float64).index_add_(0, patient_Q, values_QM)
     sizes_P = torch.bincount(patient_Q, minlength=patients).double()
     generator = torch.Generator().manual_seed(seed)

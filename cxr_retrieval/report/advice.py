@@ -8,6 +8,7 @@ from typing import Any
 
 from cxr_retrieval.config import settings_fields
 from cxr_retrieval.report.charts import Dimension
+from cxr_retrieval.report.importance import importances
 from cxr_retrieval.report.trials import (
     Axis,
     Trial,
@@ -92,9 +93,14 @@ def _repeat(run: Trials) -> list[str]:
     again = [run.best, *near][:REPEATS]
     names = listed([trial.id for trial in again])
     which = f"trials {names}" if len(again) > len(near) else f"the {REPEATS} best trials, {names},"
+    close = (
+        "are not told apart by the patients they are judged on"
+        if run.paired
+        else f"lie within {as_points(run.assumed_noise)} of the best"
+    )
     return [
-        f"Repeat {which} with other seeds (seed=1, seed=2): {len(near) + 1} trials lie within {as_points(run.noise)} of"
-        " the best, and one run of each does not tell them apart."
+        f"Repeat {which} with other seeds (seed=1, seed=2): {len(near) + 1} trials {close}, and one run of each says"
+        " nothing of what another seed would give."
     ]
 
 
@@ -203,7 +209,9 @@ def _wait_longer(run: Trials) -> list[str]:
 
 
 def _without_effect(run: Trials) -> dict[str, float]:
-    """Numeric settings that do not move with the value, neither up or down nor away from the middle."""
+    """Numeric settings that do not move with the value, neither up or down nor away from the middle, and are less
+    important than an even share.
+    """
     flat: dict[str, float] = {}
     for axis in run.axes:
         pairs = [(number, trial.reached) for trial in run.ranked if (number := trial.number(axis)) is not None]
@@ -216,6 +224,11 @@ def _without_effect(run: Trials) -> dict[str, float]:
         found = [_correlation(side, outcome) for side in (places, folded)]
         if found[0] is not None and all(abs(value or 0) < NO_EFFECT for value in found):
             flat[axis.key] = found[0]
+    if flat and len(run.axes) > 1:
+        measured = importances(run)
+        for importance in measured.settings:
+            if importance.share >= measured.even:
+                flat.pop(importance.axis.key, None)
     return flat
 
 

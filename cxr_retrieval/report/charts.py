@@ -263,14 +263,42 @@ class ColourBar:
 
 def colour_bar(values: Dimension, beside: Plane) -> ColourBar:
     """The colours of a direction as a bar at the right of a plane."""
-    tall = (beside.bottom - beside.top) / _BAR_STEPS
-    strips = tuple(
+    levels = (Level(_between(beside.bottom, beside.top, values.share(value)), text) for value, text in values.ticks)
+    strips = _strips(beside.top, beside.bottom)
+    return ColourBar(beside.right + 18, f"{values.title}, {values.note}", strips, tuple(levels))
+
+
+def _strips(top: float, bottom: float) -> tuple[tuple[float, float, str], ...]:
+    tall = (bottom - top) / _BAR_STEPS
+    return tuple(
         # A hair of overlap, or the ground shines through between two strips.
-        (round(beside.top + tall * i, 2), round(tall + 0.5, 2), viridis(1 - (i + 0.5) / _BAR_STEPS))
+        (round(top + tall * i, 2), round(tall + 0.5, 2), viridis(1 - (i + 0.5) / _BAR_STEPS))
         for i in range(_BAR_STEPS)
     )
-    levels = (Level(_between(beside.bottom, beside.top, values.share(value)), text) for value, text in values.ticks)
-    return ColourBar(beside.right + 18, f"{values.title}, {values.note}", strips, tuple(levels))
+
+
+@dataclass(frozen=True)
+class Upright:
+    """One of several axes that stand beside each other, in pixels."""
+
+    direction: Dimension
+    x: float
+    top: float
+    bottom: float
+
+    def at(self, value: float) -> float:
+        """The pixel row of a value."""
+        return _between(self.bottom, self.top, self.direction.share(value))
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Where its values are written."""
+        return tuple(Level(self.at(value), _shorten(text, 16)) for value, text in self.direction.ticks)
+
+    @property
+    def strips(self) -> tuple[tuple[float, float, str], ...]:
+        """The colours of its values, as in a `ColourBar`."""
+        return _strips(self.top, self.bottom)
 
 
 def viridis(share: float) -> str:

@@ -13,6 +13,7 @@ STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"
 # interval of 2.2 points); on n images the mean is then uncertain by this / sqrt(n), and by half a point for 700.
 IMAGE_SPREAD = 0.14
 UNKNOWN_NOISE = 0.005
+CERTAIN = 1.96  # standard errors on either side of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,23 @@ class Trial:
     value_epoch: int | None
     epochs: int
     seconds: float | None
+    images: int | None
+    """Training images of the epochs that ended, each as often as it was seen."""
     error: str | None
     model: str | None
     curve: tuple[tuple[int, float], ...]
     """(epoch, value) of every epoch that has a value, in their order."""
     centre_cosine: float | None
+    resampled: tuple[float, ...]
+    """Its value in resamples of the validation patients, the same ones in every trial; empty where none were kept."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of its value over validation patients."""
+        if not self.resampled:
+            return None
+        low, high = np.quantile(self.resampled, (0.025, 0.975))
+        return float(low), float(high)
 
     @property
     def reached(self) -> float:
@@ -65,6 +78,20 @@ class Trial:
     def words(self, axes: Sequence[Axis]) -> str:
         """Its settings as a person would write them."""
         return ", ".join(f"{axis.key} = {as_text(self.settings.get(axis.key))}" for axis in axes)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a trial is behind the best (less than 0: ahead), and the margin within which that says nothing."""
+
+    size: float
+    margin: float
+    paired: bool
+    """Whether the margin is that of a 95% interval of the difference on the same patients, and not assumed."""
+
+    @property
+    def told_apart(self) -> bool:
+        return abs(self.size) > self.margin
 
 
 @dataclass(frozen=True)
@@ -84,18 +111,33 @@ class Trials:
     best: Trial | None
 
     @property
-    def noise(self) -> float:
-        """Differences of values below this are not told apart: one standard error of a mean over validation images."""
+    def assumed_noise(self) -> float:
+        """What differences without intervals are held against: one standard error of a mean over validation images."""
         return IMAGE_SPREAD / math.sqrt(self.validation_images) if self.validation_images else UNKNOWN_NOISE
 
-    def lead(self, trial: Trial) -> float:
-        """How much better than a trial the best is; negative where it is worse."""
+    @property
+    def noise(self) -> float:
+        """The margin of the best trial's own value: half its 95% interval, or what is assumed."""
+        known = self.best.resampled if self.best else ()
+        return CERTAIN * float(np.std(known, ddof=1)) if known else self.assumed_noise
+
+    def gap(self, trial: Trial) -> Gap:
+        """How far a trial is behind the best: paired where both were measured on the same patients."""
         assert self.best is not None
-        return self.sign * (self.best.reached - trial.reached)
+        size = self.sign * (self.best.reached - trial.reached)
+        if not trial.resampled or len(trial.resampled) != len(self.best.resampled):
+            return Gap(size, self.assumed_noise, paired=False)
+        spread = float(np.std(np.subtract(self.best.resampled, trial.resampled), ddof=1))
+        return Gap(size, CERTAIN * spread, paired=True)
+
+    @property
+    def paired(self) -> bool:
+        """Whether every trial is compared with the best on the same patients."""
+        return self.best is not None and all(self.gap(trial).paired for trial in self.ranked)
 
     def near(self) -> list[Trial]:
         """Trials that are not told apart from the best."""
-        return [trial for trial in self.ranked if trial is not self.best and self.lead(trial) <= self.noise]
+        return [trial for trial in self.ranked if trial is not self.best and not self.gap(trial).told_apart]
 
     def default(self) -> Trial | None:
         """The best trial that ran with every searched setting at its default."""
@@ -118,9 +160,9 @@ def read_trials(sweep: Mapping[str, Any]) -> Trials:
     return Trials(
         metric=str(objective.get("metric") or "objective"),
         sign=sign,
-        epochs=_whole(sweep.get("epochs")),
+        epochs=as_whole(sweep.get("epochs")),
         chance=as_number(sweep.get("chance")),
-        validation_images=_whole(sweep.get("validation_images")) or 0,
+        validation_images=as_whole(sweep.get("validation_images")) or 0,
         axes=tuple(map(_axis, sweep.get("axes") or ())),
         trials=trials,
         ranked=tuple(trial for _, trial in ranked),
@@ -146,7 +188,7 @@ def _axis(axis: Mapping[str, Any]) -> Axis:
 
 
 def _trial(trial: Mapping[str, Any]) -> Trial:
-    curve = ((_whole(point.get("epoch")), as_number(point.get("value"))) for point in trial.get("curve") or ())
+    curve = ((as_whole(point.get("epoch")), as_number(point.get("value"))) for point in trial.get("curve") or ())
     points = sorted((epoch, value) for epoch, value in curve if epoch is not None and value is not None)
     state = str(trial.get("state"))
     return Trial(
@@ -154,13 +196,15 @@ def _trial(trial: Mapping[str, Any]) -> Trial:
         state=state if state in STATES else "unfinished",
         settings=trial.get("settings") or {},
         value=as_number(trial.get("value")),
-        value_epoch=_whole(trial.get("value_epoch")),
-        epochs=_whole(trial.get("epochs")) or 0,
+        value_epoch=as_whole(trial.get("value_epoch")),
+        epochs=as_whole(trial.get("epochs")) or 0,
         seconds=as_number(trial.get("seconds")),
+        images=as_whole(trial.get("images")),
         error=None if trial.get("error") is None else str(trial["error"]),
         model=None if trial.get("model") is None else str(trial["model"]),
         curve=tuple(points),
         centre_cosine=as_number(trial.get("centre_cosine")),
+        resampled=tuple(known_numbers(*map(as_number, trial.get("resampled") or ()))),
     )
 
 
@@ -171,7 +215,8 @@ def as_number(value: Any) -> float | None:
     return float(value)
 
 
-def _whole(value: Any) -> int | None:
+def as_whole(value: Any) -> int | None:
+    """A finite number without its fraction, or None for anything else."""
     number = as_number(value)
     return None if number is None else int(number)
 

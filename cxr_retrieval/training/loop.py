@@ -34,6 +34,7 @@ from cxr_retrieval.training.tracking import Nowhere, Tracker, epoch_figures, tra
 from cxr_retrieval.training.validation import Validation
 
 CURVE = "curve"  # in what an epoch reports: a point for every epoch so far, also for those before a restart
+RESAMPLED = "resampled"  # beside it: the best epoch's mAP in resamples of the validation patients
 LABELS_AT_ONCE = 65_536
 
 
@@ -222,11 +223,13 @@ class Worker:
         record["centre_cosine"] = [table.mean_cosine for table in centres.geometry()]
         record["centres_collapsed"] = any(centres.collapsed())
         self.state.history.append(record)
-        self.state.keep_best(self.optimisation.averaged.module.state_dict(), centres.vectors_TCD)
+        self.state.keep_best(
+            self.optimisation.averaged.module.state_dict(), centres.vectors_TCD, self.validation.resampled
+        )
         self.tracker.log(self.state.step, epoch_figures(record))
         self.tracker.send()
         self._tell(epoch, self.order.steps, force=True)
-        self._report(record | {CURVE: self.state.curve()})
+        self._report(record | self._curve())
 
     def _finish(self) -> None:
         """With the best weights: the training mean of every embedding, then the choice on validation patients."""
@@ -248,7 +251,10 @@ class Worker:
         """The whole curve once more: who listens may not have heard of the last epoch before he was killed."""
         assert self.state.final is not None
         final = {name: self.state.final[name] for name in ("chosen", "validation")}
-        self._report(final | {"epoch": self.settings.training.epochs, CURVE: self.state.curve()})
+        self._report(final | {"epoch": self.settings.training.epochs} | self._curve())
+
+    def _curve(self) -> dict[str, Any]:
+        return {CURVE: self.state.curve(), RESAMPLED: self.state.best_resampled}
 
     def _report(self, metrics: dict[str, Any]) -> None:
         """A barrier: every worker calls it equally often; the first one writes the checkpoint."""

@@ -107,6 +107,8 @@ class Space(Section):
                 raise ValueError(f"{key} cannot be searched: a sweep looks at how a model is trained")
         if "training.epochs" in {*self.space, *self.settings}:
             raise ValueError("training.epochs is the budget: set epochs")
+        if "training.unseen" in self.space:
+            raise ValueError("training.unseen cannot be searched: trials would be judged on different images")
         return self
 
     @property

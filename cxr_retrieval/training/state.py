@@ -30,6 +30,7 @@ class RunState:
     best_epoch: int = -1
     best_network: dict[str, Tensor] = field(default_factory=dict)
     best_centres: Tensor | None = None
+    best_resampled: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, Any] | None = None
 
@@ -50,13 +51,15 @@ class RunState:
             record[f"{name}_by_table"] = means
         return record
 
-    def keep_best(self, network: Mapping[str, Tensor], centres_TCD: Tensor) -> None:
-        """Keep weights and centres where the last epoch's best embedding is ahead of every earlier one's."""
+    def keep_best(self, network: Mapping[str, Tensor], centres_TCD: Tensor, resampled: list[float]) -> None:
+        """Keep weights and centres, and `Validation.resampled`, where the last epoch's best embedding is ahead of every
+        earlier one's."""
         value = curve_point(self.history[-1])["value"]
         if value > self.best_map:
             self.best_map, self.best_epoch = value, self.history[-1]["epoch"]
             self.best_network = {name: tensor.detach().cpu().clone() for name, tensor in network.items()}
             self.best_centres = centres_TCD.cpu().clone()
+            self.best_resampled = resampled
 
     def epochs_since_best(self) -> int:
         """How many of the last epochs were no better than the best one before them."""

@@ -35,8 +35,8 @@ from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import leaves_room, nodes_cpus
 from cxr_retrieval.training.input import READ_CPUS
-from cxr_retrieval.training.loop import CURVE
-from cxr_retrieval.training.run import model_draft, require_trainable, trainer_of
+from cxr_retrieval.training.loop import CURVE, RESAMPLED
+from cxr_retrieval.training.run import model_draft, planned_images, require_trainable, trainer_of
 from cxr_retrieval.training.space import Space, plain, trial_settings, value_of
 from cxr_retrieval.training.telling import PROGRESS_FILE, told_of
 from cxr_retrieval.training.tracking import require_tracking, tracking_server
@@ -116,7 +116,7 @@ class _EpochReport(TuneReportCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         curve = metrics[0].get(CURVE)
         if curve:
-            told = {**curve[-1], CURVE: json.dumps(curve)}
+            told = {**curve[-1], CURVE: json.dumps(curve), RESAMPLED: json.dumps(metrics[0][RESAMPLED])}
             super().after_report(run_context, [told], checkpoint)
 
 
@@ -317,6 +317,7 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
     curve = json.loads(result.get(CURVE, "[]"))
     best = max(curve, key=lambda epoch: epoch["value"], default=None)
     epochs = len(curve)
+    settings = sweep.trial_settings(point)
     return {
         "id": f"{number:05d}",
         "state": "failed" if error else "finished" if epochs == sweep.space.epochs else "stopped",
@@ -325,14 +326,16 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
         "value_epoch": best and best["epoch"],
         "epochs": epochs,
         "seconds": round(result.get("time_total_s", 0.0), 1),
+        "images": planned_images(settings, sweep.corpus) * epochs // settings.training.epochs,
         "error": error,
         "curve": curve,
+        "resampled": json.loads(result.get(RESAMPLED, "[]")),
         "centre_cosine": best and best["centre_cosine"],
     }
 
 
 def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    space, manifest = sweep.space, sweep.corpus.artifact.manifest
+    space, training, manifest = sweep.space, sweep.base.training, sweep.corpus.artifact.manifest
     tried = [trial for trial in trials if trial["state"] != "failed" and trial["value"] is not None]
     best = max(tried, key=lambda trial: trial["value"], default=None)
     return {
@@ -342,11 +345,16 @@ def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "software": artifacts.software(),
         "objective": {"metric": "validation mAP", "mode": "max"},
         "search": space.search,
+        "planned": space.count,
         "scheduler": space.scheduler,
         "grace_epochs": space.grace_epochs,
+        "reduction": space.reduction,
         "epochs": space.epochs,
         "seed": space.seed,
-        "workers": sweep.base.training.workers,
+        "settings": space.settings,
+        "workers": training.workers,
+        "trial_cpus": round(training.workers * training.cpus_per_worker + READ_CPUS + TRIAL_CPUS, 3),
+        "trial_gpus": training.workers * training.gpu,
         "corpus": sweep.corpus.artifact.input_id,
         "train_images": manifest["splits"]["train"]["images"],
         "validation_images": manifest["splits"]["validation"]["images"],

@@ -6,7 +6,7 @@ V validation images, C findings, P passes, S steps, B images of a batch, D dimen
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cxr_retrieval import storage
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import VALIDATION
+from cxr_retrieval.evaluation.intervals import resampled_means
 from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
 from cxr_retrieval.evaluation.tables import chance_levels
 from cxr_retrieval.network.progressive import Output, centred, uncentred
@@ -25,6 +26,7 @@ from cxr_retrieval.training.examples import example_places
 from cxr_retrieval.training.model import normalised
 
 VALIDATION_IMAGES = 20_000  # at most, evenly drawn, that epochs are compared by
+RESAMPLES = 400  # the standard error of a figure is then known to 4%
 CENTRING_IMAGES = 20_000  # the training mean is taken over at most so many images
 
 
@@ -45,6 +47,10 @@ class Validation:
     workers: int
     retries: int = 0
     """Requests to storage that all workers have sent again, as of the last call of `figures`."""
+    resampled: list[float] = field(default_factory=list)
+    """mAP of the best embedding in resamples of the validation patients, as of the last call of `figures`; empty where
+    no query counts. They are the same resamples in every run that is judged on the same images: differences are paired.
+    """
 
     def figures(self, centring: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, float]] | None:
         """The headline of every named embedding; None where they are no numbers.
@@ -55,10 +61,14 @@ class Validation:
         if not all(value.isfinite().all() for value in vectors.values()):
             return None
         query = (labels == 1).any(1)
-        return {
-            name: _headline(retrieve(value[query], value, labels[query], labels, patients[query], patients))
+        found = {
+            name: retrieve(value[query], value, labels[query], labels, patients[query], patients)
             for name, value in vectors.items()
         }
+        headlines = {name: _headline(figures) for name, figures in found.items()}
+        best = found[max(headlines, key=lambda name: headlines[name]["map"])]
+        self.resampled = _resampled(best, patients[query]) if len(best.ap) else []
+        return headlines
 
     def training_means(self, places: np.ndarray) -> tuple[dict[str, Tensor], int]:
         """The mean of every vector over the images at `places` (evenly drawn where they are many), and their number."""
@@ -124,6 +134,11 @@ class Validation:
             with torch.inference_mode(), self.autocast():
                 pixels = pixels_of(table, self.corpus.recipe.size).copy()
                 yield Output(*self.network(normalised(pixels, self.corpus.recipe, self.device))), table
+
+
+def _resampled(figures: QueryFigures, patients_Q: Tensor) -> list[float]:
+    means: list[float] = resampled_means(figures.ap, patients_Q[figures.kept_Q], draws=RESAMPLES).tolist()
+    return [round(mean, 6) for mean in means]
 
 
 def _headline(figures: QueryFigures) -> dict[str, float]:

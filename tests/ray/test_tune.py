@@ -16,6 +16,7 @@ from ray.util import placement_group_table
 from cxr_retrieval import storage
 from cxr_retrieval.config import load_settings
 from cxr_retrieval.network.backbones import build_backbone
+from cxr_retrieval.training.loop import RESAMPLES
 from tests import commands, processes, proxy
 from tests.commands import done, job
 from tests.processes import wait_until
@@ -126,6 +127,8 @@ def test_a_sweep_that_is_killed_goes_on_survives_trials_that_fail_and_stops_one_
         weights = trial["settings"]["network.weights"]
         assert (trial["state"] == "failed") == bool(weights), trial
         assert not weights or trial["error"].startswith("no finite gradient in a whole epoch, at step"), trial
+        assert len(trial["resampled"]) == (RESAMPLES if trial["curve"] else 0), trial["id"]
+        assert trial["images"] > 0 or not trial["curve"], trial["id"]
     chance = facts["chance"]
     assert 0 < chance < 1
     assert all(epoch["chance"] == chance for trial in facts["trials"] for epoch in trial["curve"])

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from cxr_retrieval.evaluation import intervals
-from cxr_retrieval.evaluation.intervals import detectable_difference, paired_difference, patient_bootstrap
+from cxr_retrieval.evaluation.intervals import (
+    detectable_difference,
+    paired_difference,
+    patient_bootstrap,
+    resampled_means,
+)
 
 
 def test_one_query_a_patient_is_the_ordinary_bootstrap() -> None:
@@ -108,3 +113,20 @@ def test_wrong_use_is_refused() -> None:
         paired_difference(torch.rand(3), torch.rand(2), patients)
     with pytest.raises(ValueError, match="power"):
         detectable_difference(torch.tensor(1.0), power=1.0)
+
+
+def test_resamples_that_were_kept_give_the_interval_of_a_difference_later() -> None:
+    random_numbers = torch.Generator().manual_seed(6)
+    a, b = torch.rand(60, generator=random_numbers), torch.rand(60, generator=random_numbers)
+    patients = torch.arange(60) // 3
+    kept = resampled_means(a, patients, draws=200) - resampled_means(b, patients, draws=200)
+    paired = paired_difference(a, b, patients, draws=200)
+    assert kept.shape == (200,)
+    assert kept.std().item() == pytest.approx(paired.standard_error.item(), rel=1e-9)
+    assert torch.quantile(kept, 0.025).item() == pytest.approx(paired.low.item(), rel=1e-9)
+    assert resampled_means(torch.rand(60, 2), patients, draws=5).shape == (5, 2)
+
+
+def test_one_patient_gives_no_resamples() -> None:
+    assert resampled_means(torch.rand(3), torch.zeros(3, dtype=torch.int64), draws=10).shape == (0,)
+    assert resampled_means(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), draws=10).shape == (0, 2)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from cxr_retrieval import storage
 from cxr_retrieval.config import Settings, TrainingSettings, load_settings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.training import sweep
+from cxr_retrieval.training import loop, sweep
 from cxr_retrieval.training.space import Axis, Space, checked_base, read_space
 from cxr_retrieval.training.sweep import trials_at_once
 
@@ -56,6 +57,7 @@ def test_what_a_space_searches_is_at_work_within_its_budget(file: Path) -> None:
         ({"grace_epochs": 5, "epochs": 4}, "grace_epochs is more than epochs"),
         ({"space": {"corpus.size": {"choice": [64, 128]}}}, "corpus.size cannot be searched"),
         ({"settings": {"training.epochs": 3}}, "training.epochs is the budget"),
+        ({"space": {"training.unseen": {"choice": [[], ["Mass"]]}}}, "judged on different images"),
         ({"search": "bayes"}, "input should be 'random', 'grid' or 'optuna'"),
         ({"trails": 3}, "trails: extra inputs are not permitted"),
     ],
@@ -195,20 +197,61 @@ def test_optuna_knows_what_ended_before_and_gives_out_first_what_had_begun(tmp_p
     assert all(type(rate) is float and 0 <= rate <= 1 for rate in rates)
 
 
+def prepared(images: int) -> Any:
+    """A corpus of which only counts are known."""
+    manifest = {"splits": {"train": {"images": images}, "validation": {"images": 1}}}
+    return SimpleNamespace(artifact=SimpleNamespace(manifest=manifest, input_id="corpus"))
+
+
 def test_the_best_trial_is_none_that_failed() -> None:
     space = Space(name="x", epochs=2, space={"losses.centre_rate": Axis(uniform=(0.0, 1.0))})
-    corpus: Any = SimpleNamespace(
-        artifact=SimpleNamespace(
-            manifest={"splits": {"train": {"images": 1}, "validation": {"images": 1}}}, input_id="corpus"
-        )
-    )
     trials = [
         trial_that_ended(0, [0.3], 0.1) | {"state": "finished"},
         trial_that_ended(1, [0.9], 0.2) | {"state": "failed"},
     ]
-    facts = sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), corpus), trials)
+    facts = sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), prepared(1)), trials)
     assert (facts["best"], facts["chance"]) == ("00000", 0.1)
-    assert sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), corpus), trials[1:])["best"] is None
+    assert sweep._facts(sweep.Sweep(space, "space.yaml", Settings(), prepared(1)), trials[1:])["best"] is None
+
+
+def test_a_sweep_keeps_what_was_searched_and_what_a_trial_held_of_the_cluster() -> None:
+    rate = {"losses.centre_rate": Axis(uniform=(0.0, 1.0))}
+    space = Space(name="x", trials=9, reduction=4, settings={"training.crop_from": 0}, space=rate)
+    base = load_settings((), ["training.workers=2", "training.cpus_per_worker=1.5", "training.gpu=true"])
+    facts = sweep._facts(sweep.Sweep(space, "space.yaml", base, prepared(100)), [])
+    assert (facts["planned"], facts["reduction"], facts["settings"]) == (9, 4, {"training.crop_from": 0})
+    assert (facts["trial_cpus"], facts["trial_gpus"]) == (3.3, 2)
+
+
+def test_a_trial_keeps_its_images_and_its_value_in_resamples_of_the_patients() -> None:
+    space = Space(name="x", epochs=3, space={"losses.centre_rate": Axis(uniform=(0.0, 1.0))})
+    base = load_settings((), ["training.batch_size=32"])
+    searched = sweep.Sweep(space, "space.yaml", base, prepared(100))
+    curve = [{"epoch": epoch, "value": epoch / 10, "centre_cosine": 0.1} for epoch in (1, 2)]
+    result = {"curve": json.dumps(curve), "resampled": json.dumps([0.19, 0.21]), "time_total_s": 12.34}
+    config = {sweep.TRIAL: (3, {"losses.centre_rate": 0.1})}
+    trial = sweep._trial(searched, config, result, None)
+    assert (trial["state"], trial["images"], trial["resampled"]) == ("stopped", 2 * 96, [0.19, 0.21])
+    failed = sweep._trial(searched, config, {}, "no memory")
+    assert (failed["images"], failed["resampled"]) == (0, [])
+
+
+def test_resamples_are_of_patients_who_count_and_the_same_in_every_run() -> None:
+    chance = torch.Generator().manual_seed(1)
+    vectors = torch.nn.functional.normalize(torch.randn(40, 8, generator=chance), dim=1)
+    labels = (torch.rand(40, 3, generator=chance) > 0.6).long()
+    patients = torch.arange(40) // 2
+    figures = loop._figures({"one": vectors, "other": -vectors[:, [1, 0, *range(2, 8)]]}, labels, patients)
+    queries = patients[(labels == 1).any(1)]
+    found = loop._resampled(figures["one"], queries)
+    assert len(found) == loop.RESAMPLES
+    assert sum(found) / len(found) == pytest.approx(loop._headline(figures["one"])["map"], abs=0.02)
+    assert found == loop._resampled(figures["other"], queries), (
+        "a turned space ranks the same, and is resampled the same"
+    )
+    alone = torch.zeros_like(labels)
+    alone[0, 0] = 1  # nobody else has the finding of the only query
+    assert loop._resampled(loop._figures({"one": vectors}, alone, patients)["one"], patients[:1]) == []
 
 
 def test_points_that_optuna_may_choose_are_checked_before_anything_starts() -> None:

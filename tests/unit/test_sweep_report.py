@@ -5,6 +5,7 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,9 @@ from cxr_retrieval.report.charts import (
     plane,
     viridis,
 )
+from cxr_retrieval.report.importance import ENOUGH, importances
 from cxr_retrieval.report.sweep import sweep_page
+from cxr_retrieval.report.trials import read_trials
 
 HOSTILE = "</svg><script>alert('x')</script><img src=x onerror=alert(1)>{{ 7 * 7 }}"
 RATE, THRESHOLD = "losses.centre_rate", "network.crop_threshold"
@@ -88,6 +91,25 @@ def quiet(count=6):
     return [trial("best", 0.137), *others]
 
 
+def measured(trials, spread=0.01, own=0.001, count=400):
+    """The trials as judged on the same patients: what these have in common moves all values, `own` each by itself."""
+    chance = np.random.default_rng(0)
+    common = spread * chance.standard_normal(count)
+    for one in trials:
+        if one["value"] is not None:
+            one["resampled"] = list(one["value"] + common + own * chance.standard_normal(count))
+    return trials
+
+
+def spread_out(count, value):
+    """Trials all over the rate and the threshold, with the value that the shares of their ranges give."""
+    shares = [(i * 0.618034 % 1, i * 0.754878 % 1) for i in range(1, count + 1)]
+    return [
+        trial(f"t{i:02d}", value(rate, crop), settings=at(0.005 * 100**rate, 0.3 + 0.4 * crop))
+        for i, (rate, crop) in enumerate(shares)
+    ]
+
+
 class Page(HTMLParser):
     """Every element with its attributes, the text that a reader sees, and the marks of each plot by trial."""
 
@@ -126,6 +148,11 @@ class Page(HTMLParser):
 
 def page(*args, **changes):
     return Page(sweep_page(sweep(*args, **changes)))
+
+
+def cells(html):
+    """The text of a page with a space between the cells of its tables."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
 
 
 def classes(marks):
@@ -475,6 +502,173 @@ def test_every_sweep_has_a_page_that_lists_each_trial(given_sweep):
                     assert math.isfinite(float(attrs.get(name, 0)))
 
 
+# Intervals, and what they tell apart.
+
+
+def test_a_trial_is_told_apart_on_the_same_patients_where_intervals_overlap():
+    trials = measured([trial("a", 0.137), trial("b", 0.125), trial("c", 0.136)])
+    run = read_trials(sweep(trials))
+    assert run.trials[1].interval[1] > run.trials[0].interval[0]
+    assert [one.id for one in run.near()] == ["c"]
+    text = page(trials).text
+    assert "1 of 2 other trials is not told apart from the best" in text
+    assert "on the same patients: c." in text
+    assert "assumed" not in text
+
+
+def test_the_margin_is_that_of_the_difference_and_not_of_the_values():
+    trials = measured([trial("a", 0.137), trial("b", 0.125)], own=0.002)
+    gap = read_trials(sweep(trials)).gap(read_trials(sweep(trials)).trials[1])
+    assert gap.paired
+    assert gap.size == pytest.approx(0.012)
+    assert gap.margin == pytest.approx(1.96 * 0.002 * math.sqrt(2), rel=0.15)
+
+
+def test_every_trial_is_in_the_table_with_its_interval_and_the_best_on_top_of_the_plot():
+    trials = measured(quiet())
+    html = sweep_page(sweep(trials))
+    assert len(re.findall(r"<td>\d+\.\d to \d+\.\d</td>", html)) == 6
+    marks = Page(html).plot("95% intervals")
+    heights = {
+        name: next(float(one["cy"]) for one in group if "spot" in one.get("class", "")) for name, group in marks.items()
+    }
+    assert min(heights, key=heights.get) == "best"
+    assert all(any(one.get("class") == "whisker" for one in group) for group in marks.values())
+
+
+def test_a_page_without_measured_intervals_says_that_its_margin_is_assumed():
+    text = page(quiet()).text
+    assert "intervals were not kept" in text
+    assert "a margin that is assumed" in text
+    assert "95% intervals" not in text
+
+
+def test_a_trial_whose_resamples_are_missing_is_compared_by_the_assumed_margin():
+    trials = measured([trial("a", 0.137), trial("b", 0.125)])
+    trials[1]["resampled"] = []
+    run = read_trials(sweep(trials))
+    assert not run.paired
+    assert not run.gap(run.trials[1]).paired
+    assert "intervals were not kept" in page(trials).text
+
+
+def test_two_trials_that_are_the_same_are_not_told_apart():
+    trials = measured([trial("a", 0.137), trial("b", 0.12)])
+    trials[1] |= {"value": 0.137, "resampled": trials[0]["resampled"]}
+    assert [one.id for one in read_trials(sweep(trials)).near()] == ["b"]
+
+
+# All settings at once.
+
+
+def test_every_trial_is_a_line_over_all_settings_to_its_value_in_its_colour():
+    lines = page([trial("a", 0.10), trial("b", 0.14), trial("f", None, "failed", error="no memory")]).plot(
+        "Every trial"
+    )
+    threads = {name: next(one for one in group if one.get("class") == "thread") for name, group in lines.items()}
+    assert [len(threads[name]["points"].split()) for name in "abf"] == [3, 3, 2]
+    assert threads["a"]["style"] == f"stroke: {viridis(0)}"
+    assert threads["b"]["style"] == f"stroke: {viridis(1)}"
+    assert "failed" in classes(lines["f"])
+
+
+def test_a_trial_that_lacks_a_setting_has_no_line():
+    assert set(page([trial("a", 0.1), trial("b", 0.1, settings={RATE: 0.1})]).plot("Every trial")) == {"a"}
+
+
+# Which settings matter.
+
+
+def test_the_setting_that_makes_the_difference_is_the_most_important():
+    for value in (lambda rate, _: 0.1 + rate / 50, lambda rate, _: 0.1 - abs(rate - 0.5) / 50):
+        found = importances(read_trials(sweep(spread_out(40, value)))).settings
+        assert found[0].axis.key == RATE
+        assert sum(one.share for one in found) == pytest.approx(1)
+        assert all(one.low <= one.high for one in found)
+
+
+def test_where_less_is_better_the_best_are_the_least():
+    def gains(rate, crop):
+        return 0.1 + (rate / 50 if rate > 0.7 else 0) + crop / 1e6
+
+    high = importances(read_trials(sweep(spread_out(40, gains))))
+    turned = sweep(spread_out(40, lambda rate, crop: 0.3 - gains(rate, crop)), objective={"metric": "x", "mode": "min"})
+    assert [one.share for one in importances(read_trials(turned)).settings] == pytest.approx(
+        [one.share for one in high.settings]
+    )
+
+
+def test_few_trials_tell_no_importance_and_the_page_says_why():
+    few = spread_out(ENOUGH - 1, lambda rate, _: 0.1 + rate / 50)
+    assert importances(read_trials(sweep(few))).settings == ()
+    text = page(few).text
+    assert f"No importance is shown: {ENOUGH - 1} trials with a value are too few" in text
+    assert f"needs {ENOUGH} trials" in text
+    assert importances(read_trials(sweep(spread_out(ENOUGH, lambda rate, _: 0.1 + rate / 50)))).settings
+
+
+def test_equal_values_tell_no_importance():
+    assert "all trials have the same value" in page(spread_out(20, lambda *_: 0.1)).text
+
+
+def test_importance_is_shown_with_its_spread_over_trials():
+    html = sweep_page(sweep(spread_out(20, lambda rate, _: 0.1 + rate / 50)))
+    section = html[html.index("Which settings matter") : html.index("What was searched")]
+    assert "resamples of the 20 trials" in section
+    assert len(re.findall(r"<td>\d+ to \d+</td>", section)) == 2
+
+
+def test_a_sweep_of_one_setting_has_no_importance():
+    assert "Which settings matter" not in page(along(20, scattered), [threshold()]).text
+
+
+def test_advice_does_not_fix_what_is_important():
+    def gated(rate, crop):
+        return 0.1 + (0.02 if abs(crop - 0.5) < 0.15 else 0.0) + rate / 1e5
+
+    assert "Fix network.crop_threshold" not in advice(spread_out(40, gated))
+
+
+# What was searched, and what it cost.
+
+
+def test_the_page_says_what_was_searched_how_and_within_which_budget():
+    shared = {"losses.contrastive_from": 0}
+    text = cells(sweep_page(sweep(quiet(), planned=16, reduction=3, grace_epochs=1, settings=shared)))
+    assert "16 points, drawn at random, every setting on its own (seed 0)." in text
+    assert "A trial has 4 epochs of 4,781 training images, the sweep 64 epochs at most." in text
+    assert "after 1 and 3 epochs only the best one in 3 of those that came so far goes on" in text
+    assert "All trials share losses.contrastive_from = 0." in text
+    assert "0.005 to 0.5 evenly over powers 0.02 to 0.06" in text
+
+
+def test_a_grid_and_a_search_that_nobody_stops_are_called_so():
+    text = page(quiet(), search="grid", scheduler="none").text
+    assert "every combination of the choices once" in text
+    assert "No trial is stopped early." in text
+
+
+def test_costs_are_in_the_table_and_added_up():
+    trials = [trial("a", 0.12, seconds=3600, images=4000), trial("b", 0.11, seconds=1800, images=2000)]
+    text = cells(sweep_page(sweep(trials, trial_cpus=1.5, trial_gpus=2)))
+    assert "2 trials took 90 min added up, 6,000 training images, 2.25 CPU-hours held and 3.00 GPU-hours held." in text
+    assert "60 min 4,000 1.50 2.00" in text
+    assert "All 8 90 min 6,000 2.25 3.00" in text
+    assert "GPU" not in page(trials, trial_cpus=1.5, trial_gpus=0).text
+
+
+def test_what_early_stopping_saved_is_said_to_be_estimated():
+    trials = [trial("a", 0.12, seconds=400), trial("s", 0.09, "stopped", [0.09], seconds=100)]
+    text = page(trials).text
+    assert "Stopping 1 trial early saved about 5 min, 38% of what all of them would have taken: an estimate" in text
+    assert "saved" not in page(quiet()).text
+
+
+def test_what_failed_trials_took_is_told():
+    failed = trial("f", None, "failed", error="no memory", seconds=50)
+    assert "50 s of it went to trials that failed." in page([*quiet(), failed]).text
+
+
 # What to run next.
 
 
@@ -566,6 +760,19 @@ def test_trials_within_the_noise_of_the_best_are_repeated_with_other_seeds():
     found = advice([*quiet(), trial("rival", 0.1345)])
     assert "Repeat trials best and rival with other seeds" in found
     assert "Repeat" not in advice([*quiet(), trial("rival", 0.12)])
+
+
+def test_advice_repeats_those_that_the_intervals_do_not_tell_apart():
+    trials = measured([*quiet(), trial("rival", 0.1345)], own=0.003)
+    assert "Repeat trials best and rival with other seeds (seed=1, seed=2): 2 trials are not told apart" in advice(
+        trials
+    )
+    assert "Repeat" not in advice(measured(trials, own=0.0001))
+
+
+def test_a_best_whose_interval_holds_chance_chooses_no_setting():
+    assert "Find out why nothing is learnt" in advice(measured(quiet(), spread=0.05), chance=0.1)
+    assert "Find out" not in advice(measured(quiet(), spread=0.01), chance=0.1)
 
 
 def test_of_many_within_the_noise_only_the_first_few_are_repeated():
