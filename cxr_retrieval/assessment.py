@@ -6,13 +6,10 @@ searches).
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,57 +18,33 @@ from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact, Draft, find
 from cxr_retrieval.config import EvaluationSettings
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
-from cxr_retrieval.corpus.splits import TRAIN, patient_position
-from cxr_retrieval.embedding.stream import read_part
+from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.corpus.splits import TRAIN
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.evaluation.localisation import centred_crop, crop_hits
+from cxr_retrieval.evaluation.examples import example_queries
+from cxr_retrieval.evaluation.localisation import localise
 from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
-from cxr_retrieval.evaluation.tables import compare, per_finding, summarise
-from cxr_retrieval.network.progressive import Output, embeddings
+from cxr_retrieval.evaluation.tables import chance_levels, compare, summarise, summarise_findings
+from cxr_retrieval.images import Images, read_cases, read_images
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.report.evaluation import write_evaluation
 from cxr_retrieval.training.model import Model
 
 KIND = "evaluation"
 EVALUATION_FILE, REPORT_FILE = "evaluation.json", "evaluation.html"
-DRAW = "evaluated"  # salt of the patients that are drawn from a split: independent of the split itself
-PIXEL_SIDE = 32
-COLUMNS = ["patient_id", "view", "sex", "age_years", "findings", "unknown", "boxes", "pixels", "split"]
-METADATA = {"view": ("PA", "AP"), "sex": ("M", "F")}
-AGE_BANDS = (("0 to 17", 17), ("18 to 39", 39), ("40 to 64", 64), ("65 and over", 999))
-MIDDLE_AGE_YEARS, AGE_STEP_YEARS = 50.0, 20.0
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images of one split: what the network said of them, labels, patients, views, and the floors' vectors."""
-
-    z_PSND: Tensor
-    joint_PNC: Tensor
-    crop_N4: np.ndarray
-    labels_NC: Tensor
-    patients: list[str]
-    groups: dict[str, list[str | None]]
-    pixels_NE: Tensor
-    metadata_NE: Tensor
-    boxes: list[list[dict[str, Any]]]
-
-    def embeddings(self, model: Model) -> dict[str, Tensor]:
-        """Every named embedding [N, ...], centred and of unit length."""
-        empty = self.z_PSND.new_zeros(0)
-        return embeddings(Output(self.z_PSND, empty, self.joint_PNC, empty, empty), model.centring)
+EXAMPLES = 4  # queries that are shown of each kind
 
 
 def evaluate(
-    settings: EvaluationSettings, workspace: str, model_uri: str, corpus: Corpus, embedded: Artifact
+    settings: EvaluationSettings, workspace: str, model_uri: str, corpus: Corpus, embedded: Artifact, *, names: bool
 ) -> tuple[Artifact, bool]:
     """The evaluation of a model on a corpus, and whether anything had to be done.
 
-    Raises UserError where no held-out image has a finding.
+    `names`: whether the page tells the names of the images and patients that it shows. Raises UserError where no
+    held-out image has a finding.
     """
     folder = storage.join(workspace, "reports", "evaluation")
-    draft = Draft.under(folder, KIND, settings.model_dump(), (embedded.input_id,))
+    draft = Draft.under(folder, KIND, settings.model_dump() | {"names": names}, (embedded.input_id,))
     done = find(draft.uri)
     if done:
         return done, False
@@ -82,9 +55,10 @@ def evaluate(
     with Progress.of(workspace, draft, "evaluate", parts, "parts") as progress:
         images = [read_images(embedded, corpus, model, split, settings.max_images, progress) for split in galleries]
         figures = _figures(settings, model, corpus, embedded, *images)
+        cases = read_cases(corpus, settings.split, example_crops(figures), names)
         files = [
             draft.write(EVALUATION_FILE, json.dumps(figures, indent=1).encode()),
-            draft.write(REPORT_FILE, write_evaluation(figures).encode()),
+            draft.write(REPORT_FILE, write_evaluation(figures, cases).encode()),
         ]
         counts = {"images": len(images[0].patients), "queries": figures["queries"]}
         return draft.finish(files, counts), True
@@ -114,54 +88,10 @@ def _figures(
     return figures | facts | {"drawn": drawn}
 
 
-def read_images(embedded: Artifact, corpus: Corpus, model: Model, split: str, most: int, progress: Progress) -> Images:
-    """The images of one split, part by part; prepared pixels are reduced at once and not kept.
-
-    Of a split with more than `most` images, about as many: those of patients that a hash draws.
-    """
-    parts = []
-    share = min(1.0, most / max(1, corpus.artifact.manifest["splits"][split]["images"]))
-    for number in range(len(corpus.files)):
-        part = read_part(embedded, corpus, number, model, COLUMNS)
-        progress.advance(1)
-        mine = np.flatnonzero(np.asarray(part.facts["split"].to_pylist(), dtype=object) == split)
-        if share < 1.0:
-            patients = part.facts["patient_id"]
-            mine = mine[[patient_position(patients[int(row)].as_py(), DRAW) < share for row in mine]]
-        if len(mine):
-            facts = part.facts.take(pa.array(mine))
-            parts.append(
-                (
-                    part.z_PSND[:, :, mine],
-                    part.joint_PNC[:, mine],
-                    part.crop_N4[mine],
-                    torch.as_tensor(labels_of(facts)),
-                    _reduced(pixels_of(facts, corpus.recipe.size)),
-                    facts.drop_columns(["pixels"]),
-                )
-            )
-    if not parts:
-        raise UserError(f"{corpus.artifact.uri} has no image in its {split} split")
-    z, joint, crop, labels, pixels, tables = zip(*parts, strict=True)
-    facts = pa.concat_tables(tables)
-    return Images(
-        torch.cat(z, dim=2),
-        torch.cat(joint, dim=1),
-        np.concatenate(crop),
-        torch.cat(labels),
-        facts["patient_id"].to_pylist(),
-        _groups(facts),
-        torch.as_tensor(np.concatenate(pixels)),
-        _metadata(facts),
-        facts["boxes"].to_pylist(),
-    )
-
-
 def assess(queries: Images, archive: Images | None, model: Model, settings: EvaluationSettings) -> dict[str, Any]:
     """Every figure of section "Evaluation" for every embedding, ready for JSON; shares are in 0 to 1."""
-    every = queries if archive is None else _joined(queries, archive)
-    patients = _codes(every.patients)
-    views = _codes([view or "" for view in every.groups["view"]])
+    patients = _codes(queries.patients + (archive.patients if archive else []))
+    own_views = _codes([view or "" for view in queries.groups["view"]])
     count = len(queries.patients)
     named = queries.embeddings(model)
     named_archive = archive.embeddings(model) if archive else {}
@@ -174,7 +104,7 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
 
     labels = queries.labels_NC
     asked = (labels == 1).any(1)
-    own, own_views = patients[:count], views[:count]
+    own = patients[:count]
     place = torch.arange(count)
 
     def ranked(name: str, gallery: str) -> QueryFigures:
@@ -203,6 +133,11 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
     }
     floors = ("pixels", "metadata")
     chosen = figures[model.chosen]
+    by_finding = {
+        name: summarise_findings(found["all"], labels[asked], own[asked], FINDINGS, draws=settings.draws)
+        for name, found in figures.items()
+        if name not in floors
+    }
     return {
         "queries": int(asked.sum()),
         "patients": len(set(queries.patients)),
@@ -217,12 +152,12 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
             }
             for name in floors
         },
-        "per_finding": {
-            name: _by_finding(figures[name]["all"], labels[asked]) for name in tables if name not in floors
-        },
+        "per_finding": {name: found["findings"] for name, found in by_finding.items()},
+        "macro": {name: found["macro"] for name, found in by_finding.items()},
         "by_group": {model.chosen: _by_group(chosen["all"], queries, asked, settings.draws)},
-        "same_patient_nearest": {name: tables[name]["all"]["same_patient_nearest"] for name in (model.chosen, *floors)},
-        **_localisation(queries, model.recipe.size),
+        "same_patient": {name: tables[name]["all"]["same_patient"] for name in (model.chosen, *floors)},
+        "examples": _examples(chosen["all"], queries, asked, own, named[model.chosen]),
+        **_localisation(queries, own, model.recipe.size, settings.draws),
         **_unseen(named, labels, own, model, settings.draws),
     }
 
@@ -240,20 +175,36 @@ def _by_group(figures: QueryFigures, images: Images, asked: Tensor, draws: int) 
     return found
 
 
-def _by_finding(figures: QueryFigures, labels_QC: Tensor) -> dict[str, Any]:
-    found = per_finding(figures, labels_QC)
-    return {
-        name: {
-            "support": int(found.support[index]),
-            "recall_at_8": float(found.recall[index, -1]),
-            "precision_at_8": float(found.precision[index, -1]),
-            "map": float(found.ap[index]),
-            "chance_precision": float(found.chance_precision[index]),
-            "chance_map": float(found.chance_ap[index]),
+def _examples(
+    figures: QueryFigures, images: Images, asked: Tensor, patients_N: Tensor, vectors_ND: Tensor
+) -> dict[str, Any]:
+    """The best, typical and worst queries with their first hits; images are named by their row in the split."""
+    position_Q = asked.nonzero()[:, 0][figures.kept_Q]
+    chance = chance_levels(figures)
+
+    def look(position: int) -> dict[str, Any]:
+        return {"row": int(images.row_N[position]), "crop": images.crop_N4[position].tolist()}
+
+    def example(query: int) -> dict[str, Any]:
+        position = int(position_Q[query])
+        hits = [int(hit) for hit in figures.first[query] if hit >= 0]
+        distances = (vectors_ND[hits].double() - vectors_ND[position].double()).norm(dim=1)
+        return look(position) | {
+            "precision": float(figures.precision[query, -1]),
+            "chance_precision": float(chance.precision[query, -1]),
+            "ap": float(figures.ap[query]),
+            "chance_ap": float(chance.ap[query]),
+            "hits": [look(hit) | {"distance": float(distances[place])} for place, hit in enumerate(hits)],
         }
-        for index, name in enumerate(FINDINGS)
-        if found.support[index] > 0
-    }
+
+    rows = example_queries(figures, patients_N[asked], EXAMPLES)
+    return {kind: [example(query) for query in queries] for kind, queries in rows.items()}
+
+
+def example_crops(evaluation: Mapping[str, Any]) -> list[dict[int, list[int]]]:
+    """The images of each example query of an evaluation, itself and its hits: crops by row in the split."""
+    shown = [[query, *query["hits"]] for queries in evaluation["examples"].values() for query in queries]
+    return [{image["row"]: image["crop"] for image in images} for images in shown]
 
 
 def _unseen(
@@ -275,66 +226,20 @@ def _unseen(
     return {"unseen": found} if found else {}
 
 
-def _localisation(images: Images, size: int) -> dict[str, Any]:
-    """How often the crop hits an annotated box, and how often a centred crop of the same size does."""
-    pairs = [(box, images.crop_N4[n]) for n, boxes in enumerate(images.boxes) for box in boxes]
+def _localisation(images: Images, patients_N: Tensor, size: int, draws: int) -> dict[str, Any]:
+    """How the crops meet the annotated boxes, beside centred crops of the same size."""
+    pairs = [(n, box) for n, boxes in enumerate(images.boxes) for box in boxes]
     if not pairs:
         return {}
-    boxes = torch.tensor([[box[side] for side in "xywh"] for box, _ in pairs], dtype=torch.float64)
-    crops = torch.as_tensor(np.stack([crop for _, crop in pairs])).double()
-    found, control = crop_hits(boxes, crops), crop_hits(boxes, centred_crop(crops, size))
-    return {
-        "localisation": {
-            "boxes": len(pairs),
-            "crop": {name: float(value.double().mean()) for name, value in found.items()},
-            "centred_crop": {name: float(value.double().mean()) for name, value in control.items()},
-        }
-    }
+    rows = [n for n, _ in pairs]
+    boxes = torch.tensor([[box[side] for side in "xywh"] for _, box in pairs], dtype=torch.float64)
+    findings = [box["finding"] for _, box in pairs]
+    crops = torch.as_tensor(images.crop_N4[rows])
+    return {"localisation": localise(boxes, crops, size, findings, patients_N[rows], draws=draws)}
 
 
-def _joined(a: Images, b: Images) -> Images:
-    return Images(
-        torch.cat([a.z_PSND, b.z_PSND], dim=2),
-        torch.cat([a.joint_PNC, b.joint_PNC], dim=1),
-        np.concatenate([a.crop_N4, b.crop_N4]),
-        torch.cat([a.labels_NC, b.labels_NC]),
-        a.patients + b.patients,
-        {name: a.groups[name] + b.groups[name] for name in a.groups},
-        torch.cat([a.pixels_NE, b.pixels_NE]),
-        torch.cat([a.metadata_NE, b.metadata_NE]),
-        a.boxes + b.boxes,
-    )
-
-
-def _codes(names: list[str]) -> Tensor:
+def _codes(names: Sequence[str]) -> Tensor:
     return torch.as_tensor(np.unique(names, return_inverse=True)[1])
-
-
-def _reduced(pixels_NHW: np.ndarray) -> np.ndarray:
-    """The floor of pixels: 32 x 32 grey values, float32 [N, 1024]."""
-    small = [cv2.resize(pixels, (PIXEL_SIDE, PIXEL_SIDE), interpolation=cv2.INTER_AREA) for pixels in pixels_NHW]
-    return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255.0
-
-
-def _groups(facts: pa.Table) -> dict[str, list[str | None]]:
-    """View, sex and age band of every image; None where unknown."""
-    bands = [
-        None if age is None else next(name for name, last in AGE_BANDS if age <= last)
-        for age in facts["age_years"].to_pylist()
-    ]
-    return {"view": facts["view"].to_pylist(), "sex": facts["sex"].to_pylist(), "age": bands}
-
-
-def _metadata(facts: pa.Table) -> Tensor:
-    """The floor of metadata, float32 [N, 5]: view and sex as unit columns, age in 20 years; 0 where unknown."""
-    columns = [
-        [float(value == kind) for value in facts[name].to_pylist()]
-        for name, kinds in METADATA.items()
-        for kind in kinds
-    ]
-    ages = facts["age_years"].to_pylist()
-    columns.append([0.0 if age is None else (age - MIDDLE_AGE_YEARS) / AGE_STEP_YEARS for age in ages])
-    return torch.tensor(columns, dtype=torch.float32).T.contiguous()
 
 
 def headline(evaluation: Mapping[str, Any], gallery: str = "all") -> list[list[Any]]:
@@ -351,3 +256,26 @@ def headline(evaluation: Mapping[str, Any], gallery: str = "all") -> list[list[A
     rows = [row(name, tables[gallery], "value") for name, tables in named.items()]
     first = next(iter(named.values()))[gallery]
     return [*rows, row("chance", first, "chance")]
+
+
+def localisation_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
+    """Rows for a person: all boxes, then those of each finding, with their number and patients; then in percent how
+    often the crop holds a box's centre, how often a centred crop does, and the difference with its interval, and the
+    same of the mean IoU. No row where no image has a box."""
+    found = evaluation.get("localisation")
+    if not found:
+        return []
+
+    def row(name: str, table: Mapping[str, Any]) -> list[Any]:
+        cells: list[Any] = [name, table["boxes"], table["patients"]]
+        for measure in ("centre_in_crop", "iou"):
+            cells += [100.0 * table[which][measure]["value"] for which in ("crop", "centred_crop")]
+            cells.append(_difference(table["difference"][measure]))
+        return cells
+
+    return [row("all", found), *(row(name, table) for name, table in found["findings"].items())]
+
+
+def _difference(cell: Mapping[str, Any]) -> str:
+    spread = "" if cell["low"] is None else f" ({100.0 * cell['low']:+.1f} to {100.0 * cell['high']:+.1f})"
+    return f"{100.0 * cell['difference']:+.1f}{spread}"

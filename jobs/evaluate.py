@@ -13,7 +13,7 @@ import json
 
 from cxr_retrieval import command, console, storage
 from cxr_retrieval.artifacts import Artifact
-from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, headline
+from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, headline, localisation_rows
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
@@ -29,7 +29,9 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
     warn_of_overlap(settings, model, corpus)
     embedded, _worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
-    evaluation, worked = evaluate(settings.evaluation, settings.workspace, model.uri, corpus, embedded)
+    evaluation, worked = evaluate(
+        settings.evaluation, settings.workspace, model.uri, corpus, embedded, names=not settings.privacy.pseudonymise
+    )
     show_evaluation(evaluation, worked)
 
 
@@ -44,7 +46,7 @@ def warn_of_overlap(settings: Settings, model: Artifact, corpus: Corpus) -> None
 
 
 def show_evaluation(evaluation: Artifact, worked: bool) -> None:
-    """Print Recall@k, precision and mAP of every embedding beside floors and chance."""
+    """Print Recall@k, precision and mAP of every embedding beside floors and chance, and how crops meet boxes."""
     figures = json.loads(evaluation.read(EVALUATION_FILE))
     state = "" if worked else " (finished before, nothing to do)"
     for gallery in ("all", "findings"):
@@ -52,6 +54,13 @@ def show_evaluation(evaluation: Artifact, worked: bool) -> None:
             f"Retrieval among {gallery}: {figures['queries']:,} {figures['split']} queries, percent{state}",
             ["embedding", "Recall@2", "@4", "@6", "@8", "precision@8", "mAP"],
             headline(figures, gallery),
+        )
+    if rows := localisation_rows(figures):
+        console.show_table(
+            "Crops and annotated boxes: how often the crop holds a box's centre, and mean IoU, percent; centred: a crop"
+            " of the same size in the centre of the image",
+            ["finding", "boxes", "patients", "centre in crop", "centred", "difference", "IoU", "centred", "difference"],
+            rows,
         )
     for drawn in figures["drawn"]:
         console.say(f"evaluated on {drawn}: evaluation.max_images")

@@ -82,7 +82,9 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     embedded, worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
     steps.done("embed", corpus.rows, embedded.counts["embedded"], embedded.uri, worked)
 
-    evaluation, evaluated = evaluate(settings.evaluation, settings.workspace, model.uri, corpus, embedded)
+    evaluation, evaluated = evaluate(
+        settings.evaluation, settings.workspace, model.uri, corpus, embedded, names=not settings.privacy.pseudonymise
+    )
     steps.done("evaluate", evaluation.counts["images"], evaluation.counts["queries"], evaluation.uri, evaluated)
 
     source = Source(corpus, embedded, model.uri, settings.index.embedding or model.manifest["chosen"])

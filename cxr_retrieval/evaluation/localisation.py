@@ -5,8 +5,58 @@ Boxes and crops are (x, y, width, height) in the same pixels, x and y at the upp
 Shapes: N pairs of one annotated box and one crop.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from cxr_retrieval.evaluation.intervals import paired_difference, patient_bootstrap
+
+MEASURES = ("centre_in_crop", "iobb", "iou")
+
+
+def localise(
+    boxes_N4: Tensor,
+    crops_N4: Tensor,
+    size: float,
+    findings_N: Sequence[str],
+    patients_N: Tensor,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How crops meet boxes on images of side `size`, over all boxes and over those of each finding, ready for JSON.
+
+    Every box counts once; intervals are from a bootstrap over the patients (integer codes `[N]`), for whom one may have
+    many. Keys, for all boxes and again under `findings` by name: `boxes` and `patients`; `crop_share`, the mean share
+    of the image that the crops cover; the `MEASURES` of `crop_hits` of the `crop` and of the `centred_crop` of the same
+    size (leaves as `Interval.figures`), and their paired `difference` (leaves as `Interval.differences`).
+
+    Raises `ValueError` for no boxes, other shapes, rectangles without area and crops larger than the image.
+    """
+    crop, control = crop_hits(boxes_N4, crops_N4), crop_hits(boxes_N4, centred_crop(crops_N4, size))
+    crop_NM, control_NM = (torch.stack([hits[name].double() for name in MEASURES], dim=1) for hits in (crop, control))
+    share_N = crops_N4[:, 2:].double().prod(dim=1) / size**2
+
+    def table(chosen_N: Tensor) -> dict[str, Any]:
+        a, b, patients = crop_NM[chosen_N], control_NM[chosen_N], patients_N[chosen_N]
+        cells = {
+            "crop": patient_bootstrap(a, patients, draws=draws, seed=seed).figures(),
+            "centred_crop": patient_bootstrap(b, patients, draws=draws, seed=seed).figures(),
+            "difference": paired_difference(a, b, patients, draws=draws, seed=seed).differences(),
+        }
+        return {
+            "boxes": len(patients),
+            "patients": len(patients.unique()),
+            "crop_share": float(share_N[chosen_N].mean()),
+            **{name: dict(zip(MEASURES, columns, strict=True)) for name, columns in cells.items()},
+        }
+
+    each = {
+        finding: table(torch.tensor([name == finding for name in findings_N])) for finding in sorted(set(findings_N))
+    }
+    return table(torch.ones(len(findings_N), dtype=torch.bool)) | {"findings": each}
 
 
 def crop_hits(boxes_N4: Tensor, crops_N4: Tensor) -> dict[str, Tensor]:

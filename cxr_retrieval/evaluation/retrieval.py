@@ -77,13 +77,13 @@ class QueryFigures:
     """[Q', K]: DCG@k of the candidates' best order."""
     first: Tensor
     """int64 [Q', k]: gallery positions of the first k of the largest cut-off, -1 where there are fewer candidates."""
-    has_same_patient_Q: Tensor
-    """bool [Q]: the gallery holds another image of the query's patient."""
-    same_patient_nearest_Q: Tensor
-    """bool [Q]: the nearest image of the whole gallery, the query itself left out, is of the query's patient.
-    False where `has_same_patient_Q` is False; groups and labels play no part."""
-    same_patient_chance_Q: Tensor
-    """[Q]: probability of that for an image drawn at random."""
+    same_patient_rank_Q: Tensor
+    """int64 [Q]: rank of the nearest other image of the query's patient, among all of the gallery but the query itself;
+    0 where there is none. Groups and labels play no part."""
+    same_patient_Q: Tensor
+    """int64 [Q]: other images of the query's patient in the gallery."""
+    others_Q: Tensor
+    """int64 [Q]: images of the gallery but the query itself."""
 
 
 def retrieve(
@@ -168,19 +168,19 @@ def _sort_keys(fixed_BG: Tensor) -> Tensor:
 
 
 def _same_patient(fixed_BG: Tensor, own_BG: Tensor, positions_B: Tensor) -> dict[str, Tensor]:
-    """Re-identification: is the nearest image, the query itself left out, of the same patient?"""
+    """Re-identification: where the nearest image of the same patient stands, the query itself left out."""
     in_gallery_B = positions_B >= 0
     rows_B = in_gallery_B.nonzero()[:, 0]
+    last = torch.iinfo(torch.int64).max
     keys_BG = _sort_keys(fixed_BG)
-    keys_BG[rows_B, positions_B[rows_B]] = torch.iinfo(torch.int64).max
-    nearest_B = keys_BG.argmin(dim=1)
+    keys_BG[rows_B, positions_B[rows_B]] = last
+    nearest_B = keys_BG.masked_fill(~own_BG, last).min(dim=1).values
+    rank_B = (keys_BG < nearest_B[:, None]).sum(dim=1) + 1
     same_B = own_BG.sum(dim=1) - in_gallery_B.long()
-    others_B = own_BG.shape[1] - in_gallery_B.long()
-    has_same_B = same_B > 0
     return {
-        "has_same_patient_Q": has_same_B,
-        "same_patient_nearest_Q": own_BG.gather(1, nearest_B[:, None])[:, 0] & has_same_B,
-        "same_patient_chance_Q": same_B.double() / others_B.clamp(min=1),
+        "same_patient_rank_Q": rank_B.where(same_B > 0, 0),
+        "same_patient_Q": same_B,
+        "others_Q": own_BG.shape[1] - in_gallery_B.long(),
     }
 
 

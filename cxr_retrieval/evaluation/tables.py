@@ -3,7 +3,7 @@
 Shapes: Q queries given to `retrieve`, Q' those that count, C findings, K cut-offs, M figures.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from cxr_retrieval.evaluation.chance import (
     chance_precision,
     chance_recall,
 )
-from cxr_retrieval.evaluation.intervals import Interval, detectable_difference, paired_difference, patient_bootstrap
+from cxr_retrieval.evaluation.intervals import finding_bootstrap, number, paired_difference, patient_bootstrap
 from cxr_retrieval.evaluation.relevance import PRESENT, check_labels
 from cxr_retrieval.evaluation.retrieval import QueryFigures
 
@@ -90,14 +90,15 @@ def summarise(
 
     `query_patients_Q` is the tensor given to `retrieve`; `subset_Q` (bool) narrows the queries (one view, one sex,
     an age band) but not their candidates. Keys: `recall_at`, `precision_at`, `ndcg_at`, `exact_recall_at` (each by
-    cut-off, as a string), `map`, `same_patient_nearest`; every leaf is {value, low, high, standard_error, chance}
+    cut-off, as a string), `map`, `same_patient`; every leaf is {value, low, high, standard_error, chance}
     in 0 to 1, None where not defined (no query; spread with fewer than two patients). Also `queries`,
     `excluded_queries` (a finding, but no relevant candidate), `queries_without_finding`,
     `queries_with_exact_match` (at least one candidate with the same findings), `patients`, `candidates_mean`,
     `relevant_mean`, and `answers`: how many `distinct` images are among the first k of all queries (k the largest
     cut-off), and the share of queries that have the `most` frequent one there. Few images that answer everyone are hubs
     (Radovanovic et al. 2010): a ranking by how abnormal an image looks has them, and scores well, and finds nothing
-    that is alike. `same_patient_nearest` has its own `queries`: those with another image of their patient.
+    that is alike. `same_patient` is re-identification: `recall_at` k, how often the first k images of the whole gallery
+    hold another one of the query's patient, over its own `queries`, those that have one.
 
     Raises `ValueError` for lengths that disagree.
     """
@@ -108,24 +109,31 @@ def summarise(
 
     cells = _cells(_columns(figures)[counted], _columns(chance_levels(figures))[counted], patients, **resampling)
     table = _arrange(cells, figures.cutoffs)
-    has_same_Q = figures.has_same_patient_Q & chosen_Q
-    (nearest,) = _cells(
-        figures.same_patient_nearest_Q[has_same_Q, None].double(),
-        figures.same_patient_chance_Q[has_same_Q, None],
-        query_patients_Q.cpu()[has_same_Q],
-        **resampling,
-    )
     return table | {
-        "same_patient_nearest": nearest | {"queries": int(has_same_Q.sum())},
+        "same_patient": _same_patient(figures, query_patients_Q.cpu(), chosen_Q, resampling),
         "queries": int(counted.sum()),
         "excluded_queries": int((figures.has_finding_Q & ~figures.kept_Q & chosen_Q).sum()),
         "queries_without_finding": int((~figures.has_finding_Q & chosen_Q).sum()),
         "queries_with_exact_match": int((figures.exact[counted] > 0).sum()),
         "patients": len(patients.unique()),
-        "candidates_mean": _number(figures.candidates[counted].double().mean()),
-        "relevant_mean": _number(figures.relevant[counted].double().mean()),
+        "candidates_mean": number(figures.candidates[counted].double().mean()),
+        "relevant_mean": number(figures.relevant[counted].double().mean()),
         "answers": _answers(figures.first[counted]),
     }
+
+
+def _same_patient(
+    figures: QueryFigures, patients_Q: Tensor, chosen_Q: Tensor, resampling: dict[str, Any]
+) -> dict[str, Any]:
+    mine_Q = (figures.same_patient_Q > 0) & chosen_Q
+    cutoffs = sorted({1, *figures.cutoffs})
+    rank_Q, others_Q, same_Q = (
+        column[mine_Q] for column in (figures.same_patient_rank_Q, figures.others_Q, figures.same_patient_Q)
+    )
+    found = torch.stack([(rank_Q <= cutoff).double() for cutoff in cutoffs], dim=1)
+    chance = torch.stack([chance_recall(others_Q, same_Q, cutoff) for cutoff in cutoffs], dim=1)
+    cells = _cells(found, chance, patients_Q[mine_Q], **resampling)
+    return {"recall_at": dict(zip(map(str, cutoffs), cells, strict=True)), "queries": int(mine_Q.sum())}
 
 
 def _answers(first: Tensor) -> dict[str, float | None]:
@@ -158,13 +166,12 @@ def compare(
     counted = chosen_Q[figures_a.kept_Q]
     patients = query_patients_Q.cpu()[figures_a.kept_Q & chosen_Q]
     a, b = _columns(figures_a)[counted], _columns(figures_b)[counted]
-    names = ("difference", "low", "high", "standard_error", "detectable")
     if len(patients):
-        interval = paired_difference(a, b, patients, draws=draws, seed=seed, level=level)
-        columns: tuple[Tensor, ...] = (*_parts(interval), detectable_difference(interval.standard_error))
+        cells = paired_difference(a, b, patients, draws=draws, seed=seed, level=level).differences()
     else:
-        columns = (torch.full((a.shape[1],), torch.nan),) * len(names)
-    cells = [dict(zip(names, map(_number, row), strict=True)) for row in zip(*columns, strict=True)]
+        cells = [
+            dict.fromkeys(("difference", "low", "high", "standard_error", "detectable")) for _ in range(a.shape[1])
+        ]
     return _arrange(cells, figures_a.cutoffs)
 
 
@@ -201,6 +208,45 @@ def per_finding(figures: QueryFigures, query_labels_QC: Tensor) -> FindingFigure
     )
 
 
+def summarise_findings(
+    figures: QueryFigures,
+    query_labels_QC: Tensor,
+    query_patients_Q: Tensor,
+    findings: Sequence[str],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """Figures of each finding that some query has, and their macro means, with intervals over patients, ready for JSON.
+
+    `findings` names the columns of the labels, which are those given to `retrieve`. Keys: `findings`, a table by name
+    with its `support` (queries) and `patients`, and `macro`; figures in both: recall and precision at the largest
+    cut-off k (`recall_at_k`, `precision_at_k`) and `map`, leaves as in `summarise`.
+    """
+    means = per_finding(figures, query_labels_QC)
+    keys = (f"recall_at_{figures.cutoffs[-1]}", f"precision_at_{figures.cutoffs[-1]}", "map")
+    if not means.support.any():
+        return {"findings": {}, "macro": dict.fromkeys(keys, dict.fromkeys(_CELL))}
+    values = torch.stack([figures.recall[:, -1], figures.precision[:, -1], figures.ap], dim=1)
+    present = query_labels_QC.cpu()[figures.kept_Q] == PRESENT
+    patients = query_patients_Q.cpu()[figures.kept_Q]
+    each, macro = finding_bootstrap(values, present, patients, draws=draws, seed=seed, level=level)
+    chance = torch.stack([means.chance_recall[:, -1], means.chance_precision, means.chance_ap], dim=1)
+
+    tables = {
+        name: {
+            "support": int(means.support[c]),
+            "patients": len(patients[present[:, c]].unique()),
+            **dict(zip(keys, each[c].figures(chance=chance[c]), strict=True)),
+        }
+        for c, name in enumerate(findings)
+        if means.support[c] > 0
+    }
+    return {"findings": tables, "macro": dict(zip(keys, macro.figures(chance=chance.nanmean(dim=0)), strict=True))}
+
+
+_CELL = ("value", "low", "high", "standard_error", "chance")
 _BY_CUTOFF = ("recall_at", "precision_at", "ndcg_at", "exact_recall_at")
 
 
@@ -222,22 +268,10 @@ def _arrange(cells: list[dict[str, float | None]], cutoffs: tuple[int, ...]) -> 
 def _cells(
     values_QM: Tensor, chance_QM: Tensor, patients_Q: Tensor, *, draws: int, seed: int, level: float
 ) -> list[dict[str, float | None]]:
-    names = ("value", "low", "high", "standard_error", "chance")
     if len(values_QM) == 0:
-        return [dict.fromkeys(names) for _ in range(values_QM.shape[1])]
+        return [dict.fromkeys(_CELL) for _ in range(values_QM.shape[1])]
     interval = patient_bootstrap(values_QM, patients_Q, draws=draws, seed=seed, level=level)
-    columns = (*_parts(interval), chance_QM.mean(dim=0))
-    return [dict(zip(names, map(_number, row), strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _parts(interval: Interval) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return interval.mean, interval.low, interval.high, interval.standard_error
-
-
-def _number(value: Tensor) -> float | None:
-    """A float that JSON can hold: NaN becomes None."""
-    number = float(value)
-    return None if math.isnan(number) else number
+    return interval.figures(chance=chance_QM.mean(dim=0))
 
 
 def _chosen(figures: QueryFigures, query_patients_Q: Tensor, subset_Q: Tensor | None) -> Tensor:

@@ -2,17 +2,24 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cxr_retrieval.report.charts import Figure, Forest, Series, forest
-from cxr_retrieval.report.pages import render
+from cxr_retrieval.report.examples import examples
+from cxr_retrieval.report.gallery import Case
+from cxr_retrieval.report.pages import finding_label, render
 
 GALLERIES = {
     "findings": "Test images with at least one finding: the protocol of retrieval among diseases.",
     "all": "Every test image, those without a finding too: what an archive is.",
     "archive": "The training patients' images: what a deployment searches. The network has seen them.",
     "same_view": "Test images with the query's own view (PA or AP).",
+}
+MEASURES = {
+    "centre_in_crop": "Centre in the crop",
+    "iobb": "Share of the box in the crop",
+    "iou": "Intersection over union",
 }
 FLOORS = {"pixels": "pixels alone", "metadata": "view, sex and age alone"}
 
@@ -44,20 +51,26 @@ class _Column:
 
 _PRECISION = _Column(f"Precision@{_CUTOFF}", "precision_at", str(_CUTOFF))
 _MAP = _Column("mAP", "map")
+_DECIDING = (_PRECISION, _MAP, _Column(f"Recall@{_CUTOFF}", "recall_at", str(_CUTOFF)))
 _RECALLS = tuple(_Column(f"Recall@{cutoff}", "recall_at", str(cutoff)) for cutoff in _RECALL_CUTOFFS)
 
 
-def write_evaluation(evaluation: Mapping[str, Any]) -> str:
+def write_evaluation(evaluation: Mapping[str, Any], cases: Mapping[int, Case] = {}) -> str:
     """HTML text of one offline file about an evaluation, given as the content of its `evaluation.json`.
 
     Only `embeddings` is needed: {embedding: {gallery: table}}, a table as `evaluation.tables.summarise` gives it.
     `floors` has the same shape; `chosen` names the embedding that the model recommends. Sections whose keys are
-    absent (`per_finding`, `localisation`, `same_patient_nearest`) are left out, and so are figures without a value.
+    absent (`by_group`, `per_finding`, `localisation`, `examples`, `same_patient`) are left out, and so are figures
+    without a value. `cases` are the images of the `examples` by their row in the split; without them there is nothing
+    to show, and that section is left out too.
     """
     embeddings: Mapping[str, Any] = evaluation["embeddings"]
     floors: Mapping[str, Any] = evaluation.get("floors") or {}
     chosen = evaluation.get("chosen")
+    less_floors: Mapping[str, Any] = evaluation.get("chosen_minus_floor") or {}
     galleries = _galleries([*embeddings.values(), *floors.values()])
+    groups = _groups((evaluation.get("by_group") or {}).get(chosen) or {})
+    located = _localisation(evaluation.get("localisation"))
     return render(
         "evaluation.html.j2",
         title="Retrieval evaluation",
@@ -70,12 +83,21 @@ def write_evaluation(evaluation: Mapping[str, Any]) -> str:
             ("Model", evaluation.get("model")),
             ("Created", evaluation.get("created")),
         ],
-        galleries=[_gallery(name, embeddings, floors, chosen) for name in galleries],
-        per_finding=_per_finding(evaluation.get("per_finding") or {}, chosen),
+        galleries=[
+            _gallery(name, embeddings, floors, chosen) | {"differences": _differences(name, less_floors)}
+            for name in galleries
+        ],
+        groups=groups,
+        group_plot=_group_plot(groups),
+        examples=examples(evaluation.get("examples") or {}, cases),
+        per_finding=_per_finding(evaluation.get("per_finding") or {}, evaluation.get("macro") or {}, chosen),
         few=_FEW,
+        deciding=[column.title for column in _DECIDING],
+        measures=list(MEASURES.values()),
         unseen=_lines(evaluation.get("unseen")),
-        localisation=_lines(evaluation.get("localisation")),
-        same_patient=_lines(evaluation.get("same_patient_nearest")),
+        localisation=located,
+        localisation_plot=_localisation_plot(located),
+        same_patient=_same_patient(evaluation.get("same_patient") or {}),
     )
 
 
@@ -185,7 +207,7 @@ def _plot(
 def _verdicts(embeddings: Mapping[str, Any], floors: Mapping[str, Any], chosen: str | None) -> list[dict[str, Any]]:
     """The chosen embedding's deciding figures, each held against the strongest thing that knows no disease."""
     verdicts = []
-    for column in (_PRECISION, _MAP, _RECALLS[-1]):
+    for column in _DECIDING:
         figure = column.read(embeddings.get(chosen or ""))
         if figure.value is None:
             continue
@@ -211,7 +233,94 @@ def _standing(figure: Figure, rival: float) -> str:
     return "above" if figure.low > rival else "below" if figure.high < rival else "level"
 
 
-def _per_finding(per_finding: Mapping[str, Any], chosen: str | None) -> list[dict[str, Any]]:
+def _differences(gallery: str, less_floors: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chosen embedding less each floor, with what such a comparison could have detected."""
+    return [
+        {
+            "name": FLOORS.get(floor, floor),
+            "cells": [_cell_of(column, tables[gallery]) for column in _DECIDING],
+        }
+        for floor, tables in less_floors.items()
+        if tables.get(gallery)
+    ]
+
+
+def _cell_of(column: _Column, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    cell = table[column.key]
+    found: Mapping[str, Any] = cell if column.cutoff is None else cell[column.cutoff]
+    return found
+
+
+def _groups(by_group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chosen embedding's deciding figures over the queries of each view, sex and age, those that have any."""
+    return [
+        {
+            "group": group,
+            "value": value,
+            "queries": table["queries"],
+            "patients": table["patients"],
+            "figures": [column.read(table) for column in _DECIDING],
+        }
+        for group, tables in by_group.items()
+        for value, table in tables.items()
+        if table["queries"]
+    ]
+
+
+def _group_plot(groups: Sequence[Mapping[str, Any]]) -> Forest | None:
+    rows = [Series(f"{row['group']} {row['value']}, {row['queries']:,}", tuple(row["figures"])) for row in groups]
+    return forest(rows, [column.title for column in _DECIDING]) if rows else None
+
+
+def _localisation(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """All boxes, then those of each finding by falling number: every measure of crop and control, and between them."""
+    if not found:
+        return []
+    tables = sorted(found["findings"].items(), key=lambda item: -item[1]["boxes"])
+    return [
+        {
+            "name": name,
+            **{key: table[key] for key in ("boxes", "patients", "crop_share")},
+            "measures": [
+                {"crop": _figure(table["crop"][key]), "control": _figure(table["centred_crop"][key])}
+                | {"difference": table["difference"][key]}
+                for key in MEASURES
+            ],
+        }
+        for name, table in [("all findings", found), *tables]
+    ]
+
+
+def _localisation_plot(rows: Sequence[Mapping[str, Any]]) -> Forest | None:
+    """The control stands where chance stands elsewhere."""
+    series = [
+        Series(
+            f"{finding_label(row['name'])}, {row['boxes']:,}",
+            tuple(replace(pair["crop"], chance=pair["control"].value) for pair in row["measures"]),
+            chosen=place == 0,
+        )
+        for place, row in enumerate(rows)
+    ]
+    return forest(series, list(MEASURES.values())) if series else None
+
+
+def _same_patient(tables: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Re-identification: how often the first k images hold another one of the query's patient."""
+    rows = [
+        {
+            "name": FLOORS.get(name, name),
+            "floor": name in FLOORS,
+            "queries": table["queries"],
+            "figures": [_figure(cell) for cell in table["recall_at"].values()],
+        }
+        for name, table in tables.items()
+        if table["queries"]
+    ]
+    cutoffs = next((list(table["recall_at"]) for table in tables.values()), [])
+    return {"rows": rows, "cutoffs": cutoffs} if rows else None
+
+
+def _per_finding(per_finding: Mapping[str, Any], macro: Mapping[str, Any], chosen: str | None) -> list[dict[str, Any]]:
     """One table an embedding, the chosen one first; findings by falling support, with their macro means."""
     names = sorted(per_finding, key=lambda name: name != chosen)
     keys = ("recall_at_8", "precision_at_8", "map")
@@ -226,8 +335,8 @@ def _per_finding(per_finding: Mapping[str, Any], chosen: str | None) -> list[dic
             for finding, figures in per_finding[name].items()
         ]
         rows.sort(key=lambda row: -row["support"])
-        macro = [_mean(row["figures"][column].value for row in rows) for column in range(len(keys))]
-        tables.append({"embedding": name, "chosen": name == chosen, "rows": rows, "macro": macro})
+        means = [_figure(macro.get(name, {}).get(key)) for key in keys]
+        tables.append({"embedding": name, "chosen": name == chosen, "rows": rows, "macro": means})
     return tables
 
 
@@ -259,8 +368,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -19,15 +19,16 @@ class Case:
     """One image and what is known of it.
 
     `pixels` are uint8 [S, S] or the bytes of a PNG or JPEG file, a thumbnail of the whole prepared image at any size;
-    `crop` is (x, y, w, h) in pixels of the prepared image, whose side is `image_size`.
+    `crop` is (x, y, w, h) in pixels of the prepared image, whose side is `image_size`. `image_id` and `patient` are
+    None where a page must not tell them.
     """
 
-    image_id: str
+    image_id: str | None
     findings: tuple[str, ...]
     view: str | None
     age_years: int | None
     sex: str | None
-    patient: str
+    patient: str | None
     study_date: str | None
     pixels: np.ndarray | bytes = field(repr=False, compare=False)
     crop: tuple[float, float, float, float] | None
@@ -118,7 +119,8 @@ def _hit(hit: Hit) -> dict[str, Any]:
     }
 
 
-def _film(case: Case, role: str) -> dict[str, Any]:
+def described(case: Case, role: str) -> dict[str, Any]:
+    """What a template says of a case: its text for those who do not see it, and who it is of."""
     age = None if case.age_years is None else f"{case.age_years} years"
     person = [part for part in (case.view, age, _SEX.get(case.sex or "", case.sex)) if part]
     findings = ", ".join(map(finding_label, case.findings)) or "none recorded"
@@ -126,4 +128,8 @@ def _film(case: Case, role: str) -> dict[str, Any]:
     if case.crop is not None:
         share = case.crop[2] * case.crop[3] / case.image_size**2
         alt += f" The model's crop covers {share:.0%} of the image."
-    return {"case": case, "uri": data_uri(case.pixels), "alt": alt, "person": person}
+    return {"case": case, "alt": alt, "person": person}
+
+
+def _film(case: Case, role: str) -> dict[str, Any]:
+    return described(case, role) | {"uri": data_uri(case.pixels)}

@@ -19,7 +19,7 @@ import torch
 
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import AccountingError, Artifact, Draft
-from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, read_images
+from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate
 from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, EvaluationSettings, IndexSettings, NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
@@ -27,6 +27,7 @@ from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, ROWS_FILE, prepare
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.embedding.stream import EMBEDDINGS_FILE, embed, read_part
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.images import read_images
 from cxr_retrieval.index import build as building
 from cxr_retrieval.index import cache, plan, proof
 from cxr_retrieval.index.build import SIDECAR, Source, build_index
@@ -460,8 +461,10 @@ def test_pseudonyms_keep_patients_together_and_need_the_key(
 
 def test_an_evaluation_stands_beside_its_page_and_is_done_once(world: World) -> None:
     settings = EvaluationSettings(draws=100)
-    done, worked = evaluate(settings, world.workspace, world.model.uri, world.corpus, world.embedded)
-    again, worked_again = evaluate(settings, world.workspace, world.model.uri, world.corpus, world.embedded)
+    done, worked = evaluate(settings, world.workspace, world.model.uri, world.corpus, world.embedded, names=False)
+    again, worked_again = evaluate(
+        settings, world.workspace, world.model.uri, world.corpus, world.embedded, names=False
+    )
     assert (worked, worked_again) == (True, False)
     assert again.manifest == done.manifest
     figures = json.loads(done.read(EVALUATION_FILE))
@@ -475,6 +478,13 @@ def test_an_evaluation_stands_beside_its_page_and_is_done_once(world: World) -> 
     assert figures["queries"] == sum(bool(row["findings"]) for row in held_out)
     page = done.read(REPORT_FILE).decode()
     assert not any(row["patient_id"] in page or row["image_id"] in page for row in world.table)
+    shown = [query for queries in figures["examples"].values() for query in queries]
+    assert len(shown) == page.count('data-role="query"') > 0
+    told, _ = evaluate(settings, world.workspace, world.model.uri, world.corpus, world.embedded, names=True)
+    public = told.read(REPORT_FILE).decode()
+    for image in (image for query in shown for image in (query, *query["hits"])):
+        assert held_out[image["row"]]["image_id"] in public
+        assert held_out[image["row"]]["patient_id"] in public
 
 
 def test_an_indexed_image_finds_itself_and_by_default_nobody_of_its_own_patient(world: World, built: Artifact) -> None:

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cxr_retrieval.assessment import Images, assess, headline
+from cxr_retrieval.assessment import assess, example_crops, headline, localisation_rows
 from cxr_retrieval.config import EvaluationSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
+from cxr_retrieval.images import CASE_COLUMNS, FILM_SIDE, Images, read_cases
 from cxr_retrieval.network.progressive import Output, ProgressiveNetwork, embedding_names, uncentred
 from cxr_retrieval.report.evaluation import write_evaluation
 from cxr_retrieval.training.model import Model
@@ -35,7 +37,9 @@ KEYS = {
     "by_group",
     "chosen_minus_floor",
     "per_finding",
-    "same_patient_nearest",
+    "macro",
+    "same_patient",
+    "examples",
 }
 
 
@@ -48,6 +52,7 @@ def images(count: int, patients: int, seed: int, first_patient: int = 0) -> Imag
     labels[2::3, 1] = rng.choice([0, -1], len(labels[2::3]))
     x, y, w, h = rng.integers(4, 12, 4)
     return Images(
+        1000 + np.arange(count),  # as if some images of the split had not been drawn
         F.normalize(torch.as_tensor(rng.normal(size=(PASSES, STEPS, count, DIMENSIONS)), dtype=torch.float32), dim=3),
         torch.as_tensor(rng.normal(size=(PASSES, count, len(FINDINGS))), dtype=torch.float32),
         rng.integers(10, 30, (count, 4)).astype(np.int32),
@@ -96,7 +101,9 @@ def taken(source: Images, rows: Sequence[int], **changed: Any) -> Images:
     fields: dict[str, Any] = {
         "z_PSND": source.z_PSND[:, :, index],
         "joint_PNC": source.joint_PNC[:, index],
-        **{name: getattr(source, name)[index] for name in ("crop_N4", "labels_NC", "pixels_NE", "metadata_NE")},
+        **{
+            name: getattr(source, name)[index] for name in ("row_N", "crop_N4", "labels_NC", "pixels_NE", "metadata_NE")
+        },
         **{name: [getattr(source, name)[row] for row in index] for name in ("patients", "boxes")},
         "groups": {name: [values[row] for row in index] for name, values in source.groups.items()},
     }
@@ -121,7 +128,8 @@ def test_every_embedding_and_floor_stands_against_every_gallery(figures: dict[st
             assert set(table["recall_at"]) == set(table["precision_at"]) == set(table["ndcg_at"]) == set(CUTOFFS)
     assert all(set(tables) == galleries for tables in figures["chosen_minus_floor"].values())
     assert set(figures["per_finding"]) == set(embedding_names(STEPS))
-    assert set(figures["same_patient_nearest"]) == {"combined", "pixels", "metadata"}
+    assert set(figures["macro"]) == set(embedding_names(STEPS))
+    assert set(figures["same_patient"]) == {"combined", "pixels", "metadata"}
     assert figures["images"] == 60
     assert figures["patients"] == len(set(queries.patients))
     assert figures["queries"] == int((queries.labels_NC == 1).any(1).sum())
@@ -195,11 +203,29 @@ def test_localisation_is_left_out_where_no_image_has_a_box(queries: Images, arch
     assert set(assess(unboxed, archive, model, SETTINGS)) == KEYS
 
 
-def test_localisation_counts_every_box_and_its_control(figures: dict[str, Any]) -> None:
+def test_localisation_counts_every_box_and_its_control(figures: dict[str, Any], queries: Images) -> None:
     found = figures["localisation"]
-    assert found["boxes"] == 12
-    assert set(found["crop"]) == set(found["centred_crop"])
-    assert all(0 <= value <= 1 for value in (*found["crop"].values(), *found["centred_crop"].values()))
+    assert found["boxes"] == found["findings"]["Mass"]["boxes"] == 12
+    assert found["patients"] == len({queries.patients[n] for n in range(0, 60, 5)})
+    assert set(found["crop"]) == set(found["centred_crop"]) == set(found["difference"])
+    for name in ("crop", "centred_crop"):
+        assert all(0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1 for cell in found[name].values())
+
+
+def test_rows_of_localisation_are_its_figures_in_percent(
+    figures: dict[str, Any], queries: Images, model: Model
+) -> None:
+    whole, mass = localisation_rows(figures)
+    found = figures["localisation"]
+    assert whole[:3] == ["all", 12, found["patients"]]
+    assert mass == ["Mass", *whole[1:]]
+    cells = [
+        found[which][measure]["value"] for measure in ("centre_in_crop", "iou") for which in ("crop", "centred_crop")
+    ]
+    assert [whole[3], whole[4], whole[6], whole[7]] == pytest.approx([100 * cell for cell in cells])
+    assert float(whole[5].split(" (")[0]) == pytest.approx(whole[3] - whole[4], abs=0.05)
+    unboxed = assess(taken(queries, range(60), boxes=[[]] * 60), None, model, SETTINGS)
+    assert localisation_rows(unboxed) == []
 
 
 # ---- what the figures mean
@@ -257,6 +283,93 @@ def test_per_finding_counts_the_queries_that_have_it(figures: dict[str, Any], qu
     assert max(cell["support"] for cell in found.values()) <= kept
 
 
+def test_figures_of_groups_and_findings_have_support_and_intervals(figures: dict[str, Any]) -> None:
+    groups = figures["by_group"]["combined"]
+    assert set(groups) == {"view", "sex", "age"}
+    kept = figures["embeddings"]["combined"]["all"]["queries"]
+    assert sum(table["queries"] for table in groups["sex"].values()) == kept
+    for table in (table for tables in groups.values() for table in tables.values()):
+        assert table["patients"] > 1
+        assert all(cell["low"] <= cell["value"] <= cell["high"] for cell in (table["map"], table["precision_at"]["8"]))
+    for name, table in figures["per_finding"].items():
+        for cell in (cell for finding in table.values() for cell in (finding["map"], finding["precision_at_8"])):
+            assert cell["low"] is None or cell["low"] <= cell["value"] <= cell["high"]
+        values = [finding["map"]["value"] for finding in table.values()]
+        assert figures["macro"][name]["map"]["value"] == pytest.approx(np.mean(values))
+
+
+def test_example_queries_show_what_the_chosen_embedding_ranks_first(
+    figures: dict[str, Any], queries: Images, model: Model
+) -> None:
+    vectors = queries.embeddings(model)["combined"].double()
+    shown = [query for kind in ("best", "typical", "worst") for query in figures["examples"][kind]]
+    patients = [queries.patients[query["row"] - 1000] for query in shown]
+    assert len(shown) == len(set(patients)) == 12
+    lifts = [query["precision"] - query["chance_precision"] for query in shown]
+    assert min(lifts[:4]) >= max(lifts[4:8]) >= min(lifts[4:8]) >= max(lifts[8:])
+    for query in shown:
+        own = query["row"] - 1000
+        assert query["crop"] == queries.crop_N4[own].tolist()
+        hits = [hit["row"] - 1000 for hit in query["hits"]]
+        assert len(hits) == 8
+        assert queries.patients[own] not in {queries.patients[hit] for hit in hits}
+        distances = [float((vectors[own] - vectors[hit]).norm()) for hit in hits]
+        assert distances == sorted(distances)
+        assert [hit["distance"] for hit in query["hits"]] == pytest.approx(distances)
+        shared = [bool(((queries.labels_NC[own] == 1) & (queries.labels_NC[hit] == 1)).any()) for hit in hits]
+        assert query["precision"] == pytest.approx(np.mean(shared))
+    crops = example_crops(figures)
+    assert len(crops) == 12
+    assert all(len(images) == 9 for images in crops)
+    assert crops[0][shown[0]["row"]] == shown[0]["crop"]
+
+
+class Shelf:
+    """A corpus of 600 x 600 pixels whose rows are known by their number; it notes how many were held at once."""
+
+    recipe = Recipe(600, "letterbox")
+
+    def __init__(self) -> None:
+        self.taken: list[list[int]] = []
+
+    def places(self, split: str) -> np.ndarray:
+        assert split == "test"
+        return np.arange(50)
+
+    def take(self, places: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        self.taken.append(places.tolist())
+        rows = [
+            {
+                "image_id": f"image {place}",
+                "patient_id": f"patient {place}",
+                "view": "PA",
+                "sex": None,
+                "age_years": int(place),
+                "findings": ["Mass"] * int(place % 2),
+                "pixels": bytes([int(place)]) * 600 * 600,
+            }
+            for place in places
+        ]
+        assert list(columns) == CASE_COLUMNS
+        table = pa.Table.from_pylist(rows)
+        return table.set_column(6, "pixels", table["pixels"].cast(pa.binary(600 * 600)))
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_cases_to_look_at_are_read_a_query_at_a_time_reduced_and_named_only_where_allowed(names: bool) -> None:
+    shelf = Shelf()
+    crops = [{7: [1, 2, 30, 40], 3: [0, 0, 600, 600]}, {9: [5, 5, 10, 10], 7: [1, 2, 30, 40]}]
+    cases = read_cases(shelf, "test", crops, names)  # type: ignore[arg-type]
+    assert shelf.taken == [[7, 3], [9, 7]]
+    assert set(cases) == {3, 7, 9}
+    for row, case in cases.items():
+        assert case.pixels.shape == (FILM_SIDE, FILM_SIDE)
+        assert (case.pixels == row).all()
+        assert (case.age_years, case.image_size, case.findings) == (row, 600, ("Mass",))
+        assert (case.image_id, case.patient) == ((f"image {row}", f"patient {row}") if names else (None, None))
+    assert cases[7].crop == (1, 2, 30, 40)
+
+
 def twins() -> Images:
     """Patients 0, 1, 2 with two equal images each; 0 and 1 share a finding, 2 shares none."""
     source = images(3, 3, seed=4)
@@ -277,8 +390,8 @@ def test_the_own_patient_is_never_a_hit_however_near(model: Model) -> None:
         assert table["excluded_queries"] == 2, name  # c: nobody else has its finding
         assert table["candidates_mean"] == 4, name
         assert table["relevant_mean"] == 2, name
-    nearest = tables["all"]["same_patient_nearest"]
-    assert (nearest["queries"], nearest["value"]) == (6, 1.0)  # but how often it would be is reported
+    same = tables["all"]["same_patient"]
+    assert (same["queries"], same["recall_at"]["1"]["value"]) == (6, 1.0)  # but how often it would be is reported
 
 
 def test_an_evaluation_without_a_single_relevant_image_says_so_and_ends(model: Model) -> None:

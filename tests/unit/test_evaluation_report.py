@@ -3,10 +3,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from cxr_retrieval.report.charts import Figure, Series, axis, forest
 from cxr_retrieval.report.evaluation import write_evaluation
+from cxr_retrieval.report.gallery import Case
 
 HOSTILE = "</svg><script>alert(1)</script>"
 
@@ -45,6 +47,56 @@ def evaluation(**changes):
     }
 
 
+def difference(value):
+    return {"difference": value, "low": value - 0.01, "high": value + 0.01, "standard_error": 0.01, "detectable": 0.028}
+
+
+def boxes(count, crop=0.7, control=0.4):
+    keys = ("centre_in_crop", "iobb", "iou")
+    return {
+        "boxes": count,
+        "patients": count // 2,
+        "crop_share": 0.25,
+        "crop": dict.fromkeys(keys, cell(crop, crop - 0.05, crop + 0.05)),
+        "centred_crop": dict.fromkeys(keys, cell(control, control - 0.05, control + 0.05)),
+        "difference": dict.fromkeys(keys, difference(crop - control)),
+    }
+
+
+LOCALISATION = {**boxes(210), "findings": {"Mass": boxes(12, crop=0.6), "Pleural_Thickening": boxes(198, crop=0.8)}}
+SAME_PATIENT = {
+    "combined": {"recall_at": {"1": cell(0.42, 0.40, 0.44, chance=0.01), "8": cell(0.61, chance=0.05)}, "queries": 900},
+    "pixels": {"recall_at": {"1": cell(0.2), "8": cell(0.3)}, "queries": 900},
+}
+BY_GROUP = {
+    "combined": {
+        "view": {"AP": {**table(0.3), "patients": 80}, "PA": {**table(0.5), "patients": 300}},
+        "sex": {"F": {**table(0.4), "queries": 11, "patients": 9}, "M": {**table(0.4), "queries": 0, "patients": 0}},
+    }
+}
+
+
+def case(row, findings, name=None):
+    pixels = np.full((16, 16), row, np.uint8)
+    return Case(name and f"img_{row}", findings, "PA", 61, "F", name, None, pixels, (2, 4, 8, 4), 64)
+
+
+def look(row, **facts):
+    return {"row": row, "crop": [2, 4, 8, 4], **facts}
+
+
+def examples(**changes):
+    figures = {"precision": 0.5, "chance_precision": 0.25, "ap": 0.6, "chance_ap": 0.125}
+    hits = [look(8, distance=0.25), look(9, distance=0.75)]
+    kinds = {kind: [look(row, hits=hits, **figures)] for row, kind in enumerate(("best", "typical", "worst"))}
+    return kinds | changes
+
+
+def films(**names):
+    own = {row: case(row, ("Mass", "Edema"), **names) for row in range(3)}
+    return own | {8: case(8, ("Edema", "Pleural_Thickening"), **names), 9: case(9, (), **names)}
+
+
 def text(html):
     return re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]*>", " ", html, flags=re.S))
 
@@ -57,7 +109,7 @@ def test_the_page_is_offline_and_says_that_it_is_no_medical_device():
 
 def test_plots_come_before_tables():
     html = write_evaluation(evaluation())
-    assert html.rindex("</svg>") < html.index("<table>")
+    assert html.rindex("</svg>") < html.index("<table")
     # Two plots a gallery, of Recall@k and of the figures that decide.
     assert html.count('role="img"') == 4
 
@@ -111,15 +163,19 @@ def test_figures_without_value_are_shown_as_such():
     ("key", "heading"),
     [
         ("per_finding", "Finding by finding"),
+        ("by_group", "By view, sex and age"),
         ("localisation", "Where the model looked"),
-        ("same_patient_nearest", "Embeddings are personal data"),
+        ("same_patient", "Embeddings are personal data"),
+        ("unseen", "Findings that training never saw"),
     ],
 )
 def test_a_section_without_data_is_left_out(key, heading):
     content = {
         "per_finding": {"combined": {"Mass": {"support": 5, "recall_at_8": 0.5, "precision_at_8": 0.2, "map": 0.1}}},
-        "localisation": {"boxes": 210, "crop": {"centre_in_crop": cell(0.7), "iobb": 0.625}},
-        "same_patient_nearest": {"combined": {"all": {**cell(0.42), "queries": 900}}},
+        "by_group": BY_GROUP,
+        "localisation": LOCALISATION,
+        "same_patient": SAME_PATIENT,
+        "unseen": {"Hernia": {"combined": {"mAP": cell(0.2)}}},
     }
     assert heading not in write_evaluation(evaluation())
     assert heading in write_evaluation(evaluation(**{key: content[key]}))
@@ -131,25 +187,85 @@ def test_findings_stand_by_support_with_rare_ones_marked_and_a_mean_over_those_t
         "Mass": {"support": 19, "recall_at_8": 0.5, "precision_at_8": 0.2, "map": 0.1},
         "Pleural_Thickening": {"support": 60, "recall_at_8": 0.7, "precision_at_8": 0.4, "map": 0.3},
     }
-    html = write_evaluation(evaluation(per_finding={"global": findings, "combined": findings}))
+    macro = {"combined": {"recall_at_8": cell(0.6), "precision_at_8": cell(0.3, 0.25, 0.35), "map": cell(0.2)}}
+    html = write_evaluation(evaluation(per_finding={"global": findings, "combined": findings}, macro=macro))
     assert re.findall(r'<tr class="(few)?[^>]*><th scope="row">([^<]+)', html.split("combined (chosen)</summary>")[1])[
         :3
     ] == [("", "Pleural Thickening"), ("few", "Mass"), ("few", "Hernia")]
-    assert "Mean over findings 60.0 30.0 20.0" in text(html)
+    assert "Mean over findings 60.0 chance 30.0 30.0 25.0 to 35.0 chance 30.0 20.0" in text(html)
     assert html.index("combined (chosen)</summary>") < html.index("global</summary>")
 
 
 def test_nested_tables_are_flattened_with_their_counts():
-    page = text(
-        write_evaluation(
-            evaluation(
-                localisation={"boxes": 210, "crop": {"iobb": 0.625}},
-                same_patient_nearest={"combined": {"same_view": {**cell(0.42, chance=0.01), "queries": 900}}},
-            )
-        )
-    )
-    assert re.search(r"boxes 210 .*crop, iobb 62\.5", page)
-    assert re.search(r"combined, same view 42\.0 1\.0 900", page)
+    unseen = {"Hernia": {"combined": {"mAP": {**cell(0.42, chance=0.01), "queries": 900}}}}
+    assert re.search(r"Hernia, combined, mAP 42\.0 1\.0 900", text(write_evaluation(evaluation(unseen=unseen))))
+
+
+def test_groups_are_shown_with_their_number_interval_and_chance():
+    html = write_evaluation(evaluation(by_group=BY_GROUP))
+    page = text(html)
+    assert html.count('role="img"') == 5
+    assert "view AP 1,200 80 30.0 28.0 to 32.0 chance 30.0" in page
+    assert re.search(r'class="few"><th scope="row">sex F', html)
+    assert "sex M" not in page  # no query of theirs counts
+
+
+def test_crops_are_held_against_centred_ones_by_finding():
+    html = write_evaluation(evaluation(localisation=LOCALISATION))
+    rows = re.findall(r'<th scope="row">(all findings|Mass|Pleural Thickening)</th><td>(\d+)', html)
+    assert rows == [("all findings", "210"), ("Pleural Thickening", "198"), ("Mass", "12")]
+    page = text(html)
+    assert "covers 25% of the image" in page
+    assert "70.0 65.0 to 75.0 40.0 35.0 to 45.0 +30.0 +29.0 to +31.0" in page
+    assert "a centred crop of the same size" in page
+
+
+def test_reidentification_is_shown_at_every_cutoff_beside_floors_and_chance():
+    page = text(write_evaluation(evaluation(same_patient=SAME_PATIENT)))
+    assert "combined 900 42.0 40.0 to 44.0 chance 1.0 61.0 chance 5.0" in page
+    assert "pixels alone (floor) 900 20.0" in page
+
+
+def test_the_difference_to_each_floor_says_what_it_could_have_detected():
+    cells = {"precision_at": {"8": difference(0.05)}, "map": difference(-0.02), "recall_at": {"8": difference(0.0)}}
+    page = text(write_evaluation(evaluation(chosen_minus_floor={"pixels": {"all": cells}})))
+    assert "pixels alone +5.0 +4.0 to +6.0 detectable 2.8 -2.0 -3.0 to -1.0 detectable 2.8" in page
+
+
+def test_example_queries_stand_with_their_crops_and_hits_the_worst_too():
+    html = write_evaluation(evaluation(examples=examples()), films())
+    assert re.findall(r'data-kind="(\w+)"', html) == ["best", "typical", "worst"]
+    assert "what fails is not hidden" in html
+    assert html.count('data-role="query"') == 3
+    assert html.count('data-role="hit"') == 6
+    assert html.count("<image ") == html.count("data:image/") == 5  # an image that answers three queries is there once
+    assert html.count('href="#film-8"') == 6  # whole and crop, in each of three rows
+    assert html.count('viewBox="2 4 8 4" style="width: 100.0%"') == 9
+    assert html.count('<rect x="2" y="4" width="8" height="4"/>') == 9
+    page = text(html)
+    assert (
+        "1 of the first 2 hits shares a finding: precision 50.0%, by chance 25.0%; average precision 60.0%, by"
+        " chance 12.5%"
+    ) in page
+    assert "Rank 1 distance 0.250 &#10003; Edema (shared with the query) Pleural Thickening" in page
+    assert "Rank 2 distance 0.750 No finding recorded" in page
+    assert html.rindex("</svg>") < html.index("<table")
+
+
+def test_names_are_told_only_where_they_may_be():
+    told = text(write_evaluation(evaluation(examples=examples()), films(name="p_17")))
+    assert "patient p_17" in told
+    assert "img_8" in told
+    untold = text(write_evaluation(evaluation(examples=examples()), films()))
+    assert not re.search(r"p_17|img_|None|patient p", untold)
+
+
+def test_kinds_without_a_query_and_pages_without_images_show_no_examples():
+    assert "Queries and their first hits" not in write_evaluation(evaluation(examples=examples()))
+    nothing = {"best": [], "typical": [], "worst": []}
+    assert "Queries and their first hits" not in write_evaluation(evaluation(examples=nothing), films())
+    few = write_evaluation(evaluation(examples=examples(best=[], typical=[])), films())
+    assert re.findall(r"<h3>(\w+) queries", few) == ["Worst"]
 
 
 def test_hostile_names_stay_text():
@@ -159,9 +275,12 @@ def test_hostile_names_stay_text():
         chosen=HOSTILE,
         corpus=HOSTILE,
         per_finding={HOSTILE: {HOSTILE: {"support": 1, "map": 0.1}}},
-        same_patient_nearest={HOSTILE: cell(0.1)},
+        same_patient={HOSTILE: {"recall_at": {"1": cell(0.1)}, "queries": 3}},
+        by_group={HOSTILE: {HOSTILE: {HOSTILE: {**table(0.4), "patients": 3}}}},
+        localisation={**boxes(4), "findings": {HOSTILE: boxes(4)}},
+        examples=examples(),
     )
-    html = write_evaluation(hostile)
+    html = write_evaluation(hostile, films(name=HOSTILE) | {8: case(8, (HOSTILE,), HOSTILE)})
     assert "<script" not in html
     assert html.count("<svg") == html.count("</svg>")
 

@@ -9,6 +9,7 @@ import torch
 from cxr_retrieval.evaluation import intervals
 from cxr_retrieval.evaluation.intervals import (
     detectable_difference,
+    finding_bootstrap,
     paired_difference,
     patient_bootstrap,
     resampled_means,
@@ -87,6 +88,56 @@ def test_paired_difference_sees_what_two_intervals_hide() -> None:
     assert paired.low.item() > 0
     assert patient_bootstrap(better, patients).low.item() < patient_bootstrap(difficulty, patients).high.item()
     assert paired.mean.item() == pytest.approx((better - difficulty).mean().item(), rel=1e-5)
+
+
+def test_findings_and_their_mean_spread_as_in_a_plain_loop_over_patients() -> None:
+    values, patients = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.5], [7, 7, 7, 3, 9, 9, 1, 4]
+    present = [[1, 0], [1, 1], [0, 1], [1, 0], [1, 0], [0, 1], [1, 1], [0, 1]]
+    chance = random.Random(0)
+    names = sorted(set(patients))
+    means: list[list[float]] = [[], [], []]
+    for _ in range(20_000):
+        drawn = [chance.choice(names) for _ in names]
+        rows = [q for patient in drawn for q in range(8) if patients[q] == patient]
+        each = []
+        for finding in (0, 1):
+            brought = [values[q] for q in rows if present[q][finding]]
+            if brought:
+                each.append(statistics.fmean(brought))
+                means[finding].append(each[-1])
+        means[2].append(statistics.fmean(each))
+    (a, b), macro = finding_bootstrap(
+        torch.tensor(values)[:, None], torch.tensor(present).bool(), torch.tensor(patients), draws=20_000
+    )
+    for interval, plain in zip((a, b, macro), means, strict=True):
+        assert interval.standard_error.item() == pytest.approx(statistics.stdev(plain), rel=0.03)
+        low, *_, high = statistics.quantiles(plain, n=40)
+        assert interval.low.item() == pytest.approx(low, abs=0.03)
+        assert interval.high.item() == pytest.approx(high, abs=0.03)
+    assert (a.mean.item(), b.mean.item()) == (pytest.approx(3 / 5), pytest.approx(1.5 / 5))
+    assert macro.mean.item() == pytest.approx((3 / 5 + 1.5 / 5) / 2)
+
+
+def test_a_finding_of_nobody_or_of_one_patient_has_no_interval_and_spoils_none() -> None:
+    values = torch.rand(30, 2, generator=torch.Generator().manual_seed(6))
+    present = torch.zeros(30, 3, dtype=torch.bool)
+    present[:, 0] = True
+    present[4, 1] = True
+    (whole, single, nobody), macro = finding_bootstrap(values, present, torch.arange(30), draws=300)
+    plain = patient_bootstrap(values, torch.arange(30), draws=300)
+    assert torch.allclose(whole.low, plain.low, rtol=1e-12)
+    assert torch.equal(single.mean, values[4].double())
+    assert single.low.isnan().all()
+    assert nobody.mean.isnan().all()
+    assert torch.allclose(macro.mean, (whole.mean + single.mean) / 2)
+    assert (macro.low < macro.high).all()
+
+
+def test_figures_and_differences_are_leaves_that_json_can_hold() -> None:
+    lonely = patient_bootstrap(torch.tensor([[0.25]]), torch.tensor([1]))
+    told = lonely.figures(chance=torch.tensor([0.5]))
+    assert told == [{"value": 0.25, "low": None, "high": None, "standard_error": None, "chance": 0.5}]
+    assert lonely.differences()[0]["detectable"] is None
 
 
 def test_detectable_difference_is_2_8_standard_errors() -> None:

@@ -18,7 +18,7 @@ from cxr_retrieval.evaluation.chance import (
     chance_recall,
 )
 from cxr_retrieval.evaluation.retrieval import QueryFigures, retrieve
-from cxr_retrieval.evaluation.tables import chance_levels, compare, per_finding, summarise
+from cxr_retrieval.evaluation.tables import chance_levels, compare, per_finding, summarise, summarise_findings
 
 CUTOFFS = (1, 2, 4, 8)
 
@@ -240,10 +240,30 @@ def test_reidentification_leaves_out_the_query_and_looks_at_everyone() -> None:
     labels = torch.tensor([[1], [0], [1], [1], [1]], dtype=torch.int8)
     patients = torch.tensor([5, 5, 6, 7, 6])
     figures = retrieve(vectors, vectors, labels, labels, patients, patients, query_positions_Q=torch.arange(5))
-    assert figures.has_same_patient_Q.tolist() == [True, True, True, False, True]
-    assert figures.same_patient_nearest_Q.tolist() == [True, True, False, False, False]
-    assert figures.same_patient_chance_Q.tolist() == [0.25, 0.25, 0.25, 0, 0.25]
+    assert figures.same_patient_rank_Q.tolist() == [1, 1, 2, 0, 4]
+    assert figures.same_patient_Q.tolist() == [1, 1, 1, 0, 1]
+    assert figures.others_Q.tolist() == [4] * 5
     assert figures.has_finding_Q.tolist() == [True, False, True, True, True]
+
+
+def test_reidentification_counts_the_first_k_as_a_plain_loop_does() -> None:
+    case = archive(13, 40)
+    figures = case.retrieve()
+    patients = case.patients[: case.queries]
+    ranks, chances = [], []
+    for query in range(case.queries):
+        others = [g for g in range(40) if g != query]
+        ranked = sorted(others, key=lambda g, query=query: (-float(case.vectors[query] @ case.vectors[g]), g))
+        own = [rank for rank, g in enumerate(ranked, start=1) if case.patients[g] == patients[query]]
+        if own:
+            ranks.append(own[0])
+            chances.append(1 - math.comb(39 - len(own), 4) / math.comb(39, 4))
+    table = summarise(figures, patients, draws=50)["same_patient"]
+    assert table["queries"] == len(ranks) > 0
+    assert list(table["recall_at"]) == ["1", "2", "4", "8"]
+    for k in (1, 2, 4, 8):
+        assert table["recall_at"][str(k)]["value"] == pytest.approx(sum(rank <= k for rank in ranks) / len(ranks))
+    assert table["recall_at"]["4"]["chance"] == pytest.approx(sum(chances) / len(chances))
 
 
 def test_half_precision_and_zero_vectors_are_ranked() -> None:
@@ -304,7 +324,7 @@ def test_summary_is_the_mean_of_its_queries_and_fits_json() -> None:
     assert table["map"]["value"] == pytest.approx(figures.ap.mean().item())
     assert table["queries"] + table["excluded_queries"] + table["queries_without_finding"] == case.queries
     assert table["patients"] == len(set(patients[figures.kept_Q].tolist()))
-    assert table["same_patient_nearest"]["queries"] == int(figures.has_same_patient_Q.sum())
+    assert table["same_patient"]["queries"] == int((figures.same_patient_Q > 0).sum())
 
 
 def test_a_ranking_that_gives_everyone_the_same_images_is_seen() -> None:
@@ -364,6 +384,27 @@ def test_findings_are_averaged_over_their_own_queries() -> None:
     assert table.ap[2].isnan()
     assert table.macro_ap.item() == pytest.approx(table.ap[:2].mean().item())
     assert table.macro_precision.tolist() == pytest.approx(table.precision[:2].mean(dim=0).tolist())
+
+    told = summarise_findings(figures, labels, case.patients[: case.queries], ["a", "b", "c"], draws=50)
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert list(told["findings"]) == ["a", "b"]
+    for c, name in enumerate("ab"):
+        cells = told["findings"][name]
+        assert cells["support"] == table.support[c]
+        assert cells["map"]["value"] == pytest.approx(table.ap[c].item())
+        assert cells["map"]["chance"] == pytest.approx(table.chance_ap[c].item())
+        assert cells["recall_at_8"]["value"] == pytest.approx(table.recall[c, -1].item())
+        assert cells["map"]["low"] < cells["map"]["value"] < cells["map"]["high"]
+    assert told["macro"]["precision_at_8"]["value"] == pytest.approx(table.macro_precision[-1].item())
+
+
+def test_without_a_query_that_counts_no_finding_has_figures() -> None:
+    case = archive(12, 60)
+    case.labels[:] = 0
+    figures = case.retrieve()
+    told = summarise_findings(figures, case.labels[: case.queries], case.patients[: case.queries], ["a", "b", "c"])
+    assert told["findings"] == {}
+    assert told["macro"]["map"]["value"] is None
 
 
 @pytest.mark.parametrize(
