@@ -67,7 +67,7 @@ class Validation:
         }
         headlines = {name: _headline(figures) for name, figures in found.items()}
         best = found[max(headlines, key=lambda name: headlines[name]["map"])]
-        self.resampled = _resampled(best, patients[query]) if len(best.ap) else []
+        self.resampled = _resampled(best, patients[query])
         return headlines
 
     def training_means(self, places: np.ndarray) -> tuple[dict[str, Tensor], int]:
@@ -137,6 +137,8 @@ class Validation:
 
 
 def _resampled(figures: QueryFigures, patients_Q: Tensor) -> list[float]:
+    if len(figures.ap) == 0:
+        return []
     means: list[float] = resampled_means(figures.ap, patients_Q[figures.kept_Q], draws=RESAMPLES).tolist()
     return [round(mean, 6) for mean in means]
 

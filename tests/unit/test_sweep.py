@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cxr_retrieval import storage
 from cxr_retrieval.config import Settings, TrainingSettings, load_settings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.training import loop, sweep
+from cxr_retrieval.evaluation.retrieval import retrieve
+from cxr_retrieval.training import sweep, validation
 from cxr_retrieval.training.space import Axis, Space, checked_base, read_space
 from cxr_retrieval.training.sweep import trials_at_once
 
@@ -241,17 +242,20 @@ def test_resamples_are_of_patients_who_count_and_the_same_in_every_run() -> None
     vectors = torch.nn.functional.normalize(torch.randn(40, 8, generator=chance), dim=1)
     labels = (torch.rand(40, 3, generator=chance) > 0.6).long()
     patients = torch.arange(40) // 2
-    figures = loop._figures({"one": vectors, "other": -vectors[:, [1, 0, *range(2, 8)]]}, labels, patients)
-    queries = patients[(labels == 1).any(1)]
-    found = loop._resampled(figures["one"], queries)
-    assert len(found) == loop.RESAMPLES
-    assert sum(found) / len(found) == pytest.approx(loop._headline(figures["one"])["map"], abs=0.02)
-    assert found == loop._resampled(figures["other"], queries), (
-        "a turned space ranks the same, and is resampled the same"
-    )
+
+    def resampled(vectors: torch.Tensor, labels: torch.Tensor) -> tuple[list[float], float]:
+        query = (labels == 1).any(1)
+        figures = retrieve(vectors[query], vectors, labels[query], labels, patients[query], patients)
+        return validation._resampled(figures, patients[query]), validation._headline(figures)["map"]
+
+    found, value = resampled(vectors, labels)
+    assert len(found) == validation.RESAMPLES
+    assert sum(found) / len(found) == pytest.approx(value, abs=0.02)
+    turned = -vectors[:, [1, 0, *range(2, 8)]]
+    assert resampled(turned, labels)[0] == found, "a turned space ranks the same, and is resampled the same"
     alone = torch.zeros_like(labels)
     alone[0, 0] = 1  # nobody else has the finding of the only query
-    assert loop._resampled(loop._figures({"one": vectors}, alone, patients)["one"], patients[:1]) == []
+    assert resampled(vectors, alone) == ([], 0.0)
 
 
 def test_points_that_optuna_may_choose_are_checked_before_anything_starts() -> None:
