@@ -18,6 +18,7 @@ from cxr_retrieval.errors import UserError
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # for names that become parts of a path
 JIGSAW_PATCHES = 4  # a side of the shuffled puzzle
 COMMAND_LINE = "the command line"
+HUB = "hf://"  # a model of Hugging Face's hub
 QUOTES = ("'", '"', "|", ">", "!", "&")  # how a YAML text begins that is not written plainly
 
 
@@ -54,10 +55,13 @@ class PhantomSettings(Section):
 
 
 class NetworkSettings(Section):
-    backbone: Literal["resnet18_half", "resnet18", "resnet50", "convnextv2_tiny"] = Field(
+    backbone: Literal["resnet18_half", "resnet18", "resnet50", "convnextv2_tiny", "dinov2_base"] = Field(
         "resnet18_half", description="backbone by name; resnet18_half is for CPUs"
     )
-    weights: str | None = Field(None, description="safetensors file (local or s3://) with the backbone's weights")
+    weights: str | None = Field(
+        None,
+        description="the backbone's weights: a safetensors file (local or s3://), or hf://OWNER/NAME of the hub",
+    )
     normalisation: Literal["group", "batch", "frozen_batch"] = Field(
         "group", description="group norm, per-worker batch norm (synchronised on GPUs), or frozen batch statistics"
     )
@@ -315,7 +319,7 @@ def places(settings: Settings) -> dict[str, str]:
         "network.weights": settings.network.weights,
         "publish.to": settings.publish.to,
     }
-    return {key: uri for key, uri in named.items() if uri is not None}
+    return {key: uri for key, uri in named.items() if uri is not None and not uri.startswith(HUB)}
 
 
 def describe_type(annotation: Any) -> str:

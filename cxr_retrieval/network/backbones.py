@@ -7,6 +7,7 @@ The networks are those of Hugging Face `transformers`, built from a configuratio
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,20 +16,43 @@ from torch.nn import functional as F
 
 Normalisation = Literal["group", "batch", "frozen_batch"]
 
+_STAGES = 4
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    model_type: str
+    """As `transformers` names it."""
+    settings: Mapping[str, Any]
+    stages: tuple[str, ...] = ("stage1", "stage2", "stage3", "stage4")
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Parts of keys in published weights, and what `transformers` calls them now."""
+
+
 _BASIC = {"depths": [2, 2, 2, 2], "layer_type": "basic"}
-# name -> (model type in transformers, its configuration)
-_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet18_half": ("resnet", {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], **_BASIC}),
-    "resnet18": ("resnet", {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], **_BASIC}),
-    "resnet50": (
+_ARCHITECTURES = {
+    "resnet18_half": _Architecture("resnet", {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], **_BASIC}),
+    "resnet18": _Architecture("resnet", {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], **_BASIC}),
+    "resnet50": _Architecture(
         "resnet",
         {"embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]}
         | {"layer_type": "bottleneck"},
     ),
-    "convnextv2_tiny": ("convnextv2", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}),
+    "convnextv2_tiny": _Architecture("convnextv2", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}),
+    # A plain vision transformer: what chest X-ray foundation models are, RAD-DINO among them.
+    "dinov2_base": _Architecture(
+        "dinov2",
+        {"image_size": 518, "reshape_hidden_states": True},
+        ("stage3", "stage6", "stage9", "stage12"),
+        {
+            "attention.attention.query": "attention.q_proj",
+            "attention.attention.key": "attention.k_proj",
+            "attention.attention.value": "attention.v_proj",
+            "attention.output.dense": "attention.o_proj",
+        },
+    ),
 }
 BACKBONES: tuple[str, ...] = tuple(_ARCHITECTURES)
-_STAGES = 4
 
 # Keys of a published classifier that a backbone has no place for, and keys of a backbone that no classifier has.
 _HEADS = ("classifier.", "pooler.", "layernorm.")
@@ -93,7 +117,7 @@ class Backbone(nn.Module):
     def forward(self, images_B1HW: Tensor) -> tuple[Tensor, ...]:
         """`images_B1HW`, float -> S maps [B, channels[s], H / stride, W / stride], from shallow to deep.
 
-        The strides of four stages are 4, 8, 16 and 32.
+        The strides of four stages are 4, 8, 16 and 32; a vision transformer has one, 14 (sides are cut to multiples).
         """
         return tuple(self.body(images_B1HW).feature_maps)
 
@@ -107,7 +131,7 @@ def build_backbone(
     are left out). A 3-channel stem is summed to one channel, which is exact for a grey image that was given to all
     three, normalised alike.
 
-    Normalisation is what replaces the batch norms of a ResNet (ConvNeXt V2 has layer norms, which stay):
+    Normalisation is what replaces the batch norms of a ResNet (the others have layer norms, which stay):
       - `group`: independent of the batch, so of the number of workers too; as fast as batch norm on a CPU.
       - `batch`: torch's own, for large batches; under DDP the caller converts to SyncBatchNorm. The whole image and its
         crop pass through the same layers, so running statistics mix both, with the crop (last) weighing 53%.
@@ -126,13 +150,14 @@ def build_backbone(
         raise ValueError(f"unknown normalisation {normalisation!r}; one of {', '.join(get_args(Normalisation))}")
     from transformers import AutoBackbone, AutoConfig  # takes seconds: not for those who only want names
 
-    model_type, settings = _ARCHITECTURES[name]
-    stages = [f"stage{number}" for number in range(_STAGES - steps + 1, _STAGES + 1)]
-    body = AutoBackbone.from_config(AutoConfig.for_model(model_type, num_channels=1, out_features=stages, **settings))
+    architecture = _ARCHITECTURES[name]
+    stages = list(architecture.stages[-steps:])
+    config = AutoConfig.for_model(architecture.model_type, num_channels=1, out_features=stages, **architecture.settings)
+    body = AutoBackbone.from_config(config)
     if normalisation != "batch":
         _replace_batch_norms(body, normalisation)
     if weights is not None:
-        _load(body, weights, prefix=f"{model_type}.", name=name)
+        _load(body, weights, architecture, name)
     return Backbone(name, body, list(body.channels))
 
 
@@ -146,11 +171,13 @@ def _replace_batch_norms(module: nn.Module, normalisation: Normalisation) -> Non
             _replace_batch_norms(child, normalisation)
 
 
-def _load(body: nn.Module, weights: Mapping[str, Tensor], prefix: str, name: str) -> None:
+def _load(body: nn.Module, weights: Mapping[str, Tensor], architecture: _Architecture, name: str) -> None:
     expected = body.state_dict()
     given = {}
     for key, value in weights.items():
-        stripped = key.removeprefix(prefix)
+        stripped = key.removeprefix(f"{architecture.model_type}.")
+        for published, now in architecture.renamed.items():
+            stripped = stripped.replace(published, now)
         is_head = stripped not in expected and stripped.startswith(_HEADS)
         is_counter = stripped not in expected and stripped.endswith("num_batches_tracked")
         if not (is_head or is_counter):

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cxr_retrieval import artifacts, storage
+from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
@@ -22,18 +22,11 @@ from cxr_retrieval.network.progressive import (
     embedding_names,
     embedding_sizes,
 )
+from cxr_retrieval.training.weights import read_weights
 
 KIND = "model"
 WEIGHTS_FILE, MODEL_FILE = "weights.safetensors", "model.json"
 NETWORK, CENTRING, CENTRES = "network.", "centring.", "centres"
-
-
-def read_weights(uri: str) -> bytes:
-    """The bytes of given weights. Raises UserError where there is no such file."""
-    try:
-        return storage.read_bytes(uri)
-    except FileNotFoundError:
-        raise UserError(f"network.weights={uri}: there is no such file") from None
 
 
 def build_network(settings: NetworkSettings, findings: int) -> ProgressiveNetwork:

@@ -26,10 +26,11 @@ from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import nodes_cpus, require_cpus
 from cxr_retrieval.training.input import READ_CPUS
 from cxr_retrieval.training.loop import TrainJob, train_worker
-from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, read_weights, write_model
+from cxr_retrieval.training.model import KIND, MODEL_FILE, build_network, write_model
 from cxr_retrieval.training.state import load_state
 from cxr_retrieval.training.telling import PROGRESS_FILE, told_of
 from cxr_retrieval.training.tracking import require_tracking, tracking_server
+from cxr_retrieval.training.weights import read_weights
 
 POLL_S = 1.0
 # How a run is executed, not what it computes.

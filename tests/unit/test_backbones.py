@@ -28,10 +28,36 @@ def test_maps_of_the_last_stages_from_shallow_to_deep(name):
     backbone = build_backbone(name, steps=3).eval()
     with torch.no_grad():
         maps = backbone(torch.rand(2, 1, SIZE, SIZE))
+    strides = (14, 14, 14) if name.startswith("dinov2") else (8, 16, 32)
     assert [tuple(m.shape) for m in maps] == [
         (2, channels, SIZE // stride, SIZE // stride)
-        for channels, stride in zip(backbone.channels, (8, 16, 32), strict=True)
+        for channels, stride in zip(backbone.channels, strides, strict=True)
     ]
+
+
+def test_a_published_vision_transformer_gives_a_grey_image_the_same_maps():
+    """RAD-DINO and its like: a DINOv2 of 518 pixels for colour images, under the names that it was published with."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(3)
+    colour = Dinov2Model(Dinov2Config(image_size=518)).eval()
+    now = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
+    published = {}
+    for key, value in colour.state_dict().items():
+        for new, old in now.items():
+            key = key.replace(f"attention.{new}", f"attention.{old}")
+        published[key] = value
+    images = torch.rand(1, 1, 70, 70)
+    backbone = build_backbone("dinov2_base", steps=2, weights=published).eval()
+    with torch.no_grad():
+        expected = colour(images.expand(1, 3, 70, 70)).last_hidden_state[:, 1:]
+        found = backbone(images)[-1].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
