@@ -120,7 +120,7 @@ def trainer_of(
         train_loop_config={"job": TrainJob(settings, corpus, storage.join(runs, run, PROGRESS_FILE), beside, server)},
         scaling_config=ScalingConfig(
             # Ray takes as many of a range as the cluster holds, and begins again from the checkpoint when that changes.
-            num_workers=(training.min_workers, training.workers) if training.min_workers else training.workers,
+            num_workers=(training.min_workers, training.workers) if training.min_workers else training.workers,  # type: ignore[arg-type]
             use_gpu=training.gpu,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.gpu else {}),
         ),
