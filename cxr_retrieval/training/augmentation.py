@@ -4,6 +4,7 @@ B images, H W sides in pixels.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,16 @@ from torch import Tensor
 
 TURN_DEGREES, SHIFT, SCALE = 7.0, 0.06, 0.10  # shift as a share of the side, scale as a share of the size
 CONTRAST, BRIGHTNESS = 0.20, 0.20  # in units of the normalised image's standard deviation
+
+
+def by_lane(images_B1HW: Tensor, seeds: Sequence[int], change: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
+    """Change the images of each lane, an equal share of the batch each, with dice of its own.
+
+    An image is then changed alike however the lanes are dealt to workers.
+    """
+    pieces = zip(images_B1HW.chunk(len(seeds)), seeds, strict=True)
+    changed = [change(piece, torch.Generator().manual_seed(seed)) for piece, seed in pieces]
+    return torch.cat(changed).contiguous(memory_format=torch.channels_last)
 
 
 def augment(images_B1HW: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from cxr_retrieval.corpus.splits import TRAIN
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
 from cxr_retrieval.network.progressive import jigsaw
-from cxr_retrieval.training.augmentation import augment
+from cxr_retrieval.training.augmentation import augment, by_lane
 from cxr_retrieval.training.input import Batch, WorkerInput
 from cxr_retrieval.training.model import build_network, normalised
 from cxr_retrieval.training.objective import Objective, gather_centres
@@ -178,19 +178,16 @@ class Worker:
         self.state.step += 1
 
     def _varied(self, images: Tensor, micro: int, shuffled: bool) -> Tensor:
-        """The images of a micro-batch, augmented and, where `shuffled`, cut into patches.
-
-        The dice belong to the lane: an image is changed alike however many workers there are.
-        """
-        if not (self.settings.training.augment or shuffled):
+        """The images of a micro-batch, augmented and, where `shuffled`, cut into patches."""
+        augmented = self.settings.training.augment
+        if not (augmented or shuffled):
             return images
-        pieces = []
-        for lane, piece in zip(self.lanes, images.chunk(len(self.lanes)), strict=True):
-            generator = torch.Generator().manual_seed(_seed(self.settings.seed, self.state.step, micro, lane))
-            if self.settings.training.augment:
-                piece = augment(piece, generator)
-            pieces.append(jigsaw(piece, JIGSAW_PATCHES, generator) if shuffled else piece)
-        return torch.cat(pieces).contiguous(memory_format=torch.channels_last)
+
+        def change(piece: Tensor, generator: torch.Generator) -> Tensor:
+            piece = augment(piece, generator) if augmented else piece
+            return jigsaw(piece, JIGSAW_PATCHES, generator) if shuffled else piece
+
+        return by_lane(images, [_seed(self.settings.seed, self.state.step, micro, n) for n in self.lanes], change)
 
     def _batches(self) -> Generator[Batch]:
         """This worker's micro-batches from the current step to the last epoch's end."""

@@ -3,10 +3,12 @@
 It needs PyTorch only, so that it is the same, and is tested, wherever PyTorch is. B images, H W sides in pixels.
 """
 
+import atexit
 import contextlib
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from cxr_retrieval.network.progressive import Output, ProgressiveNetwork
 SKIPPED_LIMIT = 20  # optimizer steps in a row without a finite gradient that end the run
 LONGEST_GRADIENT = 5.0  # a longer one is cut to this length
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # where PyTorch keeps what it has compiled
 PARTS = ("network", "averaged", "optimizer", "scaler", "centres")  # of an `Optimisation`, in its state
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -138,6 +141,11 @@ def _compile(network: ProgressiveNetwork) -> None:
             f"training.compile needs a C++ compiler on every node that trains, and there is no {compiler!r}:"
             " install it, or leave the setting out"
         )
+    if CACHE not in os.environ:
+        # Every process compiles for itself: one that is killed meanwhile leaves half a library in the common folder,
+        # and whoever finds it there fails.
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="cxr-compiled-")
+        atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
     network.backbone.compile()
 
 

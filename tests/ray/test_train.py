@@ -263,14 +263,12 @@ def test_a_run_of_two_workers_goes_on_with_one_and_gives_the_curve_of_one(
     assert after["step"] == artifact.counts["steps"]
     for name in ("loss", "ccloss", "cross_entropy", "centre_cosine"):
         found, straight = ([record[name] for record in records] for records in (after["history"], history(artifact)))
+        found, straight = np.array(found), np.array(straight)
         assert found[:WHOLE_EPOCHS] == pytest.approx(straight[:WHOLE_EPOCHS], rel=1e-4, abs=1e-5), name
-        assert np.array(found) == pytest.approx(np.array(straight), rel=0.05, abs=0.01), name
+        assert found == pytest.approx(straight, rel=0.05, abs=0.01), name
 
 
-def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_its_model_is_the_same(
-    undisturbed, phantom_archive, corpus, tmp_path
-):
-    _, artifact = undisturbed
+def test_a_run_begins_with_as_many_workers_as_there_is_room_for(phantom_archive, corpus, tmp_path):
     wide = {"workers": 2, "cpus_per_worker": 1.2, "epochs": 1}
     with pytest.raises(UserError, match=r"training\.workers=2 with training\.cpus_per_worker=1\.2 leave Ray Data"):
         train(settings(phantom_archive, tmp_path, **wide), corpus)
@@ -279,7 +277,6 @@ def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_its_model_is
     (record,) = history(train(elastic, corpus)[0])
     first = history(train(settings(phantom_archive, tmp_path, epochs=1), corpus)[0])[0]
     assert without_speed([record]) == without_speed([first]), "one worker trained it"
-    assert artifact.counts["steps"] > 0
 
 
 def test_a_run_that_no_longer_gets_better_ends_with_its_best_epoch_and_shows_done(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cxr_retrieval.training import augmentation
-from cxr_retrieval.training.augmentation import augment
+from cxr_retrieval.training.augmentation import augment, by_lane
 
 SIDE = 64
 
@@ -81,3 +81,12 @@ def test_exposure_and_place_move_by_little():
     limit = augmentation.SHIFT * SIDE / (1 - augmentation.SCALE)
     assert (centre_B - SIDE / 2).abs().max() <= limit * 1.2
     assert centre_B.std() > 1.0
+
+
+def test_an_image_is_changed_alike_however_lanes_are_dealt_to_workers():
+    whole = by_lane(images(8), [10, 11, 12, 13], augment)
+    for rank, workers in ((0, 2), (1, 2), (2, 3)):
+        lanes = range(rank, 4, workers)
+        mine = torch.cat([images(8)[2 * lane : 2 * lane + 2] for lane in lanes])
+        expected = torch.cat([whole[2 * lane : 2 * lane + 2] for lane in lanes])
+        torch.testing.assert_close(by_lane(mine, [10 + lane for lane in lanes], augment), expected, atol=1e-6, rtol=0)
