@@ -91,7 +91,7 @@ def write_training(
         "training.html.j2",
         title="Training",
         facts=[
-            ("Epochs", len(history)),
+            ("Epochs", f"{len(history)}, stopped early" if model["stopped_early"] else len(history)),
             ("Best epoch", model["best_epoch"] + 1),
             ("Chosen embedding", chosen),
             ("Its validation mAP, %", f"{100 * figures['map']:.1f}"),

@@ -34,6 +34,7 @@ def model(history, **changes):
     return {
         "history": history,
         "best_epoch": len(history) - 1,
+        "stopped_early": False,
         "chosen": "combined",
         "validation": last["validation"],
         "corpus": "nih/1a2b",
@@ -50,6 +51,11 @@ def page(history, **changes):
         Example(pixels, ["<b>Mass</b>"], [r["crops"][1] for r in history]),
     ]
     return write_training(model(history, **changes), centres, ["Mass", "Hernia", "No Finding"], films)
+
+
+def test_the_page_says_that_a_run_stopped_early():
+    assert "1, stopped early" in page([record(0)], stopped_early=True)
+    assert "stopped early" not in page([record(0)])
 
 
 def test_the_page_is_offline_escaped_and_says_that_it_is_no_medical_device():
