@@ -84,8 +84,9 @@ def exists(uri: str) -> bool:
     return True
 
 
-def names_and_sizes(uri: str) -> Iterator[tuple[str, int]]:
-    """Every object below `uri`, streamed: its key without the prefix, and its size in bytes."""
+def objects(uri: str) -> Iterator[tuple[str, int, float]]:
+    """Every object below `uri`, streamed: its key without the prefix, its size in bytes, when it was written (seconds
+    since 1970)."""
     bucket, prefix = _bucket_key(uri + "/")
     after: dict[str, str] = {}
     while True:
@@ -93,7 +94,7 @@ def names_and_sizes(uri: str) -> Iterator[tuple[str, int]]:
             page = _persistently(partial(client().list_objects_v2, Bucket=bucket, Prefix=prefix, **after))
         for entry in page.get("Contents", []):
             if path := entry["Key"].removeprefix(prefix):
-                yield path, entry["Size"]
+                yield path, entry["Size"], entry["LastModified"].timestamp()
         if not page["IsTruncated"]:
             return
         after = {"ContinuationToken": page["NextContinuationToken"]}
@@ -109,6 +110,13 @@ def get(uri: str) -> tuple[bytes, str]:
 
     with explained(uri):
         return _persistently(once)
+
+
+def delete(uri: str) -> None:
+    """Delete an object; it is no error where there is none."""
+    bucket, key = _bucket_key(uri)
+    with explained(uri):
+        _persistently(partial(client().delete_object, Bucket=bucket, Key=key))
 
 
 def put(uri: str, source: Path, **condition: str) -> bool:

@@ -29,11 +29,13 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file: its path relative to the folder that was listed or written to, its URI and its size in bytes."""
+    """A file: its path relative to the folder that was listed or written to, its URI, its size in bytes, and when it
+    was written last, in seconds since 1970."""
 
     path: str
     uri: str
     size: int
+    modified: float
 
 
 def canonical(uri: str) -> str:
@@ -102,9 +104,9 @@ def list_files(uri: str) -> Iterator[StoredFile]:
     if not is_s3(uri):
         yield from _list_local(uri, "")
         return
-    for path, size in s3.names_and_sizes(uri):
+    for path, size, modified in s3.objects(uri):
         if not any(name.startswith(".") for name in path.split("/")):
-            yield StoredFile(path, join(uri, path), size)
+            yield StoredFile(path, join(uri, path), size, modified)
 
 
 def exists(uri: str) -> bool:
@@ -222,6 +224,16 @@ def replace(uri: str, data: bytes, tag: str | None) -> bool:
             return True
 
 
+def delete(uri: str) -> None:
+    """Delete a file; it is no error where there is none."""
+    uri = canonical(uri)
+    with _explained(uri):
+        if is_s3(uri):
+            s3.delete(uri)
+        else:
+            Path(uri).unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a local file as hexadecimal text."""
     with _explained(str(path)), path.open("rb") as file:
@@ -250,7 +262,8 @@ def _list_local(folder: str, prefix: str, above: frozenset[tuple[int, int]] = fr
         if entry.is_dir():
             yield from _list_local(entry.path, f"{prefix}{entry.name}/", above | {place})
         elif entry.is_file():
-            yield StoredFile(prefix + entry.name, entry.path, entry.stat().st_size)
+            found = entry.stat()
+            yield StoredFile(prefix + entry.name, entry.path, found.st_size, found.st_mtime)
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -10,19 +10,17 @@ its size is limited, its form is checked, a manifest must hash to the id that na
 """
 
 import contextlib
-import datetime
 import hashlib
 import json
 import re
-import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact, CorruptArtifact, FileEntry
@@ -30,40 +28,35 @@ from cxr_retrieval.config import NAME
 from cxr_retrieval.console import Meter
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache as cached
+from cxr_retrieval.index.aliases import (
+    DEFAULT_ALIAS,
+    VERSION_ID,
+    Document,
+    as_json,
+    check_alias,
+    known,
+    listing,
+    move_alias,
+    parsed,
+    read_alias,
+)
 from cxr_retrieval.progress import Progress
 
-OBJECTS, VERSIONS, ALIASES = "objects", "versions", "aliases"
-DEFAULT_ALIAS = "latest"
-VERSION_ID = r"^[0-9a-f]{20}$"
+OBJECTS, VERSIONS = "objects", "versions"
 SHA256 = r"^[0-9a-f]{64}$"
 FILE_PATH = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"  # relative, and no part begins with a dot
 MANIFEST_LIMIT = 64 << 20
-ALIAS_LIMIT = 64 << 10
 PUBLISH_AGAIN = "publish that version again, after moving the damaged file away if there is one"
 BUILD_AGAIN = "move the build's folder away and build the index again"
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Alias(_Stored):
-    """What an alias points to: `generation` counts its moves, `publish_id` tells whose move the last one was."""
-
-    version: str = Field(pattern=VERSION_ID)
-    predecessor: str | None = Field(pattern=VERSION_ID)
-    generation: int = Field(ge=1)
-    publish_id: str = Field(pattern=r"^[0-9a-f]{32}$")
-    moved_at: str = Field(max_length=40)
-
-
-class _File(_Stored):
+class _File(Document):
     path: str = Field(pattern=FILE_PATH, max_length=512)
     size: int = Field(ge=0, lt=1 << 50)
     sha256: str = Field(pattern=SHA256)
 
 
-class _Manifest(_Stored):
+class _Manifest(Document):
     schema_version: Literal[1]
     facts: dict[str, Any]
     files: list[_File]
@@ -86,9 +79,6 @@ class _Manifest(_Stored):
     @property
     def id(self) -> str:
         return self._id
-
-
-StoredModel = TypeVar("StoredModel", bound=_Stored)
 
 
 @dataclass(frozen=True)
@@ -151,10 +141,10 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
     gets a UserError, and its version stands complete beside the winner's. `progress` counts bytes.
     """
     to = storage.canonical(to)
-    _check_alias(alias)
+    check_alias(alias)
     version, manifest = _version_of(build, to)
-    seen = _read_alias(to, alias)  # before the upload, so that nothing which happens meanwhile is overwritten
-    present = _listing(storage.join(to, OBJECTS))
+    seen = read_alias(to, alias)  # before the upload, so that nothing which happens meanwhile is overwritten
+    present = listing(storage.join(to, OBJECTS))
     missing = [entry for entry in version.objects if entry.sha256 not in present]
     uploaded = uploaded_bytes = 0
     if progress:
@@ -167,22 +157,15 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
             progress.advance(entry.size)
     _write_manifest(version, manifest)
     _check_objects(version)
-    generation, moved = _move_alias(to, alias, version.id, *seen)
+    generation, moved = move_alias(to, alias, version.id, *seen)
     reused = len(version.objects) - uploaded
     return Published(version.id, alias, generation, uploaded, reused, uploaded_bytes, moved)
 
 
 def list_versions(to: str) -> list[str]:
     """The ids of all versions at `to`, in the order of their ids."""
-    names = (path.removesuffix(".json") for path in _listing(storage.join(storage.canonical(to), VERSIONS)))
+    names = (path.removesuffix(".json") for path in listing(storage.join(storage.canonical(to), VERSIONS)))
     return [name for name in names if re.fullmatch(VERSION_ID, name)]
-
-
-def list_aliases(to: str) -> dict[str, Alias]:
-    """All aliases at `to` by name, with what they point to."""
-    to = storage.canonical(to)
-    aliases = {name: _read_alias(to, name)[0] for name in _alias_names(to)}
-    return {name: alias for name, alias in aliases.items() if alias}
 
 
 def split_reference(reference: str) -> tuple[str, str]:
@@ -207,21 +190,21 @@ def resolve(to: str, name: str) -> Version:
     """
     to = storage.canonical(to)
     if not re.fullmatch(NAME, name):
-        raise UserError(f"{name!r} is not a name of an alias or version; {_known(to)}")
+        raise UserError(f"{name!r} is not a name of an alias or version; {known(to)}")
     wanted, by_alias = name, not re.fullmatch(VERSION_ID, name)
     if by_alias:
-        alias = _read_alias(to, name)[0]
+        alias = read_alias(to, name)[0]
         if alias is None:
-            raise UserError(f"{to}: there is no alias {name!r}; {_known(to)}")
+            raise UserError(f"{to}: there is no alias {name!r}; {known(to)}")
         wanted = alias.version
     uri = _version_uri(to, wanted)
     try:
-        manifest = _parsed(_Manifest, uri, cached.read_limited(uri, MANIFEST_LIMIT, PUBLISH_AGAIN))
+        manifest = parsed(_Manifest, uri, cached.read_limited(uri, MANIFEST_LIMIT, PUBLISH_AGAIN))
     except FileNotFoundError:
         if by_alias:
             message = f"{uri}: the manifest that alias {name!r} points to is missing; publish that version again"
             raise CorruptArtifact(message) from None
-        raise UserError(f"{to}: there is no version {wanted}; {_known(to)}") from None
+        raise UserError(f"{to}: there is no version {wanted}; {known(to)}") from None
     if manifest.id != wanted:
         raise CorruptArtifact(f"{uri}: the content is not that of version {wanted}; {PUBLISH_AGAIN}")
     return _version(to, manifest)
@@ -268,10 +251,10 @@ def _version_of(build: Artifact, to: str) -> tuple[Version, bytes]:
         raise ValueError("an index with parts cannot be published: a version names files of its own only")
     facts = {key: value for key, value in build.manifest.items() if key not in ("files", "parts")}
     files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in build.files]
-    data = _json({"schema_version": 1, "facts": facts, "files": files})
+    data = as_json({"schema_version": 1, "facts": facts, "files": files})
     if len(data) > MANIFEST_LIMIT:
         raise UserError(f"{build.uri}: its manifest is over {MANIFEST_LIMIT >> 20} MB; use larger index.shard_rows")
-    return _version(to, _parsed(_Manifest, build.uri, data)), data
+    return _version(to, parsed(_Manifest, build.uri, data)), data
 
 
 def _version(to: str, manifest: _Manifest) -> Version:
@@ -307,7 +290,7 @@ def _write_manifest(version: Version, data: bytes) -> None:
 
 def _check_objects(version: Version) -> None:
     """Every object is there with its size: an uploader that was wrong about that must not get the alias."""
-    present = _listing(storage.join(version.to, OBJECTS))
+    present = listing(storage.join(version.to, OBJECTS))
     for entry in version.objects:
         if entry.sha256 not in present:
             raise CorruptArtifact(f"{version.object_uri(entry)}: gone since it was uploaded; publish again")
@@ -316,103 +299,5 @@ def _check_objects(version: Version) -> None:
             raise CorruptArtifact(f"{version.object_uri(entry)}: {found}; move it away and publish again")
 
 
-def _move_alias(to: str, alias: str, version: str, old: Alias | None, tag: str | None) -> tuple[int, bool]:
-    """Point the alias to `version` if it still has `tag`: the generation, and whether anything had to be done."""
-    if old and old.version == version:
-        return old.generation, False
-    new = Alias(
-        version=version,
-        predecessor=old.version if old else None,
-        generation=old.generation + 1 if old else 1,
-        publish_id=secrets.token_hex(16),
-        moved_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-    try:
-        if storage.replace(_alias_uri(to, alias), _json(new.model_dump()), tag):
-            return new.generation, True
-    except Exception:
-        # The answer is lost, not the write: only what is stored tells whether it was done.
-        found = _read_alias(to, alias)[0]
-        if found is None or found.publish_id != new.publish_id:
-            raise
-        return new.generation, True
-    # A request that was sent twice is refused the second time: then the first was ours.
-    winner = _read_alias(to, alias)[0]
-    if winner and winner.publish_id == new.publish_id:
-        return new.generation, True
-    if winner and winner.version == version:
-        return winner.generation, False
-    state = (
-        f"it serves version {winner.version} (generation {winner.generation}, publish {winner.publish_id[:8]},"
-        f" {winner.moved_at})"
-        if winner
-        else "it was removed"
-    )
-    raise UserError(
-        f"{to}: somebody else moved alias {alias!r} during this publish: {state}; version {version} is complete"
-        " beside it: publish again to put it in front, or leave it"
-    )
-
-
-def _read_alias(to: str, alias: str) -> tuple[Alias | None, str | None]:
-    """An alias and the tag for `storage.replace`; both None while there is none."""
-    uri = _alias_uri(to, alias)
-    found = storage.read_tagged(uri)
-    if found is None:
-        return None, None
-    if len(found[0]) > ALIAS_LIMIT:
-        raise CorruptArtifact(f"{uri}: too large for an alias; move it away and publish again")
-    return _parsed(Alias, uri, found[0]), found[1]
-
-
-def _parsed(model: type[StoredModel], uri: str, data: bytes) -> StoredModel:
-    """A stored document, checked. Raises CorruptArtifact, one line, for whatever does not fit."""
-    try:
-        return model.model_validate(json.loads(data))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        reason = f"{place}: {first['msg']}" if place else first["msg"]
-    except (ValueError, RecursionError):
-        reason = "it is not JSON"
-    raise CorruptArtifact(f"{uri}: {reason}; move it away and publish again")
-
-
-def _listing(folder: str) -> dict[str, int]:
-    """Names and sizes of a folder's files: one request for a thousand of them, where asking for each costs one each."""
-    try:
-        return {file.path: file.size for file in storage.list_files(folder)}
-    except FileNotFoundError:
-        return {}  # a folder without files exists on no object storage
-
-
-def _alias_names(to: str) -> Iterator[str]:
-    for path in _listing(storage.join(to, ALIASES)):
-        name = path.removesuffix(".json")
-        if name != path and re.fullmatch(NAME, name):
-            yield name
-
-
-def _check_alias(alias: str) -> None:
-    if not re.fullmatch(NAME, alias) or re.fullmatch(VERSION_ID, alias):
-        raise UserError(
-            f"publish.alias={alias!r}: an alias has letters, digits, '.', '_' and '-', at most 64 and a letter or"
-            " digit first, and does not look like a version id"
-        )
-
-
-def _known(to: str) -> str:
-    names = sorted(_alias_names(to))
-    return f"it has {', '.join(names)}" if names else "nothing is published there: publish first or check the URI"
-
-
 def _version_uri(to: str, version: str) -> str:
     return storage.join(to, VERSIONS, f"{version}.json")
-
-
-def _alias_uri(to: str, alias: str) -> str:
-    return storage.join(to, ALIASES, f"{alias}.json")
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()

@@ -16,7 +16,8 @@ import pytest
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.versions import list_aliases, list_versions, open_version, publish, resolve, verify
+from cxr_retrieval.index.aliases import list_aliases
+from cxr_retrieval.index.versions import list_versions, open_version, publish, resolve, verify
 
 OLD = {"index.json": b"old", "model.json": b"model", "shards/0.faiss": b"old vectors" * 5000}
 NEW = {"index.json": b"new", "model.json": b"model", "shards/0.faiss": b"new vectors" * 5000}

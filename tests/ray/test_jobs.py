@@ -26,8 +26,9 @@ from cxr_retrieval.config import NetworkSettings
 from cxr_retrieval.corpus.decoding import Limits, Recipe, decode
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.index import cache
+from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.search import Retriever
-from cxr_retrieval.index.versions import list_aliases, list_versions
+from cxr_retrieval.index.versions import list_versions
 from cxr_retrieval.network.progressive import uncentred
 from cxr_retrieval.privacy import KEY_VARIABLE
 from cxr_retrieval.training.model import KIND as MODEL_KIND

@@ -58,12 +58,17 @@ def test_what_is_written_is_read_listed_and_there(s3: str) -> None:
     assert sorted(file.path for file in files) == sorted(name for name in names if not name.startswith("."))
     assert all(storage.read_bytes(file.uri) == file.path.encode() for file in files)
     assert all(file.size == len(file.path.encode()) for file in files)
+    assert all(abs(file.modified - time.time()) < 600 for file in files)
     assert storage.exists(f"{s3}/a/z")
     assert not storage.exists(f"{s3}/a")
     for door in (storage.read_bytes, storage.arrow_reader, lambda uri: storage.open_text(uri).__enter__()):
         with pytest.raises(FileNotFoundError):
             door(f"{s3}/none")
     assert storage.read_tagged(f"{s3}/none") is None
+    for file in files:
+        storage.delete(file.uri)
+    assert list(storage.list_files(s3)) == []
+    storage.delete(f"{s3}/b")  # nothing is there any more, which is what was asked for
 
 
 def test_a_write_that_fails_leaves_the_old_object(s3: str) -> None:

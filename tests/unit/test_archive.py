@@ -359,9 +359,9 @@ def test_reading_four_times_the_images_holds_no_more_memory(folder: Folder, monk
     peaks = []
     for images in (4000, 16_000):
         folder.table(*(line(f"{n:06d}.png") for n in range(images)))
-        table = [storage.StoredFile(TABLE, str(folder.path / TABLE), 1)]
+        table = [storage.StoredFile(TABLE, str(folder.path / TABLE), 1, 0.0)]
         listed = chain(
-            table, (storage.StoredFile(f"{n:06d}.png", f"/archive/{n:06d}.png", 10**6) for n in range(images))
+            table, (storage.StoredFile(f"{n:06d}.png", f"/archive/{n:06d}.png", 10**6, 0.0) for n in range(images))
         )
         monkeypatch.setattr(storage, "list_files", lambda _, found=listed: found)
         tracemalloc.start()

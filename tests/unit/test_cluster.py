@@ -414,6 +414,7 @@ def test_storage_asks_s3_for_nothing_that_the_rights_do_not_cover() -> None:
         "head_object": "s3:GetObject",
         "get_object": "s3:GetObject",
         "put_object": "s3:PutObject",
+        "delete_object": "s3:DeleteObject",
     }
     assert {"get_object", "put_object"} <= asked
     assert {needs[method] for method in asked} <= policy_actions()

@@ -17,6 +17,7 @@ from cxr_retrieval.artifacts import Artifact, CorruptArtifact, Draft
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache as cached
 from cxr_retrieval.index import versions
+from cxr_retrieval.index.aliases import ALIAS_LIMIT, list_aliases
 from cxr_retrieval.index.versions import open_version, publish, resolve, split_reference, verify
 
 FILES = {
@@ -100,7 +101,7 @@ def test_a_new_version_uploads_only_what_changed(tmp_path: Path, to: str) -> Non
     old = publish(build(tmp_path / "a"), to, "latest")
     new = publish(build(tmp_path / "b", b"new vectors"), to, "latest")
     assert (new.uploaded, new.reused, new.bytes, new.generation) == (1, len(FILES) - 1, 11, 2)
-    alias = versions.list_aliases(to)["latest"]
+    alias = list_aliases(to)["latest"]
     assert (alias.version, alias.predecessor, alias.generation) == (new.version, old.version, 2)
     assert versions.list_versions(to) == sorted([old.version, new.version])
 
@@ -141,7 +142,7 @@ def test_a_damaged_or_missing_build_file_is_refused_and_the_alias_stays(tmp_path
     shard.unlink()
     with pytest.raises(CorruptArtifact, match=r"00000\.faiss: the file is missing"):
         publish(made, to, "latest")
-    assert versions.list_aliases(to)["latest"].version == old.version
+    assert list_aliases(to)["latest"].version == old.version
     assert versions.list_versions(to) == [old.version]
     assert not object_path(to, b"bad vectors").exists()
 
@@ -152,7 +153,7 @@ def test_an_object_of_the_wrong_size_keeps_the_alias_where_it_is(tmp_path: Path,
     path.write_bytes(b"new")
     with pytest.raises(CorruptArtifact, match="3 bytes instead of 11; move it away and publish again"):
         publish(build(tmp_path / "b", b"new vectors"), to, "latest")
-    assert versions.list_aliases(to) == {}
+    assert list_aliases(to) == {}
 
 
 def test_another_manifest_under_the_same_id_is_an_error(tmp_path: Path, to: str) -> None:
@@ -162,7 +163,7 @@ def test_another_manifest_under_the_same_id_is_an_error(tmp_path: Path, to: str)
     manifest.write_bytes(manifest.read_bytes() + b"\n")
     with pytest.raises(CorruptArtifact, match="another manifest stands there"):
         publish(made, to, "other")
-    assert "other" not in versions.list_aliases(to)
+    assert "other" not in list_aliases(to)
 
 
 @pytest.mark.parametrize("alias", ["", ".", "..", "../x", "a/b", "a b", "-x", "x" * 65, "x\n", "0" * 20])
@@ -205,10 +206,10 @@ def test_two_racing_publishers_have_one_winner_and_two_versions(
         outcomes = list(pool.map(attempt, builds))
     winner = next(outcome for outcome in outcomes if isinstance(outcome, versions.Published))
     loser = next(outcome for outcome in outcomes if isinstance(outcome, UserError))
-    alias = versions.list_aliases(to)["latest"]
+    alias = list_aliases(to)["latest"]
     assert (alias.version, alias.generation) == (winner.version, 2)
-    assert f"somebody else moved alias 'latest' during this publish: it serves version {winner.version}" in str(loser)
-    assert "publish again to put it in front, or leave it" in str(loser)
+    assert f"somebody else moved alias 'latest' meanwhile: it serves version {winner.version}" in str(loser)
+    assert "do the same again to put it in front, or leave it" in str(loser)
     assert "\n" not in str(loser)
     assert len(versions.list_versions(to)) == 3
     for name in ("first", "second"):
@@ -235,7 +236,7 @@ def test_whoever_moves_the_alias_during_the_upload_is_not_overwritten(
     monkeypatch.setattr(storage, "create", slow)
     with pytest.raises(UserError, match="somebody else moved alias 'latest'"):
         publish(build(tmp_path / "mine", b"mine"), to, "latest")
-    assert versions.list_aliases(to)["latest"].version == others[0].version
+    assert list_aliases(to)["latest"].version == others[0].version
 
 
 def racing_replace(monkeypatch: pytest.MonkeyPatch, answer: Callable[[bool], bool]) -> None:
@@ -249,7 +250,7 @@ def test_a_refusal_of_a_repeated_request_was_our_own_move(
     racing_replace(monkeypatch, lambda _: False)  # the first request was done, the second one refused
     done = publish(build(tmp_path / "a"), to, "latest")
     assert (done.generation, done.moved) == (1, True)
-    assert versions.list_aliases(to)["latest"].version == done.version
+    assert list_aliases(to)["latest"].version == done.version
 
 
 def test_a_lost_answer_is_settled_by_reading_back(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +269,7 @@ def test_a_move_that_was_not_done_is_an_error(tmp_path: Path, to: str, monkeypat
     monkeypatch.setattr(storage, "replace", broken)
     with pytest.raises(UserError, match="the connection broke"):
         publish(build(tmp_path / "a"), to, "latest")
-    assert versions.list_aliases(to) == {}
+    assert list_aliases(to) == {}
 
 
 def test_two_publishers_of_the_same_build_both_succeed(
@@ -491,7 +492,7 @@ def test_manifests_and_aliases_that_are_too_large_are_not_parsed(tmp_path: Path,
     with pytest.raises(CorruptArtifact, match="larger than 67,108,864 bytes"):
         resolve(to, "latest")
     with (Path(to) / "aliases" / "latest.json").open("r+b") as file:
-        file.truncate(versions.ALIAS_LIMIT + 1)
+        file.truncate(ALIAS_LIMIT + 1)
     with pytest.raises(CorruptArtifact, match="too large for an alias"):
         resolve(to, "latest")
 

@@ -1,0 +1,146 @@
+"""What happens to published versions afterwards: promoted behind a gate, rolled back, and collected.
+
+Readers are never cut off: an alias moves by one conditional write, and only what no version names is deleted.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from cxr_retrieval import storage
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.aliases import list_aliases, move_alias, read_alias
+from cxr_retrieval.index.versions import OBJECTS, VERSIONS, Version, list_versions, resolve
+
+GATE_FIGURES = ("precision@8", "mAP")
+DAY_S = 86_400.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of an evaluation with its 95% interval over patients; shares in 0 to 1."""
+
+    value: float
+    low: float
+    high: float
+
+
+Evaluations = Mapping[str, Mapping[str, Figure]]
+"""What evaluations say of the embedding that a version holds, by what they were judged on (a corpus and a split, since
+figures of different ones do not compare) and by name of the figure."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where an alias points now. `moved` is False where it pointed there already."""
+
+    alias: str
+    version: str
+    before: str | None
+    generation: int
+    moved: bool
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A stored file that no version names, with its age in days."""
+
+    path: str
+    size: int
+    days: float
+
+
+def promote(to: str, name: str, alias: str, evaluations: Callable[[Version], Evaluations] | None) -> Moved:
+    """Point `alias` to the version that `name` (an id, or another alias) means.
+
+    Given `evaluations` of a version, one is refused whose precision@8 or mAP lies below the interval of that of the
+    version which the alias serves now, on anything that both were judged on. Raises UserError for this, and where they
+    were judged on nothing in common.
+    """
+    to = storage.canonical(to)
+    wanted = resolve(to, name)
+    seen = read_alias(to, alias)
+    serving = seen[0].version if seen[0] else None
+    if evaluations and serving and serving != wanted.id:
+        _pass_gate(evaluations(wanted), evaluations(resolve(to, serving)), wanted.id, serving)
+    generation, moved = move_alias(to, alias, wanted.id, *seen)
+    return Moved(alias, wanted.id, serving, generation, moved)
+
+
+def rollback(to: str, alias: str) -> Moved:
+    """Point `alias` back to the version that it served before. No gate: going back must always be possible.
+
+    Done twice, it is where it was. Raises UserError where there is no alias, or nothing before.
+    """
+    to = storage.canonical(to)
+    seen = read_alias(to, alias)
+    if seen[0] is None:
+        raise UserError(f"{to}: there is no alias {alias!r} to roll back")
+    if seen[0].predecessor is None:
+        raise UserError(f"{to}: alias {alias!r} has served one version only: there is nothing to roll back to")
+    before = resolve(to, seen[0].predecessor)
+    generation, moved = move_alias(to, alias, before.id, *seen)
+    return Moved(alias, before.id, seen[0].version, generation, moved)
+
+
+def garbage(to: str, grace_days: float) -> list[Garbage]:
+    """Objects that no version names and that are older than `grace_days`: those of publishes that never ended.
+
+    A publish uploads before it names; the days keep one that is under way from losing what it has uploaded.
+    """
+    to = storage.canonical(to)
+    # Objects first: a version that is written meanwhile is then seen, and what it names is kept.
+    found = [(file, (time.time() - file.modified) / DAY_S) for file in _objects(to)]
+    named = {entry.sha256 for version in list_versions(to) for entry in resolve(to, version).objects}
+    return [Garbage(f.path, f.size, days) for f, days in found if f.path not in named and days > grace_days]
+
+
+def collect(to: str, grace_days: float) -> list[Garbage]:
+    """Delete what `garbage` names, and say what it was. Raises UserError where the right to delete is missing."""
+    to = storage.canonical(to)
+    found = garbage(to, grace_days)
+    for each in found:
+        storage.delete(storage.join(to, OBJECTS, each.path))
+    return found
+
+
+def drop_version(to: str, version: str) -> None:
+    """Delete a version's manifest, so that `collect` takes the objects that only it names.
+
+    Raises UserError for an alias' version or predecessor: readers, and a rollback, may be on their way to it.
+    """
+    to = storage.canonical(to)
+    found = resolve(to, version)
+    for name, alias in list_aliases(to).items():
+        if found.id in (alias.version, alias.predecessor):
+            role = "serves it" if found.id == alias.version else "would roll back to it"
+            raise UserError(f"{to}: version {found.id} is in use: alias {name!r} {role}; promote another one first")
+    storage.delete(storage.join(to, VERSIONS, f"{found.id}.json"))
+
+
+def _objects(to: str) -> Iterator[storage.StoredFile]:
+    try:
+        yield from storage.list_files(storage.join(to, OBJECTS))
+    except FileNotFoundError:
+        return  # nothing was ever published there
+
+
+def _pass_gate(wanted: Evaluations, serving: Evaluations, wanted_id: str, serving_id: str) -> None:
+    common = sorted(set(wanted) & set(serving))
+    if not common:
+        raise UserError(
+            f"version {wanted_id} was evaluated on {_listed(wanted)}, and {serving_id}, which serves now, on"
+            f" {_listed(serving)}: evaluate both models on the same corpus, or promote without the gate"
+        )
+    for judged_on in common:
+        for name in GATE_FIGURES:
+            ours, theirs = wanted[judged_on][name], serving[judged_on][name]
+            if ours.value < theirs.low:
+                raise UserError(
+                    f"version {wanted_id} is refused: its {name} on {judged_on} is {100 * ours.value:.1f}, below the"
+                    f" interval [{100 * theirs.low:.1f}, {100 * theirs.high:.1f}] of {serving_id}, which serves now"
+                )
+
+
+def _listed(evaluations: Evaluations) -> str:
+    return ", ".join(sorted(evaluations)) or "nothing"

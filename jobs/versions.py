@@ -1,0 +1,130 @@
+"""What is published, and what happens to it: list, verify, promote, roll back, drop, collect.
+
+  python -m jobs.versions list --index URI
+  python -m jobs.versions verify --index URI@VERSION
+  python -m jobs.versions promote VERSION --index URI@alias workspace=DIR      refused when its figures are worse
+  python -m jobs.versions rollback --index URI@alias                           to the version served before
+  python -m jobs.versions drop VERSION --index URI                             its manifest; gc takes the rest
+  python -m jobs.versions gc --index URI --delete                              objects that no version names
+
+Needs no cluster. `promote` compares precision@8 and mAP of both versions by the evaluations in the workspace, those of
+`jobs.evaluate`; `--without-gate` does not. `gc` only says what it would delete unless it is told `--delete`.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+
+from cxr_retrieval import artifacts, command, console, storage
+from cxr_retrieval.assessment import EVALUATION_FILE, KIND
+from cxr_retrieval.config import Settings
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.aliases import list_aliases
+from cxr_retrieval.index.lifecycle import Evaluations, Figure, Moved, collect, drop_version, garbage, promote, rollback
+from cxr_retrieval.index.shards import INDEX_FILE
+from cxr_retrieval.index.versions import Version, list_versions, resolve, split_reference, verify
+
+EVALUATED_GALLERY = "all"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index", required=True, metavar="URI[@NAME]", help="published index, and an alias or version")
+    parser.add_argument("--without-gate", action="store_true", help="promote whatever the figures are")
+    parser.add_argument("--delete", action="store_true", help="gc: delete, instead of saying what would be deleted")
+    parser.add_argument("--grace-days", type=float, default=30.0, help="gc: spare objects younger than this (30)")
+
+
+def run(settings: Settings, options: argparse.Namespace) -> None:
+    to, name = split_reference(options.index)
+    verbs: dict[str, tuple[int, Callable[..., None]]] = {
+        "list": (0, lambda: show_versions(to)),
+        "verify": (0, lambda: show_problems(to, name)),
+        "promote": (
+            1,
+            lambda version: show_moved(
+                to, promote(to, version, name, None if options.without_gate else evaluations_in(settings.workspace))
+            ),
+        ),
+        "rollback": (0, lambda: show_moved(to, rollback(to, name))),
+        "drop": (1, lambda version: drop_version(to, version)),
+        "gc": (0, lambda: show_garbage(to, options.grace_days, options.delete)),
+    }
+    verb, *words = options.rest or [""]
+    if verb not in verbs:
+        raise UserError(f"cannot do {verb!r}: one of {', '.join(verbs)}")
+    wanted, act = verbs[verb]
+    if len(words) != wanted:
+        raise UserError(f"{verb} takes {'one version' if wanted else 'no version'}: see --help")
+    act(*words)
+
+
+def show_versions(to: str) -> None:
+    aliases = list_aliases(to)
+    rows = []
+    for version in list_versions(to):
+        found = resolve(to, version)
+        served = ", ".join(name for name, alias in sorted(aliases.items()) if alias.version == version)
+        counts = found.facts["counts"]
+        rows.append(
+            [version, served, f"{counts['indexed']:,}", found.facts["factory"], len(found.objects), found.bytes]
+        )
+    console.show_table(to, ["version", "aliases", "rows", "index", "objects", "bytes"], rows)
+
+
+def show_problems(to: str, name: str) -> None:
+    """Raises UserError where an object is missing or damaged."""
+    if problems := verify(to, name):
+        raise UserError("; ".join(problems))
+    console.say(f"{to}@{name}: every object is there and hashes to its name")
+
+
+def show_moved(to: str, moved: Moved) -> None:
+    if not moved.moved:
+        console.say(f"{to}@{moved.alias} serves version {moved.version} already")
+        return
+    console.say(
+        f"{to}@{moved.alias} serves version {moved.version} now (generation {moved.generation}), not {moved.before}"
+    )
+
+
+def show_garbage(to: str, grace_days: float, delete: bool) -> None:
+    found = collect(to, grace_days) if delete else garbage(to, grace_days)
+    rows = [[each.path, each.size, f"{each.days:.1f}"] for each in found]
+    console.show_table("Deleted" if delete else "Would be deleted by --delete", ["object", "bytes", "days old"], rows)
+
+
+def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:
+    """The evaluations in a workspace of the embedding that a version holds."""
+    folder = storage.join(workspace, "reports", "evaluation")
+
+    def evaluations(version: Version) -> Evaluations:
+        entry = version.files[INDEX_FILE]
+        data = storage.read_bytes(version.object_uri(entry))
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise UserError(f"{version.object_uri(entry)} is damaged: publish version {version.id} again")
+        facts = json.loads(data)
+        found: dict[str, dict[str, Figure]] = {}
+        for file in storage.list_files(folder):
+            if file.path.rpartition("/")[2] != artifacts.MANIFEST:
+                continue  # only what is finished
+            figures = json.loads(artifacts.load(storage.parent(file.uri), KIND).read(EVALUATION_FILE))
+            if figures["model"] != facts["model"]:
+                continue
+            cells = figures["embeddings"][facts["embedding"]][EVALUATED_GALLERY]
+            chosen = {"precision@8": cells["precision_at"]["8"], "mAP": cells["map"]}
+            found[f"the {figures['split']} patients of corpus {figures['corpus']}"] = {
+                name: Figure(cell["value"], cell["low"], cell["high"]) for name, cell in chosen.items()
+            }
+        return found
+
+    return evaluations
+
+
+def plan(_: Settings, options: argparse.Namespace) -> None:
+    """Nothing here is long: what is there is what there is to plan with."""
+    show_versions(split_reference(options.index)[0])
+
+
+if __name__ == "__main__":
+    command.run("versions", __doc__, run, plan, arguments, words="verb", on_cluster=False, writes=())

@@ -1,0 +1,209 @@
+"""Promises about published versions afterwards: the gate, the way back, and what may be deleted."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cxr_retrieval import storage
+from cxr_retrieval.artifacts import Artifact, Draft
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index import cache as cached
+from cxr_retrieval.index.aliases import list_aliases
+from cxr_retrieval.index.lifecycle import Evaluations, Figure, collect, drop_version, garbage, promote, rollback
+from cxr_retrieval.index.versions import Version, list_versions, open_version, publish, resolve, verify
+from jobs.versions import evaluations_in, run, show_problems
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cached.VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def to(tmp_path: Path) -> str:
+    return str(tmp_path / "published")
+
+
+def build(folder: Path, model: str) -> Artifact:
+    """A built index of a model; the shard is the model's own, the findings are common to all."""
+    draft = Draft(str(folder / model), "index", {"model": model}, ()).begin()
+    index = json.dumps({"model": model, "embedding": "global"}).encode()
+    files = {"index.json": index, "shards/0.faiss": model.encode() * 100, "findings.json": b"{}"}
+    return draft.finish([draft.write(path, data) for path, data in files.items()], {"indexed": 7}, factory="Flat")
+
+
+@pytest.fixture
+def versions(tmp_path: Path, to: str) -> list[str]:
+    """Three versions in the order of their publishing; `latest` serves the last."""
+    return [publish(build(tmp_path, model), to, "latest").version for model in ("old", "new", "newest")]
+
+
+def judged(on: str = "NIH", **values: float) -> Evaluations:
+    """Figures with an interval of two points to both sides."""
+    figures = {"precision@8": 0.2, "mAP": 0.2} | {name.replace("_", "@"): value for name, value in values.items()}
+    return {on: {name: Figure(value, value - 0.02, value + 0.02) for name, value in figures.items()}}
+
+
+# ---- promote and rollback
+
+
+def test_a_version_is_promoted_and_readers_of_the_alias_get_it(to: str, versions: list[str]) -> None:
+    moved = promote(to, versions[0], "latest", lambda _: judged())
+    assert (moved.version, moved.before, moved.moved) == (versions[0], versions[2], True)
+    assert open_version(f"{to}@latest").version.id == versions[0]
+    assert not promote(to, versions[0], "latest", lambda _: judged()).moved
+
+
+def test_an_alias_is_promoted_from_another_and_is_made_where_there_is_none(to: str, versions: list[str]) -> None:
+    promote(to, versions[1], "candidate", None)
+    promote(to, "candidate", "serving", None)
+    assert {name: alias.version for name, alias in list_aliases(to).items()} == {
+        "latest": versions[2],
+        "candidate": versions[1],
+        "serving": versions[1],
+    }
+
+
+@pytest.mark.parametrize("worse", ["mAP", "precision_8"])
+def test_a_version_that_is_worse_by_more_than_the_interval_is_refused(to: str, versions: list[str], worse: str) -> None:
+    gates = {versions[0]: judged(**{worse: 0.17}), versions[2]: judged()}
+    with pytest.raises(UserError, match=rf"{versions[0]} is refused: its {worse.replace('_', '@')} on NIH is 17.0"):
+        promote(to, versions[0], "latest", lambda version: gates[version.id])
+    assert list_aliases(to)["latest"].version == versions[2]
+    gates[versions[0]] = judged(**{worse: 0.19})  # within it
+    assert promote(to, versions[0], "latest", lambda version: gates[version.id]).moved
+
+
+def test_versions_judged_on_different_patients_do_not_compare(to: str, versions: list[str]) -> None:
+    gates = {versions[0]: judged("NIH"), versions[2]: judged("phantoms")}
+    with pytest.raises(UserError, match=r"was evaluated on NIH, and .* on phantoms: evaluate both"):
+        promote(to, versions[0], "latest", lambda version: gates[version.id])
+    with pytest.raises(UserError, match="was evaluated on nothing"):
+        promote(to, versions[0], "latest", lambda _: {})
+    assert promote(to, versions[0], "latest", None).moved
+
+
+def test_rollback_goes_to_the_version_before_and_done_twice_is_back(to: str, versions: list[str]) -> None:
+    assert rollback(to, "latest").version == versions[1]
+    assert list_aliases(to)["latest"].generation == 4
+    assert rollback(to, "latest").version == versions[2]
+
+
+def test_there_is_no_way_back_from_the_first_version(tmp_path: Path, to: str) -> None:
+    publish(build(tmp_path, "old"), to, "latest")
+    with pytest.raises(UserError, match="nothing to roll back to"):
+        rollback(to, "latest")
+    with pytest.raises(UserError, match="there is no alias 'other'"):
+        rollback(to, "other")
+
+
+def test_whoever_moves_the_alias_during_a_promote_is_not_overwritten(to: str, versions: list[str]) -> None:
+    def slow(version: Version) -> Evaluations:
+        if version.id == versions[0]:
+            rollback(to, "latest")
+        return judged()
+
+    with pytest.raises(UserError, match="somebody else moved alias 'latest' meanwhile"):
+        promote(to, versions[0], "latest", slow)
+    assert list_aliases(to)["latest"].version == versions[1]
+
+
+# ---- collect
+
+
+def aged(to: str, days: float) -> None:
+    for path in (Path(to) / "objects").iterdir():
+        os.utime(path, (time.time(), time.time() - days * 86_400))
+
+
+def test_what_a_version_names_is_never_garbage(to: str, versions: list[str]) -> None:
+    aged(to, 365)
+    assert garbage(to, 30) == []
+    assert [verify(to, version) for version in versions] == [[], [], []]
+
+
+def test_only_old_objects_that_no_version_names_are_deleted(to: str, versions: list[str]) -> None:
+    aged(to, 31)
+    orphan, young = "a" * 64, "b" * 64
+    for name in (orphan, young):
+        (Path(to) / "objects" / name).write_bytes(b"of a publish that never ended")
+    os.utime(Path(to) / "objects" / orphan, (0, 0))
+    assert [each.path for each in garbage(to, 30)] == [orphan]
+    assert (Path(to) / "objects" / orphan).exists(), "to ask is not to delete"
+    assert [each.path for each in collect(to, 30)] == [orphan]
+    assert not (Path(to) / "objects" / orphan).exists()
+    assert (Path(to) / "objects" / young).exists()
+    assert [verify(to, version) for version in versions] == [[], [], []]
+
+
+def test_a_dropped_version_gives_back_what_only_it_named(to: str, versions: list[str]) -> None:
+    own = {entry.sha256 for entry in resolve(to, versions[0]).objects}
+    kept = {entry.sha256 for version in versions[1:] for entry in resolve(to, version).objects}
+    drop_version(to, versions[0])
+    aged(to, 31)
+    assert {each.path for each in collect(to, 30)} == own - kept
+    assert sorted(list_versions(to)) == sorted(versions[1:])
+    assert [verify(to, version) for version in versions[1:]] == [[], []]
+
+
+@pytest.mark.parametrize(("which", "role"), [(2, "serves it"), (1, "would roll back to it")])
+def test_a_version_in_use_is_not_dropped(to: str, versions: list[str], which: int, role: str) -> None:
+    with pytest.raises(UserError, match=f"alias 'latest' {role}"):
+        drop_version(to, versions[which])
+    assert verify(to, versions[which]) == []
+
+
+def test_nothing_published_is_no_garbage(tmp_path: Path) -> None:
+    assert garbage(str(tmp_path / "nothing"), 0) == []
+
+
+# ---- the job
+
+
+def test_the_gate_reads_finished_evaluations_of_the_versions_own_model(
+    tmp_path: Path, to: str, versions: list[str]
+) -> None:
+    def evaluation(name: str, model: str, value: float) -> Draft:
+        cell = {"value": value, "low": value - 0.01, "high": value + 0.01}
+        figures: dict[str, Any] = {"model": model, "split": "test", "corpus": "c0ffee"}
+        figures["embeddings"] = {"global": {"all": {"precision_at": {"8": cell}, "map": cell}}}
+        draft = Draft(str(tmp_path / "reports" / "evaluation" / name), "evaluation", {"name": name}, ()).begin()
+        entry = draft.write("evaluation.json", json.dumps(figures).encode())
+        if name != "unfinished":
+            draft.finish([entry], {})
+        return draft
+
+    evaluation("first", "old", 0.3)
+    evaluation("second", "new", 0.1)
+    evaluation("unfinished", "newest", 0.9)
+    gate = evaluations_in(str(tmp_path))
+    place = "the test patients of corpus c0ffee"
+    assert gate(resolve(to, versions[0]))[place]["mAP"].value == 0.3
+    assert gate(resolve(to, versions[1]))[place]["precision@8"].low == pytest.approx(0.09)
+    assert gate(resolve(to, versions[2])) == {}
+
+
+def test_a_damaged_object_is_named_by_verify(to: str, versions: list[str]) -> None:
+    show_problems(to, "latest")
+    entry = resolve(to, versions[2]).files["shards/0.faiss"]
+    storage.write_bytes(resolve(to, versions[2]).object_uri(entry), b"damaged")
+    with pytest.raises(UserError, match=entry.sha256):
+        show_problems(to, "latest")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "cannot do ''"), (["prune"], "cannot do 'prune'"), (["promote"], "takes one version"), (["gc", "x"], "no")],
+)
+def test_words_that_mean_nothing_are_refused(words: list[str], message: str, to: str) -> None:
+    from argparse import Namespace
+
+    from cxr_retrieval.config import Settings
+
+    options = Namespace(index=to, rest=words, without_gate=False, delete=False, grace_days=30.0)
+    with pytest.raises(UserError, match=message):
+        run(Settings(), options)
