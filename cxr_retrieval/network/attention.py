@@ -32,19 +32,19 @@ class Screen(nn.Module):
         return features_BKHW * self.spatial(summary_B2HW).sigmoid()
 
 
-def sum_activations(activations: list[Tensor]) -> Tensor:
-    """Class activation maps [B, C, H, W] of several steps, from fine to coarse -> their sum at the finest resolution.
+def sum_activations(activations: list[Tensor], side: int) -> Tensor:
+    """Class activation maps [B, C, H, W] of several steps -> their sum [B, C, side, side].
 
     They add up as they are: each is a share of its step's logit.
     """
-    size = activations[0].shape[2:]
+    size = (side, side)
     return torch.stack(
-        [F.interpolate(maps, size=size, mode="bilinear", align_corners=False) for maps in activations]
+        [F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True) for maps in activations]
     ).sum(0)
 
 
 def heat_map(activations_BCHW: Tensor, logits_BC: Tensor) -> Tensor:
-    """Class activation maps, weighted by the probability of their findings -> heat [B, H, W] in [0, 1], float32.
+    """Maps of every finding, weighted by the probability of that finding -> heat [B, H, W] in [0, 1], float32.
 
     Each image's heat has minimum 0 and maximum 1; a constant map gives zeros, which `crop_boxes` reads as the whole
     image.

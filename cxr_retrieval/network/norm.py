@@ -1,6 +1,6 @@
-"""Standardised embeddings, with the statistics of the global batch.
+"""What is taken out of embeddings and maps because all images share it, with the statistics of the global batch.
 
-B images, D dimensions, N images of all workers.
+B images, C findings, D dimensions, G sides of a map, N images of all workers.
 """
 
 from typing import Any
@@ -84,3 +84,35 @@ class SyncedStandardise(nn.Module):
         weight = (1.0 / self.updates).clamp(min=self.momentum)
         self.running_mean.lerp_(mean_D, weight)
         self.running_var.lerp_(unbiased_var_D, weight)
+
+
+class UsualMaps(nn.Module):
+    """The maps of every finding minus what they show on average: where this image differs from the others.
+
+    Without it a class activation map speaks mostly of where a finding is in general, the heart for all of them.
+
+    The mean runs over training, a plain one at first and of about the last ten batches later, over the images of all
+    workers: a collective call in training, which every worker makes equally often. No gradient.
+    """
+
+    mean: Tensor
+    updates: Tensor
+
+    def __init__(self, findings: int, side: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(findings, side, side))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, maps_BCGG: Tensor) -> Tensor:
+        """Maps [B, C, G, G] -> the same minus the running mean, float32. In training it takes these in first."""
+        maps_BCGG = maps_BCGG.float()
+        if self.training:
+            sums = torch.cat([maps_BCGG.sum(0).flatten(), maps_BCGG.new_full((1,), len(maps_BCGG))])
+            if _several_workers():
+                dist.all_reduce(sums)
+            self.updates += 1
+            weight = (1.0 / self.updates).clamp(min=self.momentum)
+            self.mean.lerp_((sums[:-1] / sums[-1]).view_as(self.mean), weight)
+        return maps_BCGG - self.mean

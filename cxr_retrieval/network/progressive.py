@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cxr_retrieval.network.attention import Screen, crop_and_resize, crop_boxes, heat_map, sum_activations
 from cxr_retrieval.network.backbones import Normalisation, build_backbone
+from cxr_retrieval.network.norm import UsualMaps
 from cxr_retrieval.network.steps import CROP, PRIOR_LOGIT, WHOLE, Step, StepOutput
 
 
@@ -22,7 +23,7 @@ class Output(NamedTuple):
         z_PSBD: embeddings of unit length.
         logits_PSBC: finding logits of each step.
         joint_PBC: finding logits of all steps together (PMG's classifier over the concatenated features).
-        heat_BHW: where pass 1 looked, in [0, 1], as fine as the map of the first step; no gradient.
+        heat_BHW: where pass 1 looked, in [0, 1], 32 places a side; no gradient.
         boxes_B4: what pass 2 saw: x, y, width, height in pixels of the images given, int64.
     """
 
@@ -41,6 +42,7 @@ class _Pass(NamedTuple):
 
 
 ARCHITECTURE = 2  # raise it with every change that gives the same settings or weights another output
+HEAT_SIDE = 32
 # Least places a side of a map that says where a finding is. On phantoms of 64 pixels the maps of 4 x 4 and 2 x 2 places
 # name the findings best and point away from them: their places see all of the image, padding included.
 _FINE = 8
@@ -49,9 +51,10 @@ _FINE = 8
 class ProgressiveNetwork(nn.Module):
     """Steps as in PMG (Du et al. 2020), a crop as in AG-CNN (Guan et al. 2018) and WS-DAN (Hu et al. 2019).
 
-    Pass 1 sees the whole image. Its maps are screened by attention; those with at least 8 places a side (else the
-    finest one) give the heat, the heat gives the box, and pass 2 sees the box enlarged to the image's size, with the
-    same weights. Both passes are one forward, because DDP allows one forward before a backward.
+    Pass 1 sees the whole image. Its maps are screened by attention; what those with at least 8 places a side (else the
+    finest one) show of the findings, beyond what they show on average, is the heat. The heat gives the box, and pass 2
+    sees the box enlarged to the image's size, with the same weights. Both passes are one forward, because DDP allows one
+    forward before a backward.
 
     Under DDP with `find_unused_parameters=False` every output with a gradient must enter the loss: weigh what is not
     wanted by 0 instead of leaving it out.
@@ -103,6 +106,7 @@ class ProgressiveNetwork(nn.Module):
         self.steps = nn.ModuleList(stages)
         self.joint = nn.Linear(sum(step.classifier.in_features for step in stages), findings)
         nn.init.constant_(self.joint.bias, PRIOR_LOGIT)
+        self.usual = UsualMaps(findings, HEAT_SIDE)
 
     def _pass(self, images_B1HW: Tensor, which: int) -> _Pass:
         maps = [screen(stage) for screen, stage in zip(self.screens, self.backbone(images_B1HW), strict=True)]
@@ -131,7 +135,7 @@ class ProgressiveNetwork(nn.Module):
         with torch.no_grad():
             fine = [step for step, map_BNHW in enumerate(whole.neck_maps) if min(map_BNHW.shape[2:]) >= _FINE] or [0]
             activations = [cast(Step, self.steps[step]).activations(whole.neck_maps[step]) for step in fine]
-            heat_BHW = heat_map(sum_activations(activations), whole.joint_BC)
+            heat_BHW = heat_map(self.usual(sum_activations(activations, HEAT_SIDE)), whole.joint_BC)
             if boxes_B4 is None:
                 boxes_B4 = crop_boxes(heat_BHW, self.crop_threshold, image_size, self.crop_minimum)
         passes = [whole]

@@ -147,9 +147,10 @@ def test_heat_follows_the_finding_that_is_probable():
     assert heat_map(activations_BCHW, torch.tensor([[-4.0, 4.0]]))[0].argmax() == 15
 
 
-def test_activations_of_two_steps_add_up_at_the_finer_resolution():
+def test_activations_of_two_steps_add_up_at_one_resolution():
     fine_BCHW, coarse_BCHW = torch.randn(2, 3, 8, 8), torch.full((2, 3, 4, 4), 2.0)
-    torch.testing.assert_close(sum_activations([fine_BCHW, coarse_BCHW]), fine_BCHW + 2)
+    torch.testing.assert_close(sum_activations([fine_BCHW, coarse_BCHW], 8), fine_BCHW + 2)
+    assert sum_activations([fine_BCHW, coarse_BCHW], 32).shape == (2, 3, 32, 32)
 
 
 def test_the_screen_only_weakens():

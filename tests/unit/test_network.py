@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cxr_retrieval.network.attention import crop_and_resize, heat_map, sum_activations
-from cxr_retrieval.network.norm import SyncedStandardise
+from cxr_retrieval.network.norm import SyncedStandardise, UsualMaps
 from cxr_retrieval.network.progressive import (
+    HEAT_SIDE,
     Output,
     ProgressiveNetwork,
     embedding_names,
@@ -62,7 +63,7 @@ def test_one_forward_gives_both_passes_of_every_step(trained_a_little):
     assert output.z_PSBD.shape == (2, STEPS, BATCH, DIMENSIONS)
     assert output.logits_PSBC.shape == (2, STEPS, BATCH, FINDINGS)
     assert output.joint_PBC.shape == (2, BATCH, FINDINGS)
-    assert output.heat_BHW.shape == (BATCH, SIZE // 8, SIZE // 8)
+    assert output.heat_BHW.shape == (BATCH, HEAT_SIDE, HEAT_SIDE)
     assert output.boxes_B4.shape == (BATCH, 4)
     torch.testing.assert_close(output.z_PSBD.norm(dim=-1), torch.ones(2, STEPS, BATCH))
 
@@ -102,18 +103,20 @@ def test_maps_of_too_few_places_do_not_say_where_to_look(side, fine):
     with torch.no_grad():
         for step in model.steps:
             torch.nn.init.normal_(step.classifier.weight)
-        output = model(images(2, side=side))
         maps = model.backbone(images(2, side=side))
         maps = [step.neck(screen(stage)) for step, screen, stage in zip(model.steps, model.screens, maps, strict=True)]
         activations = [model.steps[step].activations(maps[step]) for step in fine]
-        expected = heat_map(sum_activations(activations), output.joint_PBC[WHOLE])
+        usual_CGG = torch.randn(FINDINGS, HEAT_SIDE, HEAT_SIDE)
+        model.usual.mean.copy_(usual_CGG)
+        output = model(images(2, side=side))
+        expected = heat_map(sum_activations(activations, HEAT_SIDE) - usual_CGG, output.joint_PBC[WHOLE])
     torch.testing.assert_close(output.heat_BHW, expected)
 
 
 def test_one_step_is_enough():
     with torch.no_grad():
         output = network(steps=1).eval()(images(2))
-    assert output.heat_BHW.shape == (2, SIZE // 32, SIZE // 32)
+    assert output.heat_BHW.shape == (2, HEAT_SIDE, HEAT_SIDE)
     assert tuple(embeddings(output)) == embedding_names(1)
 
 
@@ -239,6 +242,10 @@ def standardise_inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 4, generator=generator) + 2, torch.randn(8, 4, generator=generator)
 
 
+def maps(step: int) -> Tensor:
+    return torch.randn(8, 2, 2, 2, generator=torch.Generator().manual_seed(step)) + 3
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -249,6 +256,9 @@ def worker(rank: int, folder: str) -> None:
         y_BD = layer(x_BD)
         (y_BD * weights_BD).sum().backward()
         standardised = {"y": y_BD.detach(), "grad": x_BD.grad, **layer.state_dict()}
+        usual = UsualMaps(2, 2)
+        for step in range(2):
+            usual(maps(step)[SHARES[rank]])
 
         results = {}
         for normalisation in ("group", "batch"):
@@ -259,7 +269,8 @@ def worker(rank: int, folder: str) -> None:
                 loss = some_loss(parallel(images()[rank * 3 : rank * 3 + 3]))
                 loss.backward()
             results[normalisation] = {name: p.grad for name, p in model.named_parameters()}
-        torch.save({"standardised": standardised, "grads": results}, f"{folder}/{rank}.pt")
+        found = {"standardised": standardised, "usual": usual.state_dict(), "grads": results}
+        torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -283,6 +294,19 @@ def test_standardisation_on_two_workers_is_that_of_the_whole_batch(two_workers):
         torch.testing.assert_close(found["grad"], x_BD.grad[share], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found["running_mean"], layer.running_mean, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found["running_var"], layer.running_var, atol=1e-5, rtol=1e-5)
+
+
+def test_what_maps_usually_show_is_taken_out_and_is_that_of_all_workers(two_workers):
+    layer = UsualMaps(2, 2)
+    first = layer(maps(0))
+    torch.testing.assert_close(first, maps(0) - maps(0).mean(0), atol=1e-5, rtol=1e-5)
+    layer(maps(1))
+    torch.testing.assert_close(layer.mean, (maps(0).mean(0) + maps(1).mean(0)) / 2)
+    for result in two_workers:
+        torch.testing.assert_close(result["usual"]["mean"], layer.mean)
+    before = layer.mean.clone()
+    torch.testing.assert_close(layer.eval()(maps(2)[:1]), maps(2)[:1] - before)
+    assert torch.equal(layer.mean, before), "evaluation learns nothing"
 
 
 def test_two_workers_with_group_norm_have_the_gradients_of_one(two_workers):
