@@ -53,8 +53,8 @@ class ProgressiveNetwork(nn.Module):
 
     Pass 1 sees the whole image. Its maps are screened by attention; what those with at least 8 places a side (else the
     finest one) show of the findings, beyond what they show on average, is the heat. The heat gives the box, and pass 2
-    sees the box enlarged to the image's size, with the same weights. Both passes are one forward, because DDP allows one
-    forward before a backward.
+    sees the box enlarged to the image's size, with the same weights. Both passes are one forward, because DDP allows
+    one forward before a backward.
 
     Under DDP with `find_unused_parameters=False` every output with a gradient must enter the loss: weigh what is not
     wanted by 0 instead of leaving it out.
