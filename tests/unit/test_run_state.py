@@ -10,7 +10,7 @@ def epoch(state: RunState, value: float) -> None:
     """An epoch whose best embedding has that validation mAP; its weights and centres are all that number."""
     figures = {"global": {"map": value, "chance_map": 0.1}, "profile": {"map": value / 2, "chance_map": 0.1}}
     state.history.append({"epoch": len(state.history), "loss": 1.0, "centre_cosine": [0.0, 0.5], "validation": figures})
-    state.keep_best({"weight": torch.full((2,), value)}, torch.full((1, 2, 3), value))
+    state.keep_best({"weight": torch.full((2,), value)}, torch.full((1, 2, 3), value), [])
 
 
 def test_the_best_epoch_is_kept_and_patience_counts_from_it() -> None:
