@@ -99,6 +99,9 @@ class LossSettings(Section):
 
 class TrainingSettings(Section):
     epochs: int = Field(30, ge=1, description="passes over the training split")
+    pretraining: int = Field(
+        0, ge=0, description="passes over the training images before these, by jigsaw puzzles and without labels"
+    )
     batch_size: int = Field(32, ge=2, description="images of one optimizer step, over all workers")
     accumulation: int = Field(1, ge=1, description="micro-batches that a worker adds up to one optimizer step")
     workers: int = Field(1, ge=1, description="Ray Train workers")
@@ -235,6 +238,15 @@ class Settings(Section):
         if training.jigsaw and (corpus.size % JIGSAW_PATCHES or self.network.steps < 2):
             raise ValueError(
                 f"training.jigsaw needs corpus.size in multiples of {JIGSAW_PATCHES} and network.steps above 1"
+            )
+        if training.pretraining and not training.augment:
+            raise ValueError(
+                "training.pretraining needs training.augment=true: it learns from what two varied views have in common"
+            )
+        if training.pretraining and corpus.size % 2**self.network.steps:
+            raise ValueError(
+                f"training.pretraining with network.steps={self.network.steps} needs corpus.size in multiples of"
+                f" {2**self.network.steps}, the patches a side of its finest puzzle"
             )
         return self
 

@@ -170,13 +170,16 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
     finished = artifacts.find(planned.draft.uri)
     left = sum(artifacts.find(part.uri) is None for part in planned.parts)
     trained = finished and artifacts.find(model_draft(settings, Corpus(finished)).uri)
+    epochs = f"{settings.training.epochs} epochs"
+    if settings.training.pretraining:
+        epochs = f"{settings.training.pretraining} epochs of pretraining and {epochs}"
     training = sum(pc.sum(pc.equal(rows["split"], TRAIN)).as_py() or 0 for rows in planned.archive.partitions())
     console.show_table(
         "Plan of pipeline",
         ["step", "images", "state"],
         [
             ["prepare", rows, "finished" if finished else f"{left:,} of {len(planned.parts):,} shards to do"],
-            ["train", training, "finished" if trained else f"{settings.training.epochs} epochs to do"],
+            ["train", training, "finished" if trained else f"{epochs} to do"],
             ["embed, evaluate, index, publish, search", rows, "what is missing"],
         ],
     )

@@ -22,7 +22,7 @@ from cxr_retrieval.report.training import Example, write_training
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.examples import example_places
 from cxr_retrieval.training.model import CENTRES, MODEL_FILE, WEIGHTS_FILE
-from cxr_retrieval.training.run import model_draft, train, training_images
+from cxr_retrieval.training.run import epoch_steps, model_draft, train, training_images
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
@@ -71,16 +71,16 @@ def show_model(model: Artifact, worked: bool) -> None:
 def plan(settings: Settings, _: argparse.Namespace) -> None:
     corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
     draft = model_draft(settings, corpus)
-    images = training_images(settings, corpus)
     training = settings.training
     console.show_table(
         "Plan of train",
-        ["training images", "epochs", "optimizer steps", "workers", "state", "where"],
+        ["training images", "epochs", "pretraining", "optimizer steps", "workers", "state", "where"],
         [
             [
-                images,
+                training_images(settings, corpus),
                 training.epochs,
-                images // training.batch_size * training.epochs,
+                training.pretraining,
+                epoch_steps(settings, corpus) * (training.pretraining + training.epochs),
                 training.workers,
                 "finished" if artifacts.find(draft.uri) else "to do",
                 draft.uri,

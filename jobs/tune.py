@@ -116,6 +116,8 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
     sweep = Sweep(space, options.space, base, corpus)
     images = corpus.artifact.manifest["splits"]["train"]["images"]
+    searched = space.space.get("training.pretraining")
+    passes = space.epochs + (max(searched.extremes) if searched else base.training.pretraining)
     state = "finished" if artifacts.find(sweep.draft.uri) else "to do"
     console.show_table(
         "Plan of tune",
@@ -125,7 +127,7 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
                 space.count,
                 space.search,
                 space.epochs,
-                space.count * space.epochs * images,
+                space.count * passes * images,
                 settings.training.workers,
                 state,
                 sweep.draft.uri,

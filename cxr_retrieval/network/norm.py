@@ -3,34 +3,10 @@
 B images, C findings, D dimensions, G sides of a map, N images of all workers.
 """
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-
-class _SumOverWorkers(torch.autograd.Function):
-    """Sum over the workers; its gradient is the sum of the workers' gradients.
-
-    torch.distributed.nn.functional.all_reduce does the same but is deprecated since torch 2.13.
-    """
-
-    @staticmethod
-    def forward(_: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _several_workers() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+from cxr_retrieval.network.collective import sum_over_workers
 
 
 class SyncedStandardise(nn.Module):
@@ -67,9 +43,7 @@ class SyncedStandardise(nn.Module):
         shift_D = self.running_mean.clone()
         shifted_BD = x_BD - shift_D
         count = x_BD.new_full((1,), x_BD.shape[0])
-        sums = torch.cat([shifted_BD.sum(0), shifted_BD.square().sum(0), count])
-        if _several_workers():
-            sums = _SumOverWorkers.apply(sums)
+        sums = sum_over_workers(torch.cat([shifted_BD.sum(0), shifted_BD.square().sum(0), count]))
         dimensions = x_BD.shape[1]
         count = sums[-1].detach()
         mean_D = sums[:dimensions] / count
@@ -109,9 +83,7 @@ class UsualMaps(nn.Module):
         """Maps [B, C, G, G] -> the same minus the running mean, float32. In training it takes these in first."""
         maps_BCGG = maps_BCGG.float()
         if self.training:
-            sums = torch.cat([maps_BCGG.sum(0).flatten(), maps_BCGG.new_full((1,), len(maps_BCGG))])
-            if _several_workers():
-                dist.all_reduce(sums)
+            sums = sum_over_workers(torch.cat([maps_BCGG.sum(0).flatten(), maps_BCGG.new_full((1,), len(maps_BCGG))]))
             self.updates += 1
             weight = (1.0 / self.updates).clamp(min=self.momentum)
             self.mean.lerp_((sums[:-1] / sums[-1]).view_as(self.mean), weight)

@@ -81,7 +81,7 @@ def write_training(
     model: Mapping[str, Any], centres: np.ndarray, classes: Sequence[str], films: Sequence[Example]
 ) -> str:
     """The page of a model, from the facts of its `model.json` and its centres `[T, K, D]` of the `classes` [K]."""
-    history = model["history"]
+    history, pretraining = model["history"], model.get("pretraining", ())
     steps = len(centres) // len(_PASSES)
     tables = [f"{which}, step {step + 1}" for which in _PASSES for step in range(steps)]
     best = history[model["best_epoch"]]
@@ -91,6 +91,7 @@ def write_training(
         "training.html.j2",
         title="Training",
         facts=[
+            *([("Epochs without labels", len(pretraining))] if pretraining else []),
             ("Epochs", f"{len(history)}, stopped early" if model["stopped_early"] else len(history)),
             ("Best epoch", model["best_epoch"] + 1),
             ("Chosen embedding", chosen),
@@ -106,6 +107,7 @@ def write_training(
             _losses(history, "cross_entropy", "cross-entropy", tables),
             _losses(history, "ccloss", "CCLoss", tables),
             _cosines(history, tables),
+            *([_pretraining(pretraining)] if pretraining else []),
         ],
         matrix=_geometry(centres[steps - 1], classes, f"cosine between centres, {tables[steps - 1]}"),
         films=[_film(example) for example in films],
@@ -125,6 +127,13 @@ def _losses(history: Sequence[Mapping[str, Any]], key: str, name: str, tables: S
     curves = {table: [record[f"{key}_by_table"][n] for record in history] for n, table in enumerate(tables)}
     y = number_axis(name, "mean over the epoch's images", _known(curves))
     return _chart(f"{name} of every step and pass", "unweighted; a pass begins where it is first seen", y, curves)
+
+
+def _pretraining(records: Sequence[Mapping[str, Any]]) -> _Chart:
+    curve = [record["loss"] for record in records]
+    y = number_axis("loss", "mean over the epoch's steps", [*curve, 0.0])
+    note = "0 where a puzzle's embedding says all that the image's does; near 1, nothing"
+    return _chart("Pretraining without labels, before all else", note, y, {"puzzles and images": curve})
 
 
 def _cosines(history: Sequence[Mapping[str, Any]], tables: Sequence[str]) -> _Chart:

@@ -14,13 +14,14 @@ TURN_DEGREES, SHIFT, SCALE = 7.0, 0.06, 0.10  # shift as a share of the side, sc
 CONTRAST, BRIGHTNESS = 0.20, 0.20  # in units of the normalised image's standard deviation
 
 
-def by_lane(images_B1HW: Tensor, seeds: Sequence[int], change: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
-    """Change the images of each lane, an equal share of the batch each, with dice of its own.
+def by_lane(
+    images_B1HW: Tensor, dice: Sequence[torch.Generator], change: Callable[[Tensor, torch.Generator], Tensor]
+) -> Tensor:
+    """Change the images of each lane, an equal share of the batch each, with the dice of that lane.
 
     An image is then changed alike however the lanes are dealt to workers.
     """
-    pieces = zip(images_B1HW.chunk(len(seeds)), seeds, strict=True)
-    changed = [change(piece, torch.Generator().manual_seed(seed)) for piece, seed in pieces]
+    changed = [change(piece, die) for piece, die in zip(images_B1HW.chunk(len(dice)), dice, strict=True)]
     return torch.cat(changed).contiguous(memory_format=torch.channels_last)
 
 

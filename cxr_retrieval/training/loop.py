@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from cxr_retrieval.training.model import build_network, normalised
 from cxr_retrieval.training.objective import Objective, gather_centres
 from cxr_retrieval.training.optimisation import Optimisation
 from cxr_retrieval.training.order import Order, group_rows
+from cxr_retrieval.training.pretraining import agreement, turn_of, two_views
 from cxr_retrieval.training.state import TAKEN, RunState, checkpoint_of, load_state
 from cxr_retrieval.training.telling import Teller
 from cxr_retrieval.training.tracking import Nowhere, Tracker, epoch_figures, tracker_of
@@ -71,7 +72,8 @@ class Worker:
         self.order = Order(
             group_rows(self.places), self.settings.seed, training.batch_size, training.lanes, training.shuffle_images
         )
-        self.total_steps = self.order.steps * training.epochs
+        self.pretraining_steps = self.order.steps * training.pretraining
+        self.total_steps = self.pretraining_steps + self.order.steps * training.epochs
         labels = torch.as_tensor(np.concatenate([*self._labels()]))
         self.objective = Objective.build(self.settings.losses, labels, steps, training.shallow_share, self.device)
         self.optimisation = self._optimisation(centre_targets(labels[:1], self.settings.losses.no_finding).shape[1])
@@ -116,36 +118,43 @@ class Worker:
             seed=self.settings.seed,
             device=self.device,
         )
-        return Optimisation(network, model, centres, self.settings.training, self.total_steps)
+        training = self.settings.training
+        return Optimisation(network, model, centres, training, self.total_steps, self.pretraining_steps)
 
     def run(self) -> None:
         if self.state.final is not None:  # killed after the last report: the checkpoint holds everything
             self._report_final()
             return
-        training = self.settings.training
         batches = self._batches()
+        while self.state.step < self.pretraining_steps:
+            self._end_pretraining_epoch(self._epoch(batches, self._pretraining_step))
         while self.state.step < self.total_steps and not self._is_patience_over():
-            epoch, start = divmod(self.state.step, self.order.steps)
-            began = time.monotonic()
-            for index in range(start, self.order.steps):
-                self._step(batches)
-                self._tell(epoch, index + 1)
-                inside = index + 1 < self.order.steps
-                if inside and self.state.step % training.checkpoint_steps == 0:
-                    self._average_sums()
-                    self._report({"epoch": epoch, "step": self.state.step})
-            self._average_sums()
-            if not self.state.sums:
-                raise self.optimisation.not_finite("no finite gradient in a whole epoch")
-            record = self.state.mean_losses()
-            self.state.sums = {}
-            done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
-            record["images_per_second"] = done * training.batch_size / (time.monotonic() - began)
-            self._end_epoch(epoch, record)
+            self._end_epoch(self._epoch(batches, self._step))
         assert self.state.step < self.total_steps or next(batches, None) is None, "more input than the plan has steps"
         batches.close()
         self.teller.end()
         self._finish()
+
+    def _epoch(self, batches: Iterator[Batch], take_step: Callable[[Iterator[Batch]], None]) -> dict[str, Any]:
+        """What is left of the running epoch: its number within its phase, its mean losses, its speed."""
+        training = self.settings.training
+        epochs, start = divmod(self.state.step, self.order.steps)
+        epoch = epochs if self.state.step < self.pretraining_steps else epochs - training.pretraining
+        began = time.monotonic()
+        for index in range(start, self.order.steps):
+            take_step(batches)
+            self._tell(epoch, index + 1)
+            inside = index + 1 < self.order.steps
+            if inside and self.state.step % training.checkpoint_steps == 0:
+                self._average_sums()
+                self._report({"epoch": epoch, "step": self.state.step})
+        self._average_sums()
+        if not self.state.sums:
+            raise self.optimisation.not_finite("no finite gradient in a whole epoch")
+        record = self.state.mean_losses()
+        self.state.sums = {}
+        done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
+        return record | {"epoch": epoch, "images_per_second": done * training.batch_size / (time.monotonic() - began)}
 
     def _is_patience_over(self) -> bool:
         patience = self.settings.training.patience
@@ -163,7 +172,7 @@ class Worker:
         share = len(self.lanes) * self.workers / training.lanes / training.accumulation
         for micro in range(training.accumulation):
             batch = next(batches)
-            images = self._varied(normalised(batch.pixels.copy(), self.corpus.recipe, self.device), micro, shuffled)
+            images = self._varied(self._images(batch), micro, shuffled)
             labels = torch.as_tensor(batch.labels).to(self.device)
             with optimisation.micro_batch(last=micro == training.accumulation - 1):
                 output = optimisation.forward(images, crop=progress >= training.crop_from)
@@ -177,6 +186,34 @@ class Worker:
             self.state.add(sums)
         self.state.step += 1
 
+    def _pretraining_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step without labels; the centres stay, for no finding is gathered.
+
+        Each micro-batch has its own correlation, so accumulation is not the same as one large batch here.
+        """
+        training, optimisation = self.settings.training, self.optimisation
+        optimisation.begin(self.state.step)
+        turn = turn_of(self.state.step, self.settings.network.steps)
+        mean = torch.zeros((), device=self.device)
+        for micro in range(training.accumulation):
+            images = self._images(next(batches))
+            with optimisation.micro_batch(last=micro == training.accumulation - 1):
+                output = optimisation.forward(two_views(images, turn.patches, self._dice(micro)), crop=False)
+                loss = agreement(output, turn.steps) / training.accumulation
+                optimisation.backward(loss)
+            mean += loss.detach()
+        if optimisation.end():
+            self.state.add({"loss": mean})
+        self.state.step += 1
+
+    def _images(self, batch: Batch) -> Tensor:
+        return normalised(batch.pixels.copy(), self.corpus.recipe, self.device)
+
+    def _dice(self, micro: int) -> list[torch.Generator]:
+        """A generator for each lane: an image is changed alike however many workers there are."""
+        seeds = (_seed(self.settings.seed, self.state.step, micro, lane) for lane in self.lanes)
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
     def _varied(self, images: Tensor, micro: int, shuffled: bool) -> Tensor:
         """The images of a micro-batch, augmented and, where `shuffled`, cut into patches."""
         augmented = self.settings.training.augment
@@ -187,13 +224,13 @@ class Worker:
             piece = augment(piece, generator) if augmented else piece
             return jigsaw(piece, JIGSAW_PATCHES, generator) if shuffled else piece
 
-        return by_lane(images, [_seed(self.settings.seed, self.state.step, micro, n) for n in self.lanes], change)
+        return by_lane(images, self._dice(micro), change)
 
     def _batches(self) -> Generator[Batch]:
         """This worker's micro-batches from the current step to the last epoch's end."""
         training = self.settings.training
         source = WorkerInput(self.corpus, self.places, self.order, self.rank, self.workers, training.accumulation)
-        return source.batches(self.state.step, training.epochs)
+        return source.batches(self.state.step, training.pretraining + training.epochs)
 
     def _average_sums(self) -> None:
         """The mean over workers, which stays what it is if taken again: a checkpoint speaks for all of them."""
@@ -208,13 +245,20 @@ class Worker:
             for buffer in (*self.optimisation.network.buffers(), *self.optimisation.averaged.module.buffers()):
                 dist.broadcast(buffer, src=0)
 
-    def _end_epoch(self, epoch: int, record: dict[str, Any]) -> None:
+    def _end_pretraining_epoch(self, record: dict[str, Any]) -> None:
+        self.state.pretraining.append(record)
+        self.tracker.log(self.state.step, {"pretraining/loss": record["loss"]})
+        self.tracker.send()
+        self._tell(record["epoch"], self.order.steps, force=True)
+        self._report(record)
+
+    def _end_epoch(self, record: dict[str, Any]) -> None:
         self._share_buffers()
         centres = self.optimisation.centres
         figures = self.validation.figures()
         if figures is None:
             raise self.optimisation.not_finite("validation embeddings are no numbers")
-        record |= {"epoch": epoch, "validation": figures}
+        record["validation"] = figures
         if self.rank == 0:
             record["crops"] = self.validation.crops()
         record["centre_cosine"] = [table.mean_cosine for table in centres.geometry()]
@@ -225,7 +269,7 @@ class Worker:
         )
         self.tracker.log(self.state.step, epoch_figures(record))
         self.tracker.send()
-        self._tell(epoch, self.order.steps, force=True)
+        self._tell(record["epoch"], self.order.steps, force=True)
         self._report(record | self._curve())
 
     def _finish(self) -> None:
@@ -265,15 +309,18 @@ class Worker:
         """Say how far the run is."""
         if self.rank != 0 or not (force or self.teller.is_due()):
             return
+        training, pretraining = self.settings.training, self.state.step <= self.pretraining_steps  # after the step
         if "loss" in self.state.sums:
             mean = float(self.state.sums["loss"]) / float(self.state.sums[TAKEN])
-            self.tracker.log(self.state.step, {"train/loss": mean})
-        last = self.state.history[-1] if self.state.history else {}
+            self.tracker.log(self.state.step, {f"{'pretraining' if pretraining else 'train'}/loss": mean})
+        past = self.state.pretraining if pretraining else self.state.history
+        last = past[-1] if past else {}
         self.teller.tell(
             {
-                "images": self.state.step * self.settings.training.batch_size,
+                "images": self.state.step * training.batch_size,
+                "phase": "pretraining epoch" if pretraining else "epoch",
                 "epoch": epoch + 1,
-                "epochs": self.settings.training.epochs,
+                "epochs": training.pretraining if pretraining else training.epochs,
                 "step": step,
                 "retries": max(self.validation.retries, storage.retries()),
                 "last_epoch": {name: last[name] for name in ("loss", "validation") if name in last},

@@ -44,13 +44,16 @@ class Optimisation:
         centres: Centres,
         settings: TrainingSettings,
         total_steps: int,
+        pretraining_steps: int = 0,
     ) -> None:
         """`model` is what is called in training: the network itself, or DDP around it.
+
+        The first `pretraining_steps` of `total_steps` are a phase of their own, with its own warm-up and cosine.
 
         Raises UserError where the network is to be compiled and there is no compiler.
         """
         self.network, self.model, self.centres = network, model, centres
-        self.settings, self.total_steps = settings, total_steps
+        self.settings, self.total_steps, self.pretraining_steps = settings, total_steps, pretraining_steps
         self.step = 0
         self.skipped = 0
         device = next(network.parameters()).device
@@ -64,14 +67,29 @@ class Optimisation:
 
     @property
     def progress(self) -> float:
-        """The share of the steps that has gone by, in [0, 1]."""
-        return self.step / self.total_steps
+        """The share of the steps of the running phase that has gone by, in [0, 1]."""
+        done, steps = self._place()
+        return done / steps
+
+    def _place(self) -> tuple[int, int]:
+        """Steps of the running phase: those that have gone by, and all."""
+        if self.step < self.pretraining_steps:
+            return self.step, self.pretraining_steps
+        return self.step - self.pretraining_steps, self.total_steps - self.pretraining_steps
 
     def begin(self, step: int) -> None:
-        """Set the learning rate of a step, from 0."""
+        """Set the learning rate of a step, from 0; with the first one after pretraining, begin anew from the weights.
+
+        The average leaves out the weights of pretraining. So does the optimizer: the classifiers' gradients were 0 all
+        the while, and over second moments of 0, which a later step no longer makes up for, their first step would be
+        several times too long.
+        """
         self.step = step
+        if step == self.pretraining_steps > 0:
+            self.optimizer.state.clear()
+            self.averaged.n_averaged.zero_()
         self.model.train()
-        share = rate_share(step, self.total_steps, self.settings.warmup_share)
+        share = rate_share(*self._place(), self.settings.warmup_share)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * share
 

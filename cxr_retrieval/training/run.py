@@ -82,7 +82,7 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     draft.begin()
     progress_uri = storage.join(settings.workspace, "runs", draft.input_id, PROGRESS_FILE)
     trainer = trainer_of(settings, corpus, draft.input_id, tracking_server())
-    before, total = told_of(progress_uri).get("images", 0), planned_images(settings, corpus)
+    before, total = told_of(progress_uri).get("images", 0), planned_images(settings, corpus, training.epochs)
     with Progress.of(settings.workspace, draft, "train", total, before=min(before, total)) as progress:
         with _followed(progress_uri, progress, before):
             result = trainer.fit()
@@ -138,11 +138,15 @@ def trainer_of(
     )
 
 
-def planned_images(settings: Settings, corpus: Corpus) -> int:
-    """Images that a run sees at most, over all epochs; the last images of an epoch that fill no batch are left out."""
+def planned_images(settings: Settings, corpus: Corpus, epochs: int) -> int:
+    """Images that a run has seen after pretraining and so many epochs with labels."""
     training = settings.training
-    steps = training_images(settings, corpus) // training.batch_size
-    return int(steps * training.batch_size * training.epochs)
+    return epoch_steps(settings, corpus) * training.batch_size * (training.pretraining + epochs)
+
+
+def epoch_steps(settings: Settings, corpus: Corpus) -> int:
+    """Optimizer steps of an epoch; the last images of an epoch that fill no batch are left out."""
+    return training_images(settings, corpus) // settings.training.batch_size
 
 
 def training_images(settings: Settings, corpus: Corpus) -> int:
@@ -210,6 +214,7 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "validation": final["validation"],
         "best_epoch": run["best_epoch"],
         "stopped_early": stopped_early(settings, run),
+        "pretraining": run["pretraining"],
         "history": run["history"],
     }
     splits = corpus.artifact.manifest["splits"]
@@ -245,9 +250,12 @@ def _follow(uri: str, stop: threading.Event, progress: Progress, seen: int) -> N
             storage.add_retries(max(0, facts["retries"] - retries))
             retries = facts["retries"]
         if facts and facts["images"] > seen:
-            validation = facts["last_epoch"].get("validation", {})
-            best = max((figures["map"] for figures in validation.values()), default=None)
-            note = f"epoch {facts['epoch']} of {facts['epochs']}"
-            note += f", validation mAP {100 * best:.1f}" if best is not None else ""
+            last = facts["last_epoch"]
+            best = max((figures["map"] for figures in last.get("validation", {}).values()), default=None)
+            note = f"{facts['phase']} {facts['epoch']} of {facts['epochs']}"
+            if best is not None:
+                note += f", validation mAP {100 * best:.1f}"
+            elif "loss" in last:
+                note += f", loss {last['loss']:.3f}"
             progress.advance(facts["images"] - seen, note)
             seen = facts["images"]

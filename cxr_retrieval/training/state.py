@@ -31,6 +31,7 @@ class RunState:
     best_network: dict[str, Tensor] = field(default_factory=dict)
     best_centres: Tensor | None = None
     best_resampled: list[float] = field(default_factory=list)
+    pretraining: list[dict[str, Any]] = field(default_factory=list)  # a record of every epoch without labels
     history: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, Any] | None = None
 
@@ -40,11 +41,14 @@ class RunState:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def mean_losses(self) -> dict[str, Any]:
-        """The means over the epoch's steps, of every step and pass too; None for a pass that was not seen."""
+        """The means over the epoch's steps, with labels those of every step and pass too; None for a pass that was not
+        seen."""
         taken = float(self.sums[TAKEN])
         record: dict[str, Any] = {
             name: float(value) / taken for name, value in self.sums.items() if name not in (BY_TABLE, TAKEN)
         }
+        if BY_TABLE not in self.sums:
+            return record
         ccloss_T, entropy_T, seen_T = self.sums[BY_TABLE].tolist()
         for name, values in (("ccloss", ccloss_T), ("cross_entropy", entropy_T)):
             means = [value / seen if seen else None for value, seen in zip(values, seen_T, strict=True)]

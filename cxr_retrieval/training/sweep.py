@@ -326,7 +326,7 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
         "value_epoch": best and best["epoch"],
         "epochs": epochs,
         "seconds": round(result.get("time_total_s", 0.0), 1),
-        "images": planned_images(settings, sweep.corpus) * epochs // settings.training.epochs,
+        "images": planned_images(settings, sweep.corpus, epochs) if epochs else 0,
         "error": error,
         "curve": curve,
         "resampled": json.loads(result.get(RESAMPLED, "[]")),

@@ -268,6 +268,45 @@ def test_a_run_of_two_workers_goes_on_with_one_and_gives_the_curve_of_one(
         assert found == pytest.approx(straight, rel=0.05, abs=0.01), name
 
 
+def test_a_run_that_ends_amid_pretraining_goes_on_to_the_same_curve_and_workers_change_nothing(
+    phantom_archive, corpus, tmp_path
+):
+    class EndsIt(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:  # noqa: ARG002
+            if metrics[0]["epoch"] == 1 and "loss" not in metrics[0]:
+                raise RuntimeError("killed")
+
+    short = {"pretraining": 2, "epochs": 1, "augment": "true", "checkpoint_steps": 3, "learning_rate": 1e-5}
+    one, two = (settings(phantom_archive, tmp_path, workers=workers, **short) for workers in (1, 2))
+    straight, _ = train(one, corpus)
+    facts = json.loads(straight.read("model.json"))
+    assert [record["epoch"] for record in facts["pretraining"]] == [0, 1]
+    assert [record["epoch"] for record in facts["history"]] == [0]
+    steps = straight.counts["train_images"] // BATCH
+    assert straight.counts["steps"] == 3 * steps
+    (seen,) = statuses(str(tmp_path))
+    assert (seen.done, seen.total) == (3 * steps * BATCH, 3 * steps * BATCH)
+    assert model_draft(one, corpus) != model_draft(
+        settings(phantom_archive, tmp_path, **short | {"pretraining": 0}), corpus
+    )
+
+    with pytest.raises(Exception, match="killed"):
+        trainer_of(one, corpus, "killed", None, callbacks=[EndsIt()]).fit()
+    before = torch.load(newest_checkpoint(tmp_path / "runs" / "killed") / STATE_FILE, weights_only=True)["run"]
+    assert len(before["pretraining"]) == 1
+    assert before["sums"], "it goes on from within an epoch"
+    after = load_state(trainer_of(one, corpus, "killed", None).fit().checkpoint)["run"]
+    assert after["pretraining"][0] == before["pretraining"][0], "nothing was trained again"
+    for phase in ("pretraining", "history"):
+        assert without_speed(after[phase]) == without_speed(facts[phase])
+
+    parted = load_state(trainer_of(two, corpus, "parted", None).fit().checkpoint)["run"]
+    for phase in ("pretraining", "history"):
+        assert [record["loss"] for record in parted[phase]] == pytest.approx(
+            [r["loss"] for r in facts[phase]], rel=1e-3
+        )
+
+
 def test_a_run_begins_with_as_many_workers_as_there_is_room_for(phantom_archive, corpus, tmp_path):
     wide = {"workers": 2, "cpus_per_worker": 1.2, "epochs": 1}
     with pytest.raises(UserError, match=r"training\.workers=2 with training\.cpus_per_worker=1\.2 leave Ray Data"):

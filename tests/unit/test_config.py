@@ -126,6 +126,11 @@ def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> No
         (("training.workers=2", "training.min_workers=3"), "training.min_workers=3 is above training.workers=2"),
         (("training.min_workers=1", "network.normalisation=batch"), "training.min_workers with network.norm"),
         (("training.precision=float16",), "training.precision=float16 needs training.gpu=true"),
+        (("training.pretraining=2", "training.augment=false"), "training.pretraining needs training.augment=true"),
+        (
+            ("training.pretraining=2", "corpus.size=100"),
+            "training.pretraining with network.steps=3 needs corpus.size in multiples of 8",
+        ),
         (("training.batch_size=30",), "training.batch_size=30 is not a multiple of training.lanes=4"),
         (("training.accumulation=3",), "training.batch_size=32 is not a multiple of training.lanes=4 x training.acc"),
     ],

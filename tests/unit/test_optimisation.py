@@ -17,12 +17,12 @@ from cxr_retrieval.training.optimisation import PARTS, SKIPPED_LIMIT, Optimisati
 B, C, D, SIDE = 6, 3, 8, 64
 
 
-def optimisation(**changes: object) -> Optimisation:
+def optimisation(pretraining_steps: int = 0, **changes: object) -> Optimisation:
     torch.manual_seed(0)
     network = ProgressiveNetwork("resnet18_half", C, steps=2, dimensions=D)
     centres = Centres(4, C + 1, D, 0.05)
     settings = TrainingSettings.model_validate({"precision": "float32", **changes})
-    stepped = Optimisation(network, network, centres, settings, total_steps=100)
+    stepped = Optimisation(network, network, centres, settings, 100, pretraining_steps)
     if settings.precision == "float16":  # its scale and its rule are looked at here; computing in it is for GPUs
         stepped.autocast = contextlib.nullcontext
     return stepped
@@ -128,6 +128,41 @@ def test_a_run_goes_on_from_its_state_as_if_nothing_had_been(precision: str) -> 
     assert second.scaler.state_dict() == straight.scaler.state_dict()
     for name, value in moving(straight).items():
         assert torch.equal(moving(second)[name], value), name
+
+
+def test_training_begins_anew_after_pretraining_from_its_weights_wherever_the_run_went_on() -> None:
+    straight, resumed = (optimisation(pretraining_steps=2) for _ in range(2))
+    for number in range(2):
+        step(straight, number)
+    resumed.load_state_dict(straight.state_dict())
+    learnt = {name: value.detach().clone() for name, value in straight.network.named_parameters()}
+    for stepped in (straight, resumed):
+        assert stepped.optimizer.state
+        stepped.begin(2)
+        assert not stepped.optimizer.state
+        assert stepped.progress == 0
+        assert all(torch.equal(value, learnt[name]) for name, value in stepped.network.named_parameters())
+        step(stepped, 2)
+        for average, weight in zip(stepped.averaged.module.parameters(), stepped.network.parameters(), strict=True):
+            assert torch.equal(average, weight), "its first step is the first of the average"
+        step(stepped, 3)
+    for name, value in moving(straight).items():
+        assert torch.equal(moving(resumed)[name], value), name
+
+
+def test_both_phases_warm_up_and_end_low() -> None:
+    stepped = optimisation(pretraining_steps=40)
+    rates, progress = [], []
+    for number in range(100):
+        stepped.begin(number)
+        rates.append(stepped.optimizer.param_groups[0]["lr"])
+        progress.append(stepped.progress)
+    for first, last in ((0, 40), (40, 100)):
+        peak = max(range(first, last), key=lambda number: rates[number])
+        assert first < peak < first + 0.2 * (last - first)
+        assert rates[first] < rates[peak] / 4
+        assert rates[last - 1] < rates[peak] / 20
+        assert progress[first:last] == pytest.approx([(n - first) / (last - first) for n in range(first, last)])
 
 
 def test_micro_batches_add_up_to_one_step() -> None:

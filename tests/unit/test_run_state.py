@@ -10,7 +10,7 @@ def epoch(state: RunState, value: float) -> None:
     """An epoch whose best embedding has that validation mAP; its weights and centres are all that number."""
     figures = {"global": {"map": value, "chance_map": 0.1}, "profile": {"map": value / 2, "chance_map": 0.1}}
     state.history.append({"epoch": len(state.history), "loss": 1.0, "centre_cosine": [0.0, 0.5], "validation": figures})
-    state.keep_best({"weight": torch.full((2,), value)}, torch.full((1, 2, 3), value))
+    state.keep_best({"weight": torch.full((2,), value)}, torch.full((1, 2, 3), value), [])
 
 
 def test_the_best_epoch_is_kept_and_patience_counts_from_it() -> None:
@@ -44,3 +44,12 @@ def test_the_losses_of_an_epoch_are_means_over_the_steps_that_were_taken() -> No
     assert means["ccloss_by_table"] == [pytest.approx(3.0), None]
     assert means["cross_entropy_by_table"] == [pytest.approx(4.5), None]
     assert set(means) == {"loss", "ccloss", "ccloss_by_table", "cross_entropy_by_table"}
+
+
+def test_an_epoch_without_labels_has_a_loss_and_no_place_in_the_curve() -> None:
+    state = RunState()
+    for loss in (1.0, 2.0):
+        state.add({"loss": torch.tensor(loss)})
+    state.pretraining.append(state.mean_losses())
+    assert state.pretraining == [{"loss": 1.5}]
+    assert (state.curve(), state.epochs_since_best()) == ([], 0)

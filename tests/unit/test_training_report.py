@@ -106,6 +106,16 @@ def test_centres_that_have_collapsed_are_said_first():
     assert "have collapsed onto one point (mean cosine above 0.9)" in page([record(0, centres_collapsed=True)])
 
 
+def test_pretraining_has_a_curve_of_its_own_where_there_was_any():
+    html = page([record(0)], pretraining=[{"epoch": epoch, "loss": 0.9 - 0.3 * epoch} for epoch in range(3)])
+    *_, last = re.findall(r'<figure class="chart">.*?</figure>', html, re.S)
+    assert "Pretraining without labels" in last
+    (points,) = re.findall(r'points="([^"]*)"', last)
+    assert len(points.split()) == 3
+    assert dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", html))["Epochs without labels"] == "3"
+    assert "without labels" not in page([record(0)], pretraining=[])
+
+
 def test_a_pass_that_was_never_seen_has_no_curve():
     html = page([record(0, crop=False)])
     assert "crop, step 1" in html  # its centres are there
