@@ -235,6 +235,11 @@ class Settings(Section):
             raise ValueError(
                 "network.normalisation=frozen_batch needs network.weights: there are no statistics to freeze"
             )
+        if self.losses.form == "softmax" and self.losses.no_finding == "negatives_only":
+            raise ValueError(
+                "losses.no_finding=negatives_only needs losses.form=margin: without a finding of its own an image has no"
+                " part in losses.form=softmax; ignore says so"
+            )
         if training.jigsaw and (corpus.size % JIGSAW_PATCHES or self.network.steps < 2):
             raise ValueError(
                 f"training.jigsaw needs corpus.size in multiples of {JIGSAW_PATCHES} and network.steps above 1"

@@ -56,6 +56,7 @@ class Optimisation:
         self.settings, self.total_steps, self.pretraining_steps = settings, total_steps, pretraining_steps
         self.step = 0
         self.skipped = 0
+        self._buffers: list[Tensor] = []  # running statistics before the step
         device = next(network.parameters()).device
         self.autocast = autocast_of(settings.precision, device)
         # Gradients of float16 are kept from vanishing by a scale on the loss, which falls whenever one is infinite.
@@ -89,6 +90,8 @@ class Optimisation:
             self.optimizer.state.clear()
             self.averaged.n_averaged.zero_()
         self.model.train()
+        # A forward with infinite numbers leaves them in running statistics, where they would stay for ever.
+        self._buffers = [buffer.clone() for buffer in self.network.buffers()]
         share = rate_share(*self._place(), self.settings.warmup_share)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * share
@@ -109,7 +112,8 @@ class Optimisation:
         self.scaler.scale(loss).backward()
 
     def end(self) -> bool:
-        """Move weights, average and centres, or none of them where the gradient is not finite: whether they moved.
+        """Move weights, average and centres, or none of them (nor running statistics) where the gradient is not finite:
+        whether they moved.
 
         It is the same on every worker, because gradients are averaged before they are measured. Raises UserError after
         SKIPPED_LIMIT steps in a row; those that float16 skips while the scale of its loss can still fall do not count.
@@ -124,6 +128,8 @@ class Optimisation:
             self.skipped = 0
         else:
             self.centres.drop()
+            for buffer, before in zip(self.network.buffers(), self._buffers, strict=True):
+                buffer.copy_(before)
             self.skipped += not (self.scaler.is_enabled() and self.scaler.get_scale() > 1.0)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

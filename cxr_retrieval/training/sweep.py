@@ -318,9 +318,11 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
     best = max(curve, key=lambda epoch: epoch["value"], default=None)
     epochs = len(curve)
     settings = sweep.trial_settings(point)
+    patience = settings.training.patience
+    ended = epochs == sweep.space.epochs or (best and patience is not None and epochs - best["epoch"] >= patience)
     return {
         "id": f"{number:05d}",
-        "state": "failed" if error else "finished" if epochs == sweep.space.epochs else "stopped",
+        "state": "failed" if error else "finished" if ended else "stopped",
         "settings": point,
         "value": best and best["value"],
         "value_epoch": best and best["epoch"],

@@ -28,10 +28,12 @@ def optimisation(pretraining_steps: int = 0, **changes: object) -> Optimisation:
     return stepped
 
 
-def step(stepped: Optimisation, number: int, spoil: float = 1.0, micro_batches: int = 1) -> bool:
-    """A step on images of its own; the loss is multiplied by `spoil`."""
+def step(
+    stepped: Optimisation, number: int, spoil: float = 1.0, micro_batches: int = 1, brightness: float = 1.0
+) -> bool:
+    """A step on images of its own, times `brightness`; the loss is multiplied by `spoil`."""
     generator = torch.Generator().manual_seed(number)
-    images = torch.randn(B, 1, SIDE, SIDE, generator=generator)
+    images = torch.randn(B, 1, SIDE, SIDE, generator=generator) * brightness
     labels = torch.randint(0, 2, (B, C), generator=generator, dtype=torch.int8)
     objective = Objective.build(LossSettings(contrastive_from=0.0), labels, 2, 0.0, torch.device("cpu"))
     stepped.begin(number)
@@ -61,6 +63,17 @@ def test_a_step_without_a_finite_gradient_moves_nothing_and_the_next_one_moves_a
     for name in ("network.joint.weight", "averaged.joint.weight", "centres"):
         assert not torch.equal(after[name], before[name])
         assert after[name].isfinite().all()
+
+
+def test_a_forward_of_infinite_numbers_leaves_nothing_behind() -> None:
+    spoilt, straight = optimisation(), optimisation()
+    assert not step(spoilt, 0, brightness=1e38)
+    assert all(buffer.isfinite().all() for buffer in spoilt.network.buffers())
+    for number in (1, 2):
+        assert step(spoilt, number)
+        assert step(straight, number)
+    found, expected = spoilt.network.state_dict(), straight.network.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_no_finite_gradient_for_long_ends_the_run_with_a_clear_line() -> None:
