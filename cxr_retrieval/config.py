@@ -162,7 +162,10 @@ class IndexSettings(Section):
     recall_target: float = Field(
         0.95, gt=0, le=1, description="recall@10 against exact search that the proof must reach"
     )
-    exact_rows: int = Field(200_000, ge=1, description="up to this many rows the index is exact (flat)")
+    latency_ms: float = Field(
+        50, gt=0, description="milliseconds of one search on one core that the plan aims at; exact where it can be"
+    )
+    memory_gib: float = Field(8, gt=0, description="memory in GiB that a machine has for searching and for building")
     proof_queries: int = Field(500, ge=1, description="held-out queries of the proof")
 
 
