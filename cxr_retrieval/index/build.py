@@ -136,7 +136,11 @@ def build_index(
             draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)
         ]
         proof = prove(draft.uri, facts, files, settings)
-        facts |= {"probes": proof.probes, "proof": asdict(proof)}
+        facts |= {
+            "probes": proof.probes,
+            "filter_probes": [[setting.passing, setting.probes] for setting in proof.filtered],
+            "proof": asdict(proof),
+        }
         files.append(draft.write(INDEX_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()))
         return draft.finish(
             files,

@@ -28,16 +28,24 @@ class Trained:
 
 def train(plan: IndexPlan, sample_ND: np.ndarray) -> Trained:
     """Train lists and codes on a sample, on a GPU where FAISS has one, else on every core of this machine."""
+    threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
-    sample_ND = np.ascontiguousarray(sample_ND, np.float32)
-    clustering = faiss.Kmeans(plan.dimensions, plan.lists, seed=0, niter=ITERATIONS, gpu=faiss.get_num_gpus() > 0)
+    try:
+        return _train(plan, np.ascontiguousarray(sample_ND, np.float32))
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def _train(plan: IndexPlan, sample_ND: np.ndarray) -> Trained:
+    gpu = faiss.get_num_gpus() > 0
+    clustering = faiss.Kmeans(plan.dimensions, plan.lists, seed=0, niter=ITERATIONS, gpu=gpu)
     clustering.train(sample_ND)
     quantizer = _empty_quantizer(plan)
     quantizer.add(np.asarray(clustering.centroids))
     index = _empty_index(plan)
+    nothing = index.quantizer
     index.quantizer = quantizer
     index.train(sample_ND)
-    nothing = faiss.IndexFlatL2(plan.dimensions)
     index.quantizer = nothing
     return Trained(_file(quantizer), _file(index))
 

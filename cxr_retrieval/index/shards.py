@@ -99,8 +99,8 @@ class Shards:
     ) -> list[list[Found]]:
         """The k nearest rows of every query over all shards, nearest first, ties by id; fewer where fewer pass.
 
-        `probes` overrides the setting that the proof recorded (IVF only), `candidates` the plan's: so many for each hit
-        are compared by the stored rows.
+        `probes` overrides what the proof recorded for the share of rows that pass (IVF only), `candidates` the plan's:
+        so many for each hit are compared by the stored rows.
         """
         query_QD = np.ascontiguousarray(query_QD, np.float32)
         if query_QD.ndim != 2 or query_QD.shape[1] != self.facts["dimensions"]:
@@ -109,7 +109,9 @@ class Shards:
             raise ValueError("a query vector is not finite")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        nearest = self._nearest_lists(query_QD, probes)
+        nearest = None
+        if self._quantizer:
+            nearest = nearest_lists(self._quantizer, query_QD, probes or self._probes(allowed))
         wanted = k * (candidates or self.facts["candidates"])
         found: list[list[_Candidates]] = [[] for _ in query_QD]
         for number, shard in enumerate(self.shards):
@@ -121,10 +123,14 @@ class Shards:
             for query_D, shards in zip(query_QD, found, strict=True)
         ]
 
-    def _nearest_lists(self, query_QD: np.ndarray, probes: int | None) -> tuple[np.ndarray, np.ndarray] | None:
-        if self._quantizer is None:
-            return None
-        return nearest_lists(self._quantizer, query_QD, probes or self.facts["probes"])
+    def _probes(self, allowed: Sequence[np.ndarray] | None) -> int:
+        """Between the shares of passing rows that the proof measured, even in logarithms; below them, all lists."""
+        measured = [[1.0, self.facts["probes"]], *self.facts["filter_probes"]]
+        passing = sum(int(mask.sum()) for mask in allowed) / self.rows if allowed else 1.0
+        shares, probes = np.array(sorted(measured)).T
+        if passing < shares[0]:
+            return int(self.facts["lists"])
+        return round(float(np.exp(np.interp(np.log(passing), np.log(shares), np.log(probes)))))
 
     def exact(self, query_QD: np.ndarray, k: int) -> list[list[Found]]:
         """What `search` approximates: every stored row compared, block by block."""

@@ -340,6 +340,9 @@ def test_an_ivf_index_records_the_fewest_probes_that_reach_the_target(
     assert curve[-1]["probes"] == 8 or [entry["probes"] for entry in curve].index(facts["probes"]) == len(curve) - 3
     assert build.manifest["probes"] == facts["probes"]
     assert build.manifest["recall"] == 1.0
+    filtered = facts["proof"]["filtered"]
+    assert facts["filter_probes"] == [[entry["passing"], entry["probes"]] for entry in filtered]
+    assert all(entry["probes"] >= facts["probes"] and entry["recall"] >= 0.999 for entry in filtered)
     # All shards share one quantizer, which lies beside them: their distances compare.
     assert QUANTIZER_FILE in {entry.path for entry in build.files}
     shards = opened(build)

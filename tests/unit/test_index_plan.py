@@ -7,7 +7,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_retrieval.config import IndexSettings
@@ -21,12 +21,14 @@ from cxr_retrieval.index.plan import (
     shard_bytes,
 )
 from cxr_retrieval.index.quantizer import index_of, list_sizes, train
+from tests.commands import done, job
 
 ROWS = st.one_of(st.integers(1, 3000), st.integers(1, 10**9))
 DIMENSIONS = st.integers(1, 4096)
-MANY = 10_000  # shards of one plan: more would only make the test slow
+MANY = 1000  # shards of one plan: more would only make the test slow
 DOCUMENT = Path(__file__).parents[2] / "docs" / "index.md"
 TABLE_DIMENSIONS = 768
+UNHURRIED = settings(deadline=None)  # a plan of many shards takes longer on a machine that has other work
 
 
 def inverted(rows: int, dimensions: int = 96, **changes: float) -> IndexPlan:
@@ -41,13 +43,13 @@ def shard_rows_for(rows: int) -> st.SearchStrategy[int]:
 SIZES = ROWS.flatmap(lambda rows: st.tuples(st.just(rows), shard_rows_for(rows)))
 
 
+@UNHURRIED
 @given(SIZES, DIMENSIONS, st.floats(0.01, 1000))
 def test_shards_cover_all_rows_once_in_order_and_none_is_too_large(
     sizes: tuple[int, int], dimensions: int, latency_ms: float
 ) -> None:
     rows, shard_rows = sizes
-    settings = IndexSettings(shard_rows=shard_rows, latency_ms=latency_ms, memory_gib=1e6)
-    plan = plan_index(rows, dimensions, settings)
+    plan = plan_index(rows, dimensions, IndexSettings(shard_rows=shard_rows, latency_ms=latency_ms, memory_gib=1e6))
     shards = plan.shards
     assert [shard.number for shard in shards] == list(range(len(shards)))
     assert shards[0].start == 0
@@ -59,12 +61,14 @@ def test_shards_cover_all_rows_once_in_order_and_none_is_too_large(
     assert len(shards) == -(-rows // shard_rows)  # and no more than are needed
 
 
+@UNHURRIED
 @given(st.integers(1, 10**7), DIMENSIONS, st.floats(0.05, 64))
 def test_no_shard_takes_more_memory_to_build_than_a_machine_has(rows: int, dimensions: int, memory_gib: float) -> None:
     plan = plan_index(rows, dimensions, IndexSettings(memory_gib=memory_gib))
     assert shard_bytes(plan.shard_rows, dimensions) <= memory_gib * GIB
 
 
+@UNHURRIED
 @given(ROWS, DIMENSIONS, st.floats(0.1, 1000), st.floats(0.5, 64))
 def test_an_index_is_exact_where_comparing_all_rows_is_fast_enough_and_they_fit(
     rows: int, dimensions: int, latency_ms: float, memory_gib: float
@@ -78,11 +82,13 @@ def test_an_index_is_exact_where_comparing_all_rows_is_fast_enough_and_they_fit(
         assert "index.latency_ms" in plan.why["kind"] or "index.memory_gib" in plan.why["kind"]
 
 
+@UNHURRIED
 @given(ROWS, DIMENSIONS)
 def test_only_an_exact_index_is_planned_for_a_recall_of_one(rows: int, dimensions: int) -> None:
     assert plan_index(rows, dimensions, IndexSettings(recall_target=1, latency_ms=1e-9)).lists == 0
 
 
+@UNHURRIED
 @given(st.integers(2, 10**9))
 def test_lists_are_a_power_of_two_near_four_roots_and_can_be_trained(rows: int) -> None:
     plan = inverted(rows)
@@ -95,7 +101,8 @@ def test_lists_are_a_power_of_two_near_four_roots_and_can_be_trained(rows: int) 
         assert plan.lists >= 4 * rows**0.5 / 2**0.5
 
 
-@given(st.integers(10**4, 10**9), st.sampled_from([96, 384, 768, 1536]), st.floats(0.1, 512))
+@UNHURRIED
+@given(st.integers(10**4, 10**9), st.sampled_from([96, 384, 768, 1536]), st.floats(4, 512))
 def test_a_code_is_the_longest_that_fits_and_keeps_the_recall_target(
     rows: int, dimensions: int, memory_gib: float
 ) -> None:
@@ -108,12 +115,14 @@ def test_a_code_is_the_longest_that_fits_and_keeps_the_recall_target(
     assert strict.code.recall == 1.0
 
 
+@UNHURRIED
 @given(st.integers(10**4, 10**9), st.integers(10**3, 10**6))
 def test_shards_do_not_change_what_kind_of_index_is_built(rows: int, shard_rows: int) -> None:
     one, many = (inverted(rows, shard_rows=size, memory_gib=1e6) for size in (rows, max(shard_rows, rows // MANY)))
     assert (one.factory, one.training_rows, one.bytes) == (many.factory, many.training_rows, many.bytes)
 
 
+@UNHURRIED
 @given(ROWS, DIMENSIONS, st.floats(1, 1000))
 def test_every_choice_has_its_reason_in_a_sentence(rows: int, dimensions: int, latency_ms: float) -> None:
     plan = plan_index(rows, dimensions, IndexSettings(latency_ms=latency_ms))
@@ -123,6 +132,7 @@ def test_every_choice_has_its_reason_in_a_sentence(rows: int, dimensions: int, l
     assert all(reason and "\n" not in reason for reason in plan.why.values())
 
 
+@UNHURRIED
 @given(st.integers(0, 1 << 20))
 def test_probes_ascend_by_at_most_twofold_to_all_lists_so_that_codes_alone_limit_recall(lists: int) -> None:
     probes = plan_probes(lists)
@@ -160,6 +170,25 @@ def test_the_planned_bytes_are_those_that_faiss_writes(memory_gib: float) -> Non
 def test_numbers_below_one_are_refused(numbers: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         plan_index(*numbers, IndexSettings())
+
+
+def test_a_plan_for_any_size_is_printed_with_its_reasons_and_needs_neither_corpus_nor_model() -> None:
+    shown = done("index", "--plan", "--rows", "10000000", "--dimensions", "768")
+    plan = plan_index(10**7, 768, IndexSettings())
+    assert f"{plan.factory} " in shown
+    assert all(f"{choice}: {reason}" in shown for choice, reason in plan.why.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--plan", "--rows", "10"], "--rows and --dimensions go together"),
+        (["--plan", "--rows", "0", "--dimensions", "8"], "must be at least 1"),
+        (["--rows", "10", "--dimensions", "8"], "are for --plan"),
+    ],
+)
+def test_a_size_that_cannot_be_planned_is_refused_in_one_line(words: list[str], error: str) -> None:
+    assert error in job("index", *words).error
 
 
 def test_the_documented_table_is_what_is_planned() -> None:

@@ -105,6 +105,7 @@ def write_index(
         "lists": built.lists,
         "candidates": built.code.candidates,
         "probes": max(1, built.lists // 4),
+        "filter_probes": [[0.1, max(1, built.lists // 2)]],
     }
     (folder / INDEX_FILE).write_text(json.dumps(facts))
     return Shards.open(folder.joinpath)
@@ -296,11 +297,20 @@ def test_filters_hold_inside_the_search(
     assert answers(found) == brute_force(queries_QD, rows_ND, ids_N, K, mask_N)
 
 
+@pytest.mark.parametrize(("passing", "probes"), [(1.0, 2), (0.999, 2), (0.1, 4), (0.099, LISTS), (0.0, LISTS)])
+def test_a_narrower_filter_searches_the_lists_that_the_proof_found_it_to_need(
+    passing: float, probes: int, inverted: Shards, queries_QD: np.ndarray
+) -> None:
+    masks = cut(np.arange(ROWS) < round(passing * ROWS), inverted)
+    found = answers(inverted.search(queries_QD, K, masks))
+    assert found == answers(inverted.search(queries_QD, K, masks, probes=probes))
+
+
 def test_a_shard_where_nothing_passes_hides_no_hit_of_another(
     either: Shards, queries_QD: np.ndarray, rows_ND: np.ndarray, ids_N: np.ndarray
 ) -> None:
     masks = [np.full(len(shard.ids_N), number == 0) for number, shard in enumerate(either.shards)]
-    found = either.search(queries_QD, K, masks)
+    found = either.search(queries_QD, K, masks, probes=LISTS)
     assert {hit.shard for hits in found for hit in hits} == {0}
     assert answers(found) == brute_force(queries_QD, rows_ND, ids_N, K, np.concatenate(masks))
 
