@@ -20,6 +20,7 @@ import ray
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import IndexSettings
+from cxr_retrieval.console import say
 from cxr_retrieval.corpus.preparation import ROWS_FILE
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.embedding.stream import read_part
@@ -220,6 +221,7 @@ def _train(plan: IndexPlan, draft: Draft, source: Source) -> tuple[list[FileEntr
     """
     if not plan.lists:
         return [], None
+    say(f"index: training {plan.factory} on a sample of {plan.training_rows:,} rows")
     stride = max(1, plan.rows // plan.training_rows)
     sample = ray.remote(max_retries=3)(_sample)
     parts = [sample.remote(shard, stride, source) for shard in plan.shards]
