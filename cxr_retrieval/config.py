@@ -165,7 +165,10 @@ class IndexSettings(Section):
     recall_target: float = Field(
         0.95, gt=0, le=1, description="recall@10 against exact search that the proof must reach"
     )
-    exact_rows: int = Field(200_000, ge=1, description="up to this many rows the index is exact (flat)")
+    latency_ms: float = Field(
+        50, gt=0, description="milliseconds of one search on one core that the plan aims at; exact where it can be"
+    )
+    memory_gib: float = Field(8, gt=0, description="memory in GiB that a machine has for searching and for building")
     proof_queries: int = Field(500, ge=1, description="held-out queries of the proof")
 
 
@@ -237,8 +240,8 @@ class Settings(Section):
             )
         if self.losses.form == "softmax" and self.losses.no_finding == "negatives_only":
             raise ValueError(
-                "losses.no_finding=negatives_only needs losses.form=margin: without a finding of its own an image has no"
-                " part in losses.form=softmax; ignore says so"
+                "losses.no_finding=negatives_only needs losses.form=margin: in losses.form=softmax an image without a"
+                " finding has no part; ignore says so"
             )
         if training.jigsaw and (corpus.size % JIGSAW_PATCHES or self.network.steps < 2):
             raise ValueError(

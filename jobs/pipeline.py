@@ -31,6 +31,7 @@ from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, model_of, train
 from jobs.evaluate import show_evaluation, warn_of_overlap
+from jobs.index import index_report
 from jobs.prepare import say_what_was_left_alone
 from jobs.publish import destination, published_build
 from jobs.search import gallery, read_query
@@ -89,6 +90,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
 
     source = Source(corpus, embedded, model.uri, settings.index.embedding or model.manifest["chosen"])
     build, worked = build_index(settings.index, settings.workspace, source, pseudonyms)
+    index_report(settings, build)
     steps.done("index", build.counts["embedded"], build.counts["indexed"], build.uri, worked)
 
     to = destination(settings)

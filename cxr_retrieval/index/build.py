@@ -1,6 +1,7 @@
 """Building a sharded index from embeddings: shards in parallel on Ray, one shared quantizer, proven before it is done.
 
-A shard is a contiguous range of embedded rows, so no shuffle is needed and a task holds one shard at the most.
+A shard is a contiguous range of embedded rows, so no shuffle is needed and a task holds one shard at the most. The task
+that trains the quantizer holds its sample. The driver holds ids while it looks for equal ones, and no vector.
 """
 
 import io
@@ -19,12 +20,14 @@ import ray
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import IndexSettings
+from cxr_retrieval.console import say
 from cxr_retrieval.corpus.preparation import ROWS_FILE
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.embedding.stream import read_part
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.plan import IndexPlan, Shard, plan_index
+from cxr_retrieval.index.plan import FLOAT_BYTES, IndexPlan, Shard, plan_index, shard_bytes
 from cxr_retrieval.index.proof import prove
+from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, list_sizes, train
 from cxr_retrieval.index.shards import INDEX_FILE, shard_files
 from cxr_retrieval.network.progressive import Output, embeddings
 from cxr_retrieval.privacy import Pseudonyms, row_id
@@ -107,42 +110,54 @@ def build_index(
     model = Model.open(source.model_uri)
     rows = sum(source.part_rows())
     dimensions = _dimensions(model, source.embedding)
-    plan = plan_index(rows, dimensions, settings.shard_rows, settings.exact_rows)
+    plan = plan_index(rows, dimensions, settings)
     collisions = find_collisions(source, pseudonyms)
-    quantizer = ray.put(_train_quantizer(plan, source, model))
+    files, trained = _train(plan, draft, source)
     build = ray.remote(max_retries=3)(_build_shard)
     waiting = [
-        build.options(memory=_shard_bytes(shard, plan)).remote(
-            draft, shard, plan, source, pseudonyms, collisions, quantizer
+        build.options(memory=shard_bytes(shard.stop - shard.start, dimensions)).remote(
+            draft, shard, plan, source, pseudonyms, collisions, trained
         )
         for shard in plan.shards
     ]
-    results: list[_Built] = []
+    indexed, sizes = 0, np.zeros(plan.lists, np.int64)
     with Progress.of(workspace, draft, "index", rows, "rows") as progress:
         while waiting:
             (ready,), waiting = ray.wait(waiting, num_returns=1)
-            results.append(ray.get(ready))
-            storage.add_retries(results[-1].retries)
-            progress.advance(results[-1].rows)
-        files = [entry for result in results for entry in result.files]
-        indexed = sum(result.rows for result in results)
+            built: _Built = ray.get(ready)
+            storage.add_retries(built.retries)
+            files += built.files
+            indexed += built.rows
+            sizes += built.list_sizes
+            progress.advance(built.rows)
         counts = {"embedded": rows, "indexed": indexed, "id_collisions": len(collisions)}
         ADDS_UP.check(counts)  # before the proof, which takes long
-        facts = _facts(plan, source, model, pseudonyms, indexed)
+        facts = _facts(plan, source, model, pseudonyms, indexed) | {"list_sizes": _histogram(sizes)}
         files += [
             draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)
         ]
         proof = prove(draft.uri, facts, files, settings)
-        facts |= {"probes": proof.probes, "proof": asdict(proof)}
+        facts |= {
+            "probes": proof.probes,
+            "filter_probes": [[setting.passing, setting.probes] for setting in proof.filtered],
+            "proof": asdict(proof),
+        }
         files.append(draft.write(INDEX_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()))
         return draft.finish(
-            files, counts, [ADDS_UP], recall=proof.recall, shards=len(plan.shards), factory=plan.factory
+            files,
+            counts,
+            [ADDS_UP],
+            recall=proof.recall,
+            probes=proof.probes,
+            shards=len(plan.shards),
+            factory=plan.factory,
         ), True
 
 
-def _shard_bytes(shard: Shard, plan: IndexPlan) -> int:
-    """About the memory that building a shard takes: its vectors three times over, thumbnails and sidecar."""
-    return (shard.stop - shard.start) * (10 * plan.dimensions + 16_000)
+def _histogram(sizes: np.ndarray) -> list[int]:
+    """How many lists are empty, then how many hold 1, 2 to 3, 4 to 7, ... rows."""
+    counts: list[int] = np.bincount([int(size).bit_length() for size in sizes]).tolist()
+    return counts
 
 
 def _facts(plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms, rows: int) -> dict[str, Any]:
@@ -153,6 +168,14 @@ def _facts(plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms
         "shards": len(plan.shards),
         "factory": plan.factory,
         "lists": plan.lists,
+        "candidates": plan.code.candidates,
+        "plan": {
+            "why": plan.why,
+            "index_bytes": plan.bytes,
+            "vector_bytes": plan.code.bytes,
+            "shard_rows": plan.shard_rows,
+            "latency_ms": plan.latency_ms,
+        },
         "findings": model.findings,
         "decode_recipe": model.recipe.to_json(),
         "decode_recipe_id": model.recipe.id,
@@ -191,20 +214,43 @@ def _overlaps(sizes: Sequence[int], start: int, stop: int) -> Iterator[tuple[int
         offset += size
 
 
-def _train_quantizer(plan: IndexPlan, source: Source, model: Model) -> np.ndarray | None:
-    """Centroids [lists, D] of the coarse quantizer, trained once on an even sample; None for a flat index."""
+def _train(plan: IndexPlan, draft: Draft, source: Source) -> tuple[list[FileEntry], Any]:
+    """Train what the shards share, in one task: its file, and a reference to it; none for an exact index.
+
+    The even sample is read in parallel and goes from task to task, past the driver.
+    """
     if not plan.lists:
-        return None
+        return [], None
+    say(f"index: training {plan.factory} on a sample of {plan.training_rows:,} rows")
     stride = max(1, plan.rows // plan.training_rows)
-    sample = []
-    offset = 0
-    for part, size in enumerate(source.part_rows()):
-        vectors, _, _ = _vectors(source, model, part, [])
-        sample.append(vectors[(-offset) % stride :: stride].astype(np.float32))
-        offset += size
-    clustering = faiss.Kmeans(plan.dimensions, plan.lists, seed=0, niter=10)
-    clustering.train(np.concatenate(sample))
-    return np.asarray(clustering.centroids)
+    sample = ray.remote(max_retries=3)(_sample)
+    parts = [sample.remote(shard, stride, source) for shard in plan.shards]
+    # As floats, and what is read of it meanwhile.
+    memory = 2 * FLOAT_BYTES * plan.dimensions * plan.training_rows
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    training = ray.remote(max_retries=3)(_train_quantizer).options(memory=memory, num_gpus=gpus, num_returns=2)
+    written, trained = training.remote(plan, draft, *parts)
+    entry, retries = ray.get(written)
+    storage.add_retries(retries)
+    return [entry], trained
+
+
+def _sample(shard: Shard, stride: int, source: Source) -> np.ndarray:
+    """Every `stride`th row of the corpus that lies in the shard, float16 [N, D]. Runs in a Ray task."""
+    model = Model.open(source.model_uri)
+    taken, place = [], shard.start
+    for part, first, last in _overlaps(source.part_rows(), shard.start, shard.stop):
+        vectors_ND, _, _ = _vectors(source, model, part, [])
+        taken.append(vectors_ND[first:last][(-place) % stride :: stride])
+        place += last - first
+    return np.concatenate(taken)
+
+
+def _train_quantizer(plan: IndexPlan, draft: Draft, *sample: np.ndarray) -> tuple[tuple[FileEntry, int], Trained]:
+    """Train on a sample and write the quantizer's file. Runs in a Ray task."""
+    before = storage.retries()
+    trained = train(plan, np.concatenate(sample))
+    return (draft.write(QUANTIZER_FILE, trained.quantizer), storage.retries() - before), trained
 
 
 def find_collisions(source: Source, pseudonyms: Pseudonyms) -> list[int]:
@@ -232,6 +278,7 @@ def find_collisions(source: Source, pseudonyms: Pseudonyms) -> list[int]:
 class _Built:
     rows: int
     files: list[FileEntry]
+    list_sizes: np.ndarray
     retries: int
 
 
@@ -242,7 +289,7 @@ def _build_shard(
     source: Source,
     pseudonyms: Pseudonyms,
     collisions: list[int],
-    centroids: np.ndarray | None,
+    trained: Trained | None,
 ) -> _Built:
     """Build one shard and write its four files. Runs in a Ray task."""
     before = storage.retries()
@@ -263,26 +310,16 @@ def _build_shard(
     array = io.BytesIO()
     np.save(array, rows_ND, allow_pickle=False)
     files = [draft.write(paths["rows"], array.getvalue())]
+    index = index_of(plan, rows_ND, trained)
     with draft.staged(paths["faiss"]) as (local, entry):
-        faiss.write_index(_faiss_index(plan, rows_ND.astype(np.float32), centroids), str(local))
+        faiss.write_index(index, str(local))
     files.append(entry.value)
     for kind, table, group in (("sidecar", sidecar, None), ("thumbnails", pictures, THUMBNAIL_GROUP)):
         with draft.staged(paths[kind]) as (local, entry):
             pq.write_table(table, local, compression="zstd", row_group_size=group)
         files.append(entry.value)
-    return _Built(len(rows_ND), files, storage.retries() - before)
-
-
-def _faiss_index(plan: IndexPlan, vectors_ND: np.ndarray, centroids: np.ndarray | None) -> Any:
-    flat = faiss.IndexFlatL2(plan.dimensions)
-    if centroids is None:
-        flat.add(vectors_ND)
-        return flat
-    flat.add(centroids)
-    index = faiss.IndexIVFFlat(flat, plan.dimensions, plan.lists, faiss.METRIC_L2)
-    index.is_trained = True  # the quantizer already holds the centroids that all shards share
-    index.add(vectors_ND)
-    return index
+    sizes = list_sizes(index) if trained else np.zeros(0, np.int64)
+    return _Built(len(rows_ND), files, sizes, storage.retries() - before)
 
 
 def _sidecar(facts: pa.Table, crops_N4: np.ndarray, pseudonyms: Pseudonyms) -> pa.Table:

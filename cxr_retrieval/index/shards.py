@@ -1,8 +1,9 @@
 """The shards of one index, opened from local files: fan-out search with filters, and exact search.
 
-FAISS finds candidates; their distances are then computed anew from the stored float16 rows and sorted by distance and
-id, so the answer does not depend on how rows are spread over shards. Distances are Euclidean between unit vectors:
-0 for the same direction, sqrt(2) for none in common, at most 2.
+FAISS finds candidates; of all shards together the first ones are kept, by the distances of their codes. Their distances
+are then computed anew from the stored float16 rows and sorted by distance and id, so the answer does not depend on how
+rows are spread over shards. Distances are Euclidean between unit vectors: 0 for the same direction, sqrt(2) for none in
+common, at most 2.
 
 Q queries, D dimensions, k hits.
 """
@@ -18,12 +19,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.quantizer import QUANTIZER_FILE, nearest_lists, search_lists
 
 INDEX_FILE = "index.json"
 SLACK = 16  # candidates beyond k that are asked for at first
 # Squared float32 distances of FAISS are wrong by less than this: nearer neighbours than that it may swap.
 NEAR = 1e-5
 BLOCK = 65536
+# Rows and codes stay in the files until a search reads them. A table for every list would be larger than the codes.
+READING = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 
 
 def shard_files(number: int) -> dict[str, str]:
@@ -61,7 +65,10 @@ class Shards:
 
     def __init__(self, facts: Mapping[str, Any], path: Callable[[str], Path]) -> None:
         """Open the shards whose files `path` finds, memory-mapped. Their hashes must have been verified before."""
+        if "candidates" not in facts:
+            raise UserError("the index is of an earlier release: build and publish it again")
         self.facts, self._path = facts, path
+        self._quantizer = faiss.read_index(str(path(QUANTIZER_FILE))) if facts["lists"] else None
         self.shards = [self._open(number) for number in range(facts["shards"])]
 
     @classmethod
@@ -75,7 +82,7 @@ class Shards:
 
     def _open(self, number: int) -> Shard:
         files = shard_files(number)
-        index = faiss.read_index(str(self._path(files["faiss"])), faiss.IO_FLAG_MMAP_IFC)
+        index = faiss.read_index(str(self._path(files["faiss"])), READING)
         rows_ND = np.load(self._path(files["rows"]), mmap_mode="r", allow_pickle=False)
         ids_N = pq.read_table(self._path(files["sidecar"]), columns=["id"])["id"].to_numpy()
         if not index.ntotal == len(rows_ND) == len(ids_N):
@@ -83,11 +90,17 @@ class Shards:
         return Shard(index, rows_ND, ids_N)
 
     def search(
-        self, query_QD: np.ndarray, k: int, allowed: Sequence[np.ndarray] | None = None, probes: int | None = None
+        self,
+        query_QD: np.ndarray,
+        k: int,
+        allowed: Sequence[np.ndarray] | None = None,
+        probes: int | None = None,
+        candidates: int | None = None,
     ) -> list[list[Found]]:
         """The k nearest rows of every query over all shards, nearest first, ties by id; fewer where fewer pass.
 
-        `probes` overrides the setting that the proof recorded (IVF only).
+        `probes` overrides what the proof recorded for the share of rows that pass (IVF only), `candidates` the plan's:
+        so many for each hit are compared by the stored rows.
         """
         query_QD = np.ascontiguousarray(query_QD, np.float32)
         if query_QD.ndim != 2 or query_QD.shape[1] != self.facts["dimensions"]:
@@ -96,43 +109,40 @@ class Shards:
             raise ValueError("a query vector is not finite")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        found: list[list[Found]] = [[] for _ in query_QD]
+        nearest = None
+        if self._quantizer:
+            nearest = nearest_lists(self._quantizer, query_QD, probes or self._probes(allowed))
+        wanted = k * (candidates or self.facts["candidates"])
+        found: list[list[_Candidates]] = [[] for _ in query_QD]
         for number, shard in enumerate(self.shards):
-            parameters = self._parameters(allowed[number] if allowed else None, probes)
-            for query, rows in enumerate(_candidates(shard.index, query_QD, k, parameters)):
-                found[query] += self._nearest(number, query_QD[query], rows, k)
-        return [_first(hits, k) for hits in found]
+            selector = _selector(allowed[number]) if allowed else None
+            for query, rows in enumerate(_candidates(shard.index, query_QD, wanted, nearest, selector)):
+                found[query].append(rows)
+        return [
+            _first([hit for n, rows in _cut(shards, wanted) for hit in self._nearest(n, query_D, rows, k)], k)
+            for query_D, shards in zip(query_QD, found, strict=True)
+        ]
 
-    def _parameters(self, allowed: np.ndarray | None, probes: int | None) -> Any:
-        # The Python constructor keeps the bits alive as long as the selector.
-        selector = None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        if self.facts["lists"]:
-            return faiss.SearchParametersIVF(sel=selector, nprobe=probes or self.facts["probes"])
-        return faiss.SearchParameters(sel=selector)
+    def _probes(self, allowed: Sequence[np.ndarray] | None) -> int:
+        """Between the shares of passing rows that the proof measured, even in logarithms; below them, all lists."""
+        measured = [[1.0, self.facts["probes"]], *self.facts["filter_probes"]]
+        passing = sum(int(mask.sum()) for mask in allowed) / self.rows if allowed else 1.0
+        shares, probes = np.array(sorted(measured)).T
+        if passing < shares[0]:
+            return int(self.facts["lists"])
+        return round(float(np.exp(np.interp(np.log(passing), np.log(shares), np.log(probes)))))
 
     def exact(self, query_QD: np.ndarray, k: int) -> list[list[Found]]:
         """What `search` approximates: every stored row compared, block by block."""
-        query_QD = query_QD.astype(np.float32)
         best: list[list[Found]] = [[] for _ in query_QD]
         for number, shard in enumerate(self.shards):
-            for start in range(0, len(shard.ids_N), BLOCK):
-                rows_BD = np.asarray(shard.rows_ND[start : start + BLOCK], np.float32)
-                # Squared distances but for the query's own length. Stored rows have unit length but for their rounding.
-                far_QB = np.einsum("bd,bd->b", rows_BD, rows_BD) - 2.0 * (query_QD @ rows_BD.T)
-                last = min(k, len(rows_BD)) - 1
-                limits_Q = np.partition(far_QB, last, axis=1)[:, last] + NEAR
-                for query, limit in enumerate(limits_Q):
-                    rows = start + np.flatnonzero(far_QB[query] <= limit)
-                    best[query] += self._nearest(number, query_QD[query], rows, k)
-            best = [_first(hits, k) for hits in best]
+            found = exact_in_shard(number, shard.rows_ND, shard.ids_N, query_QD, k)
+            best = [_first(before + hits, k) for before, hits in zip(best, found, strict=True)]
         return best
 
     def _nearest(self, number: int, query_D: np.ndarray, rows: np.ndarray, k: int) -> list[Found]:
-        """The k nearest of some rows of a shard, by the distances of the stored rows."""
         shard = self.shards[number]
-        distances, ids = exact_distances(query_D, shard.rows_ND[rows]), shard.ids_N[rows]
-        order = np.lexsort((ids, distances))[:k]
-        return [Found(number, int(rows[n]), int(ids[n]), float(distances[n])) for n in order]
+        return _nearest(number, shard.rows_ND, shard.ids_N, query_D, rows, k)
 
     def sidecar(self, number: int, columns: Sequence[str] | None = None) -> Any:
         """What is known of a shard's rows, as an Arrow table in the order of the rows."""
@@ -150,22 +160,81 @@ class Shards:
         raise IndexError(f"shard {number} has no row {row}")
 
 
+def exact_in_shard(
+    number: int, rows_ND: np.ndarray, ids_N: np.ndarray, query_QD: np.ndarray, k: int
+) -> list[list[Found]]:
+    """The k nearest rows of one shard to every query, nearest first, ties by id: all compared, block by block."""
+    query_QD = query_QD.astype(np.float32)
+    best: list[list[Found]] = [[] for _ in query_QD]
+    for start in range(0, len(ids_N), BLOCK):
+        rows_BD = np.asarray(rows_ND[start : start + BLOCK], np.float32)
+        # Squared distances but for the query's own length. Stored rows have unit length but for their rounding.
+        far_QB = np.einsum("bd,bd->b", rows_BD, rows_BD) - 2.0 * (query_QD @ rows_BD.T)
+        last = min(k, len(rows_BD)) - 1
+        limits_Q = np.partition(far_QB, last, axis=1)[:, last] + NEAR
+        for query, limit in enumerate(limits_Q):
+            rows = start + np.flatnonzero(far_QB[query] <= limit)
+            hits = _nearest(number, rows_ND, ids_N, query_QD[query], rows, k)
+            best[query] = _first(best[query] + hits, k)
+    return best
+
+
+def _nearest(
+    number: int, rows_ND: np.ndarray, ids_N: np.ndarray, query_D: np.ndarray, rows: np.ndarray, k: int
+) -> list[Found]:
+    """The k nearest of some rows of a shard, by the distances of the stored rows."""
+    distances, ids = exact_distances(query_D, rows_ND[rows]), ids_N[rows]
+    order = np.lexsort((ids, distances))[:k]
+    return [Found(number, int(rows[n]), int(ids[n]), float(distances[n])) for n in order]
+
+
 def _first(hits: list[Found], k: int) -> list[Found]:
     return sorted(hits, key=lambda hit: (hit.distance, hit.id))[:k]
 
 
-def _candidates(index: Any, query_QD: np.ndarray, k: int, parameters: Any) -> list[np.ndarray]:
-    """Rows of every query among which its k nearest surely are: as many more than k as are too near to tell apart."""
+def _selector(allowed_N: np.ndarray) -> Any:
+    # The Python constructor keeps the bits alive as long as the selector.
+    return faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little"))
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Rows of one shard and the squared distances of their codes to a query, ascending."""
+
+    rows: np.ndarray
+    distances: np.ndarray
+
+
+def _cut(shards: list[_Candidates], wanted: int) -> list[tuple[int, np.ndarray]]:
+    """Of the candidates of all shards the first `wanted`, and with them all that are too near to tell apart."""
+    distances = np.concatenate([found.distances for found in shards])
+    if len(distances) <= wanted:
+        return [(number, found.rows) for number, found in enumerate(shards)]
+    limit = np.partition(distances, wanted - 1)[wanted - 1] + 2 * NEAR
+    return [(number, found.rows[found.distances <= limit]) for number, found in enumerate(shards)]
+
+
+def _candidates(
+    index: Any, query_QD: np.ndarray, k: int, nearest: tuple[np.ndarray, np.ndarray] | None, selector: Any
+) -> list[_Candidates]:
+    """The k candidates of every query in one shard, and with them all that are too near to tell apart.
+
+    `nearest` are the lists to search, for an index that has any.
+    """
     wanted = min(k + SLACK, index.ntotal)
-    found: list[np.ndarray] = [np.zeros(0, np.int64)] * len(query_QD)
+    found = [_Candidates(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(query_QD)
     open_Q = np.arange(len(query_QD))
     while len(open_Q) and wanted:
-        distances, places = index.search(query_QD[open_Q], wanted, params=parameters)
-        for query, rows in zip(open_Q, places, strict=True):
-            found[query] = rows[rows >= 0]
+        if nearest is None:
+            distances, rows = index.search(query_QD[open_Q], wanted, params=faiss.SearchParameters(sel=selector))
+        else:
+            lists = nearest[0][open_Q], nearest[1][open_Q]
+            distances, rows = search_lists(index, query_QD[open_Q], wanted, lists, selector)
+        for query, far, places in zip(open_Q, distances, rows, strict=True):
+            found[query] = _Candidates(places[places >= 0], far[places >= 0])
         last = min(k, wanted) - 1
         # Where rows run out, FAISS gives -1 and the largest float: nothing is left to ask for.
-        unclear = (places[:, -1] >= 0) & (distances[:, -1] <= distances[:, last] + 2 * NEAR)
+        unclear = (rows[:, -1] >= 0) & (distances[:, -1] <= distances[:, last] + 2 * NEAR)
         if wanted == index.ntotal:
             break
         open_Q, wanted = open_Q[unclear], min(4 * wanted, index.ntotal)

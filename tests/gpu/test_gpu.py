@@ -1,9 +1,10 @@
 """What a GPU must do as a CPU does; skipped, with the reason, where there is none."""
 
+import numpy as np
 import pytest
 import torch
 
-from cxr_retrieval.config import LossSettings, TrainingSettings
+from cxr_retrieval.config import IndexSettings, LossSettings, TrainingSettings
 from cxr_retrieval.losses.ccloss import cc_loss
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
@@ -105,3 +106,22 @@ def test_a_compiled_network_is_the_eager_one_in_embeddings_and_names(precision: 
     assert list(compiled.network.state_dict()) == list(eager.network.state_dict())
     assert list(compiled.averaged.module.state_dict()) == list(eager.network.state_dict())
     eager.load_state_dict(compiled.state_dict())
+
+
+def test_lists_trained_on_a_gpu_part_rows_as_well_as_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = pytest.importorskip("faiss", reason="FAISS is not installed")
+    if not faiss.get_num_gpus():
+        pytest.skip("this FAISS has no GPU: install the extra `gpu` instead of `cpu`")
+    from cxr_retrieval.index.plan import plan_index
+    from cxr_retrieval.index.quantizer import train
+
+    rows_ND = np.random.default_rng(0).normal(size=(20_000, 32)).astype(np.float32)
+    plan = plan_index(len(rows_ND), 32, IndexSettings(latency_ms=1e-9))
+    error = {}
+    for device in ("cuda", "cpu"):
+        if device == "cpu":
+            monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+        quantizer = faiss.deserialize_index(np.frombuffer(train(plan, rows_ND).quantizer, np.uint8))
+        assert quantizer.ntotal == plan.lists
+        error[device] = quantizer.search(rows_ND, 1)[0].mean()
+    assert error["cuda"] == pytest.approx(error["cpu"], rel=0.02)

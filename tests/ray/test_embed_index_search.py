@@ -31,6 +31,7 @@ from cxr_retrieval.images import read_images
 from cxr_retrieval.index import build as building
 from cxr_retrieval.index import cache, plan, proof
 from cxr_retrieval.index.build import SIDECAR, Source, build_index
+from cxr_retrieval.index.quantizer import QUANTIZER_FILE, list_sizes
 from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.index.shards import INDEX_FILE, Shards, shard_files
 from cxr_retrieval.index.versions import publish
@@ -310,9 +311,13 @@ def test_ids_and_answers_do_not_change_with_builds_or_shard_sizes(world: World, 
 
 
 def test_a_small_index_is_exact_and_proven_so(built: Artifact) -> None:
-    assert (built.manifest["factory"], built.manifest["recall"]) == ("Flat", 1.0)
+    assert (built.manifest["factory"], built.manifest["recall"], built.manifest["probes"]) == ("SQfp16", 1.0, 1)
     facts = json.loads(built.read(INDEX_FILE))
-    assert facts["proof"]["curve"] == [{"probes": 1, "recall": 1.0}]
+    settings = [*facts["proof"]["curve"], *facts["proof"]["filtered"]]
+    assert [(setting["probes"], setting["passing"]) for setting in settings] == [(1, 1.0), (1, 0.1), (1, 0.01)]
+    assert all(setting["recall"] == 1.0 for setting in settings)
+    assert all(0 < setting["p50_ms"] <= setting["p95_ms"] for setting in settings)
+    assert set(facts["plan"]["why"]) == {"kind", "code", "shards"}
     held_out = sum(row["held_out"] for row in sidecar(built))
     assert facts["proof"]["queries"] == held_out > 0
     assert 0 < facts["proof"]["far_distance"] <= proof.FARTHEST
@@ -323,20 +328,49 @@ def test_an_ivf_index_records_the_fewest_probes_that_reach_the_target(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "TRAIN_PER_LIST", 12)
-    settings = IndexSettings(name="ivf", exact_rows=1, shard_rows=40, recall_target=1.0)
+    settings = IndexSettings(name="ivf", latency_ms=1e-9, shard_rows=40, recall_target=0.999)
     build, _ = build_index(settings, world.workspace, world.source, PLAIN)
     facts = json.loads(build.read(INDEX_FILE))
-    assert (build.manifest["factory"], facts["lists"]) == ("IVF8,Flat", 8)
+    assert (build.manifest["factory"], facts["lists"]) == ("IVF8,SQfp16", 8)
     curve = facts["proof"]["curve"]
-    assert [entry["probes"] for entry in curve] == [1, 2, 4, 8][: len(curve)]
+    assert [entry["probes"] for entry in curve] == [1, 2, 3, 4, 6, 8][: len(curve)]
     assert [entry["recall"] for entry in curve] == sorted(entry["recall"] for entry in curve)
-    assert all(entry["recall"] < 1.0 for entry in curve[:-1])
-    assert curve[-1] == {"probes": facts["probes"], "recall": 1.0}
+    assert all((entry["recall"] >= 0.999) == (entry["probes"] >= facts["probes"]) for entry in curve)
+    # What more would give is shown, as far as there is more.
+    assert curve[-1]["probes"] == 8 or [entry["probes"] for entry in curve].index(facts["probes"]) == len(curve) - 3
+    assert build.manifest["probes"] == facts["probes"]
     assert build.manifest["recall"] == 1.0
-    # All shards share one quantizer, so their distances compare.
+    filtered = facts["proof"]["filtered"]
+    assert facts["filter_probes"] == [[entry["passing"], entry["probes"]] for entry in filtered]
+    assert all(entry["probes"] >= facts["probes"] and entry["recall"] >= 0.999 for entry in filtered)
+    # All shards share one quantizer, which lies beside them: their distances compare.
+    assert QUANTIZER_FILE in {entry.path for entry in build.files}
     shards = opened(build)
-    centroids = [shard.index.quantizer.reconstruct_n(0, 8) for shard in shards.shards]
-    assert all((other == centroids[0]).all() for other in centroids[1:])
+    assert shards._quantizer.ntotal == 8
+    assert all(shard.index.quantizer.ntotal == 0 for shard in shards.shards)
+    held = [list_sizes(shard.index) for shard in shards.shards]
+    assert sum(sizes.sum() for sizes in held) == 96
+    assert sum(facts["list_sizes"]) == 8
+    query_QD = shards.shards[1].rows_ND[:5].astype(np.float32)
+    found, exact = shards.search(query_QD, 10, probes=8), shards.exact(query_QD, 10)
+    assert found == exact
+
+
+def test_a_build_of_short_codes_is_proven_by_the_stored_rows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "TRAIN_PER_LIST", 12)
+    settings = IndexSettings(name="codes", latency_ms=1e-9, memory_gib=1e-3, recall_target=0.9)
+    build, _ = build_index(settings, world.workspace, world.source, PLAIN)
+    facts = json.loads(build.read(INDEX_FILE))
+    assert facts["candidates"] == 1  # they fit
+    assert build.manifest["shards"] > 1  # and no more rows are built at once than fit
+    monkeypatch.setattr(plan, "_codes", lambda dimensions: [plan.Code("SQ8", dimensions, 4, 1.0)])
+    build, _ = build_index(settings.model_copy(update={"name": "short"}), world.workspace, world.source, PLAIN)
+    facts = json.loads(build.read(INDEX_FILE))
+    assert (build.manifest["factory"], facts["candidates"], facts["plan"]["vector_bytes"]) == ("IVF8,SQ8", 4, 96)
+    assert build.manifest["recall"] >= 0.9
+    shards = opened(build)
+    (hits,) = shards.search(shards.shards[0].rows_ND[3:4].astype(np.float32), 1)
+    assert (hits[0].shard, hits[0].row, hits[0].distance) == (0, 3, 0.0)
 
 
 def test_a_target_that_is_not_reached_fails_in_one_line_and_leaves_nothing_finished(
@@ -344,9 +378,9 @@ def test_a_target_that_is_not_reached_fails_in_one_line_and_leaves_nothing_finis
 ) -> None:
     monkeypatch.setattr(plan, "TRAIN_PER_LIST", 3)
     monkeypatch.setattr(proof, "plan_probes", lambda _lists: [1])
-    settings = IndexSettings(name="poor", exact_rows=1, shard_rows=50, recall_target=1.0)
+    settings = IndexSettings(name="poor", latency_ms=1e-9, shard_rows=50, recall_target=0.999)
     with pytest.raises(
-        UserError, match=r"recall@10 0\.\d+ .*index\.recall_target=1: raise index\.exact_rows"
+        UserError, match=r"recall@10 0\.\d+ .*index\.recall_target=0\.999; .*raise index\.memory_gib"
     ) as failed:
         build_index(settings, world.workspace, world.source, PLAIN)
     assert "\n" not in str(failed.value)

@@ -131,7 +131,7 @@ def test_publishing_builds_what_is_missing_and_the_second_time_does_nothing(worl
 def test_index_says_what_it_built(world: World) -> None:
     shown = done("index", *world.words)
     assert "finished before, nothing to do" in shown
-    assert re.search(rf"{IMAGES} . +{IMAGES} . +3 . Flat +. 1\.000", shown), shown
+    assert re.search(rf"{IMAGES} . +{IMAGES} . +3 . SQfp16 +. +1 . 1\.000", shown), shown
 
 
 def test_another_archive_is_all_test_and_has_no_archive_gallery(world: World) -> None:

@@ -1,16 +1,39 @@
-"""Promises of the index plan: pure arithmetic that covers every row once and can be trained and searched."""
+"""Promises of the index plan: pure arithmetic that covers every row once, can be trained and searched, and says why."""
 
 import itertools
+import re
+from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_retrieval.index.plan import TRAIN_PER_LIST, plan_index, plan_probes
+from cxr_retrieval.config import IndexSettings
+from cxr_retrieval.index.plan import (
+    CODEBOOK_ROWS,
+    GIB,
+    TRAIN_PER_LIST,
+    IndexPlan,
+    plan_index,
+    plan_probes,
+    shard_bytes,
+)
+from cxr_retrieval.index.quantizer import index_of, list_sizes, train
+from tests.commands import done, job
 
 ROWS = st.one_of(st.integers(1, 3000), st.integers(1, 10**9))
 DIMENSIONS = st.integers(1, 4096)
-MANY = 10_000  # shards of one plan: more would only make the test slow
+MANY = 1000  # shards of one plan: more would only make the test slow
+DOCUMENT = Path(__file__).parents[2] / "docs" / "index.md"
+TABLE_DIMENSIONS = 768
+UNHURRIED = settings(deadline=None)  # a plan of many shards takes longer on a machine that has other work
+
+
+def inverted(rows: int, dimensions: int = 96, **changes: float) -> IndexPlan:
+    """A plan that no exact index is fast enough for."""
+    return plan_index(rows, dimensions, IndexSettings(latency_ms=1e-9, **changes))
 
 
 def shard_rows_for(rows: int) -> st.SearchStrategy[int]:
@@ -20,79 +43,166 @@ def shard_rows_for(rows: int) -> st.SearchStrategy[int]:
 SIZES = ROWS.flatmap(lambda rows: st.tuples(st.just(rows), shard_rows_for(rows)))
 
 
-@given(SIZES, DIMENSIONS, st.integers(1, 10**9))
+@UNHURRIED
+@given(SIZES, DIMENSIONS, st.floats(0.01, 1000))
 def test_shards_cover_all_rows_once_in_order_and_none_is_too_large(
-    sizes: tuple[int, int], dimensions: int, exact_rows: int
+    sizes: tuple[int, int], dimensions: int, latency_ms: float
 ) -> None:
     rows, shard_rows = sizes
-    shards = plan_index(rows, dimensions, shard_rows, exact_rows).shards
+    plan = plan_index(rows, dimensions, IndexSettings(shard_rows=shard_rows, latency_ms=latency_ms, memory_gib=1e6))
+    shards = plan.shards
     assert [shard.number for shard in shards] == list(range(len(shards)))
     assert shards[0].start == 0
     assert shards[-1].stop == rows
     assert all(a.stop == b.start for a, b in itertools.pairwise(shards))
     lengths = [shard.stop - shard.start for shard in shards]
-    assert 1 <= min(lengths) <= max(lengths) <= shard_rows
+    assert 1 <= min(lengths) <= max(lengths) == plan.shard_rows <= shard_rows
     assert max(lengths) - min(lengths) <= 1  # evenly filled
     assert len(shards) == -(-rows // shard_rows)  # and no more than are needed
 
 
-@given(ROWS, st.integers(1, 10**9))
-def test_an_index_is_exact_up_to_exact_rows_and_only_up_to_them(rows: int, exact_rows: int) -> None:
-    plan = plan_index(rows, 96, rows, exact_rows)
-    assert (plan.lists == 0) == (plan.factory == "Flat") == (rows <= exact_rows)
-    assert (plan.training_rows == 0) == (plan.lists == 0)
+@UNHURRIED
+@given(st.integers(1, 10**7), DIMENSIONS, st.floats(0.05, 64))
+def test_no_shard_takes_more_memory_to_build_than_a_machine_has(rows: int, dimensions: int, memory_gib: float) -> None:
+    plan = plan_index(rows, dimensions, IndexSettings(memory_gib=memory_gib))
+    assert shard_bytes(plan.shard_rows, dimensions) <= memory_gib * GIB
 
 
+@UNHURRIED
+@given(ROWS, DIMENSIONS, st.floats(0.1, 1000), st.floats(0.5, 64))
+def test_an_index_is_exact_where_comparing_all_rows_is_fast_enough_and_they_fit(
+    rows: int, dimensions: int, latency_ms: float, memory_gib: float
+) -> None:
+    plan = plan_index(rows, dimensions, IndexSettings(latency_ms=latency_ms, memory_gib=memory_gib))
+    assert (plan.lists == 0) == (plan.factory == "SQfp16") == (plan.training_rows == 0)
+    if plan.lists == 0:
+        assert plan.latency_ms <= latency_ms
+        assert plan.bytes <= memory_gib * GIB
+    else:
+        assert "index.latency_ms" in plan.why["kind"] or "index.memory_gib" in plan.why["kind"]
+
+
+@UNHURRIED
+@given(ROWS, DIMENSIONS)
+def test_only_an_exact_index_is_planned_for_a_recall_of_one(rows: int, dimensions: int) -> None:
+    assert plan_index(rows, dimensions, IndexSettings(recall_target=1, latency_ms=1e-9)).lists == 0
+
+
+@UNHURRIED
 @given(st.integers(2, 10**9))
 def test_lists_are_a_power_of_two_near_four_roots_and_can_be_trained(rows: int) -> None:
-    plan = plan_index(rows, 96, rows, exact_rows=1)
-    assert plan.factory == f"IVF{plan.lists},Flat"
+    plan = inverted(rows)
     assert plan.lists.bit_count() == 1
     assert plan.lists <= 4 * rows**0.5 * 2**0.5
-    assert plan.training_rows <= rows
-    assert plan.training_rows >= min(rows, plan.lists * TRAIN_PER_LIST)
+    assert plan.training_rows == min(rows, max(plan.lists * TRAIN_PER_LIST, CODEBOOK_ROWS))
     assert plan.lists == 1 or plan.lists * TRAIN_PER_LIST <= rows
+    assert plan.graph == ("_HNSW" in plan.factory) == (plan.lists >= 65536)
     if rows >= 1 << 16:  # enough to train all that are wanted
         assert plan.lists >= 4 * rows**0.5 / 2**0.5
 
 
-@given(SIZES, DIMENSIONS)
-def test_shards_do_not_change_what_kind_of_index_is_built(sizes: tuple[int, int], dimensions: int) -> None:
-    rows, shard_rows = sizes
-    one, many = (plan_index(rows, dimensions, size, exact_rows=1000) for size in (rows, shard_rows))
-    assert (one.lists, one.training_rows, one.factory, one.bytes) == (
-        many.lists,
-        many.training_rows,
-        many.factory,
-        many.bytes,
-    )
+@UNHURRIED
+@given(st.integers(10**4, 10**9), st.sampled_from([96, 384, 768, 1536]), st.floats(4, 512))
+def test_a_code_is_the_longest_that_fits_and_keeps_the_recall_target(
+    rows: int, dimensions: int, memory_gib: float
+) -> None:
+    plan = inverted(rows, dimensions, memory_gib=memory_gib)
+    roomy = inverted(rows, dimensions, memory_gib=4 * memory_gib)
+    assert plan.code.recall >= 0.95
+    assert plan.code.bytes <= roomy.code.bytes
+    assert (plan.machines > 1) == (plan.bytes > memory_gib * GIB) == ("machines" in plan.why)
+    strict = inverted(rows, dimensions, memory_gib=memory_gib, recall_target=0.995)
+    assert strict.code.recall == 1.0
 
 
+@UNHURRIED
+@given(st.integers(10**4, 10**9), st.integers(10**3, 10**6))
+def test_shards_do_not_change_what_kind_of_index_is_built(rows: int, shard_rows: int) -> None:
+    one, many = (inverted(rows, shard_rows=size, memory_gib=1e6) for size in (rows, max(shard_rows, rows // MANY)))
+    assert (one.factory, one.training_rows, one.bytes) == (many.factory, many.training_rows, many.bytes)
+
+
+@UNHURRIED
+@given(ROWS, DIMENSIONS, st.floats(1, 1000))
+def test_every_choice_has_its_reason_in_a_sentence(rows: int, dimensions: int, latency_ms: float) -> None:
+    plan = plan_index(rows, dimensions, IndexSettings(latency_ms=latency_ms))
+    chosen = {"kind", "code", "shards"} | ({"lists", "probes"} if plan.lists else set())
+    assert chosen <= set(plan.why) <= chosen | {"latency", "machines"}
+    assert ("latency" in plan.why) == (plan.latency_ms > latency_ms)
+    assert all(reason and "\n" not in reason for reason in plan.why.values())
+
+
+@UNHURRIED
 @given(st.integers(0, 1 << 20))
-def test_probes_are_ascending_powers_of_two_and_at_most_all_lists(lists: int) -> None:
+def test_probes_ascend_by_at_most_twofold_to_all_lists_so_that_codes_alone_limit_recall(lists: int) -> None:
     probes = plan_probes(lists)
-    assert probes == [2**power for power in range(len(probes))]
-    assert probes[-1] <= max(lists, 1) < 2 * probes[-1]
+    assert probes[0] == 1
+    assert probes[-1] == max(lists, 1)
+    assert all(a < b <= 2 * a for a, b in itertools.pairwise(probes))
 
 
-@given(st.integers(2, 10**9))
-def test_the_last_probe_searches_every_list_so_that_any_target_can_be_reached(rows: int) -> None:
-    plan = plan_index(rows, 96, rows, exact_rows=1)
-    assert plan_probes(plan.lists)[-1] == plan.lists
-
-
-def test_a_flat_index_has_one_setting() -> None:
+def test_an_exact_index_has_one_setting() -> None:
     assert plan_probes(0) == [1]
 
 
-def test_bytes_are_those_of_vectors_ids_and_centroids() -> None:
-    assert plan_index(1000, 96, 400, exact_rows=1000).bytes == 1000 * 96 * 4
-    plan = plan_index(1_000_000, 96, 400_000, exact_rows=1000)
-    assert plan.lists == 4096
-    assert plan.bytes == 1_000_000 * (96 * 4 + 8) + 4096 * 96 * 4
+def test_bytes_are_those_of_codes_ids_and_centroids() -> None:
+    assert plan_index(1000, 96, IndexSettings()).bytes == 1000 * 96 * 2
+    plan = inverted(1_000_000)
+    assert (plan.lists, plan.code.name) == (4096, "SQfp16")
+    assert plan.bytes == 1_000_000 * (96 * 2 + 8) + 4096 * 96 * 4
 
 
-@pytest.mark.parametrize("numbers", [(0, 96, 10), (10, 0, 10), (10, 96, 0), (-1, 96, 10), (10, -96, 10), (10, 96, -1)])
-def test_numbers_below_one_are_refused(numbers: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("memory_gib", [8, 1.7e-3, 1.2e-3, 0.9e-3])
+def test_the_planned_bytes_are_those_that_faiss_writes(memory_gib: float) -> None:
+    rows, dimensions = 5000, 64
+    plan = inverted(rows, dimensions, memory_gib=memory_gib, shard_rows=rows)
+    rows_ND = np.random.default_rng(0).normal(size=(rows, dimensions)).astype(np.float32)
+    trained = train(plan, rows_ND)
+    index = index_of(plan, rows_ND, trained)
+    codebooks = 256 * dimensions * 4
+    written = len(faiss.serialize_index(index)) + len(trained.quantizer)
+    assert plan.bytes <= written <= plan.bytes + codebooks + 8 * plan.lists + 1000
+    assert list_sizes(index).sum() == rows
+    assert index.code_size == plan.code.bytes
+
+
+@pytest.mark.parametrize("numbers", [(0, 96), (10, 0), (-1, 96), (10, -96)])
+def test_numbers_below_one_are_refused(numbers: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
-        plan_index(*numbers, exact_rows=10)
+        plan_index(*numbers, IndexSettings())
+
+
+def test_a_plan_for_any_size_is_printed_with_its_reasons_and_needs_neither_corpus_nor_model() -> None:
+    shown = done("index", "--plan", "--rows", "10000000", "--dimensions", "768")
+    plan = plan_index(10**7, 768, IndexSettings())
+    assert f"{plan.factory} " in shown
+    assert all(f"{choice}: {reason}" in shown for choice, reason in plan.why.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--plan", "--rows", "10"], "--rows and --dimensions go together"),
+        (["--plan", "--rows", "0", "--dimensions", "8"], "must be at least 1"),
+        (["--rows", "10", "--dimensions", "8"], "are for --plan"),
+    ],
+)
+def test_a_size_that_cannot_be_planned_is_refused_in_one_line(words: list[str], error: str) -> None:
+    assert error in job("index", *words).error
+
+
+def test_the_documented_table_is_what_is_planned() -> None:
+    found = re.findall(r"^\| (10\^\d|[\d,]+) \| `([^`]+)` \| (.+) \|$", DOCUMENT.read_text(), flags=re.MULTILINE)
+    assert [rows for rows, *_ in found] == [f"{10**power:,}" for power in range(4, 10)]
+    for rows, factory, rest in found:
+        plan = plan_index(int(rows.replace(",", "")), TABLE_DIMENSIONS, IndexSettings(memory_gib=64))
+        assert factory == plan.factory
+        columns = [column.strip() for column in rest.split("|")]
+        assert columns == [
+            str(plan.code.bytes),
+            f"{plan.bytes / GIB:.3g}",
+            f"{len(plan.shards):,}",
+            f"{plan.shard_rows:,}",
+            f"{plan.latency_ms:.3g}",
+            f"{plan.build_hours:,.2f}",
+        ]

@@ -6,6 +6,7 @@ Q queries, N rows, D dimensions.
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -15,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cxr_retrieval.config import IndexSettings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.build import _faiss_index
-from cxr_retrieval.index.plan import plan_index
+from cxr_retrieval.index import plan
+from cxr_retrieval.index.plan import Code, IndexPlan, plan_index
+from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, train
 from cxr_retrieval.index.shards import INDEX_FILE, SLACK, Found, Shards, exact_distances, shard_files
 
 ROWS, DIMENSIONS, LISTS = 600, 24, 8
@@ -51,31 +54,59 @@ def queries_QD(rows_ND: np.ndarray) -> np.ndarray:
     return np.concatenate([rows_ND[:1], unit(near)]).astype(np.float32)
 
 
+CODES = [
+    Code("SQfp16", 2 * DIMENSIONS, 1, 1.0),
+    Code("SQ8", DIMENSIONS, 4, 1.0),
+    Code(f"PQ{DIMENSIONS // 4}", DIMENSIONS // 4, 16, 1.0),
+]
+EXACT, STORED, BYTES, PRODUCT = "exact", *(code.name for code in CODES)
+
+
+def planned(rows: int, dimensions: int, shards: int, kind: str) -> IndexPlan:
+    """A plan with few lists and so many shards; `kind` is the code of its lists, or exact."""
+    found = plan_index(rows, dimensions, IndexSettings(shard_rows=-(-rows // shards)))
+    assert len(found.shards) == shards
+    if kind == EXACT:
+        return found
+    code = next(code for code in CODES if code.name == kind)
+    return replace(found, lists=LISTS, code=code)
+
+
 @pytest.fixture(scope="module")
-def centroids(rows_ND: np.ndarray) -> np.ndarray:
-    clustering = faiss.Kmeans(DIMENSIONS, LISTS, seed=0)
-    clustering.train(rows_ND.astype(np.float32))
-    return np.asarray(clustering.centroids)
+def trained(rows_ND: np.ndarray) -> dict[str, Trained | None]:
+    """Lists and codebooks for every kind."""
+    kinds = [code.name for code in CODES]
+    return {EXACT: None} | {kind: train(planned(ROWS, DIMENSIONS, 1, kind), rows_ND) for kind in kinds}
 
 
 def write_index(
-    folder: Path, rows_ND: np.ndarray, ids_N: np.ndarray, shards: int, centroids: np.ndarray | None = None
+    folder: Path,
+    rows_ND: np.ndarray,
+    ids_N: np.ndarray,
+    shards: int,
+    kind: str = EXACT,
+    trained: Trained | None = None,
 ) -> Shards:
     """An index as the build writes it, without sidecar columns that a search does not need."""
-    count, dimensions = rows_ND.shape
-    lists = 0 if centroids is None else len(centroids)
-    plan = plan_index(count, dimensions, -(-count // shards), count)
-    plan = plan.__class__(count, dimensions, lists, 0, plan.shards)
-    assert len(plan.shards) == shards
+    built = planned(*rows_ND.shape, shards, kind)
     (folder / "shards").mkdir(parents=True)
-    for shard in plan.shards:
+    for shard in built.shards:
         part, paths = slice(shard.start, shard.stop), shard_files(shard.number)
         np.save(folder / paths["rows"], rows_ND[part])
-        faiss.write_index(_faiss_index(plan, rows_ND[part].astype(np.float32), centroids), str(folder / paths["faiss"]))
+        faiss.write_index(index_of(built, rows_ND[part], trained), str(folder / paths["faiss"]))
         pq.write_table(pa.table({"id": ids_N[part]}), folder / paths["sidecar"])
         pictures = pa.table({"jpeg": [b"%d" % row_id for row_id in ids_N[part]]})
         pq.write_table(pictures, folder / paths["thumbnails"], row_group_size=64)
-    facts = {"shards": shards, "dimensions": dimensions, "lists": lists, "probes": max(1, lists // 4)}
+    if trained:
+        (folder / QUANTIZER_FILE).write_bytes(trained.quantizer)
+    facts = {
+        "shards": shards,
+        "dimensions": built.dimensions,
+        "lists": built.lists,
+        "candidates": built.code.candidates,
+        "probes": max(1, built.lists // 4),
+        "filter_probes": [[0.1, max(1, built.lists // 2)]],
+    }
     (folder / INDEX_FILE).write_text(json.dumps(facts))
     return Shards.open(folder.joinpath)
 
@@ -117,21 +148,22 @@ def inverted(
     tmp_path_factory: pytest.TempPathFactory,
     rows_ND: np.ndarray,
     ids_N: np.ndarray,
-    centroids: np.ndarray,
+    trained: dict[str, Trained | None],
 ) -> Shards:
-    return write_index(tmp_path_factory.mktemp("ivf") / "index", rows_ND, ids_N, request.param, centroids)
+    folder = tmp_path_factory.mktemp("ivf") / "index"
+    return write_index(folder, rows_ND, ids_N, request.param, STORED, trained[STORED])
 
 
-@pytest.fixture(scope="module", params=["flat", "ivf"])
+@pytest.fixture(scope="module", params=[EXACT, STORED, BYTES])
 def either(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     rows_ND: np.ndarray,
     ids_N: np.ndarray,
-    centroids: np.ndarray,
+    trained: dict[str, Trained | None],
 ) -> Shards:
-    shared = None if request.param == "flat" else centroids
-    return write_index(tmp_path_factory.mktemp("either") / "index", rows_ND, ids_N, 3, shared)
+    folder = tmp_path_factory.mktemp("either") / "index"
+    return write_index(folder, rows_ND, ids_N, 3, request.param, trained[request.param])
 
 
 # ---- the same answer
@@ -173,10 +205,11 @@ def test_ivf_over_shards_is_one_ivf_index_with_the_same_quantizer(
     queries_QD: np.ndarray,
     rows_ND: np.ndarray,
     ids_N: np.ndarray,
-    centroids: np.ndarray,
+    trained: dict[str, Trained | None],
 ) -> None:
-    quantizer = faiss.IndexFlatL2(DIMENSIONS)
-    quantizer.add(centroids)
+    shared = trained[STORED]
+    assert shared is not None
+    quantizer = faiss.deserialize_index(np.frombuffer(shared.quantizer, np.uint8))
     _, cells_N = quantizer.search(rows_ND.astype(np.float32), 1)
     _, probed_QP = quantizer.search(queries_QD, probes)
     found = answers(inverted.search(queries_QD, K, probes=probes))
@@ -190,6 +223,61 @@ def test_ivf_uses_the_recorded_probes_unless_told_otherwise(inverted: Shards, qu
     plain = answers(inverted.search(queries_QD, K))
     assert plain == answers(inverted.search(queries_QD, K, probes=recorded))
     assert answers(inverted.search(queries_QD, K, probes=LISTS)) == answers(inverted.exact(queries_QD, K))
+
+
+@pytest.mark.parametrize("shards", [2, 5])
+@pytest.mark.parametrize("kind", [BYTES, PRODUCT])
+def test_candidates_of_short_codes_are_those_of_one_index_over_all_rows(
+    kind: str,
+    shards: int,
+    tmp_path: Path,
+    queries_QD: np.ndarray,
+    rows_ND: np.ndarray,
+    ids_N: np.ndarray,
+    trained: dict[str, Trained | None],
+) -> None:
+    one, many = (
+        write_index(tmp_path / str(count), rows_ND, ids_N, count, kind, trained[kind]) for count in (1, shards)
+    )
+    for probes, candidates in ((1, 1), (2, 2), (LISTS, 1), (LISTS, 4)):
+        expected = answers(one.search(queries_QD, K, probes=probes, candidates=candidates))
+        assert answers(many.search(queries_QD, K, probes=probes, candidates=candidates)) == expected
+
+
+def test_comparing_more_candidates_by_the_stored_rows_makes_up_for_short_codes(
+    tmp_path: Path, queries_QD: np.ndarray, rows_ND: np.ndarray, ids_N: np.ndarray, trained: dict[str, Trained | None]
+) -> None:
+    shards = write_index(tmp_path / "index", rows_ND, ids_N, 2, PRODUCT, trained[PRODUCT])
+    exact = answers(shards.exact(queries_QD, K))
+    found = [answers(shards.search(queries_QD, K, probes=LISTS, candidates=many)) for many in (1, 4, ROWS)]
+    right = [sum(len(set(a) & set(b)) for a, b in zip(ours, exact, strict=True)) for ours in found]
+    assert right == sorted(right)
+    assert right[0] < right[2]
+    assert found[2] == exact
+
+
+def test_a_graph_of_lists_gives_the_same_answer_over_any_number_of_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queries_QD: np.ndarray, rows_ND: np.ndarray, ids_N: np.ndarray
+) -> None:
+    monkeypatch.setattr(plan, "GRAPH_LISTS", 1)
+    drawn = train(planned(ROWS, DIMENSIONS, 1, STORED), rows_ND)
+    one, many = (write_index(tmp_path / str(count), rows_ND, ids_N, count, STORED, drawn) for count in (1, 4))
+    assert isinstance(many._quantizer, faiss.IndexHNSW)
+    for probes in (1, 3):
+        assert answers(many.search(queries_QD, K, probes=probes)) == answers(one.search(queries_QD, K, probes=probes))
+    assert answers(many.search(queries_QD, K, probes=LISTS)) == answers(many.exact(queries_QD, K))
+
+
+def test_a_graph_of_rows_is_no_choice_because_it_loses_the_hits_of_a_narrow_filter() -> None:
+    rng = np.random.default_rng(5)
+    rows_ND = unit(rng.normal(size=(8, 32))[rng.integers(8, size=4000)] + 0.5 * rng.normal(size=(4000, 32)))
+    graph = faiss.IndexHNSWFlat(32, 32)
+    graph.add(rows_ND.astype(np.float32))
+    passes_N = rng.random(len(rows_ND)) < 0.01
+    selector = faiss.IDSelectorBitmap(np.packbits(passes_N, bitorder="little"))
+    parameters = faiss.SearchParametersHNSW(efSearch=64, sel=selector)
+    _, found = graph.search(rows_ND[:50].astype(np.float32), K, params=parameters)
+    assert (found >= 0).sum() < 0.7 * found.size
 
 
 # ---- filters
@@ -209,11 +297,20 @@ def test_filters_hold_inside_the_search(
     assert answers(found) == brute_force(queries_QD, rows_ND, ids_N, K, mask_N)
 
 
+@pytest.mark.parametrize(("passing", "probes"), [(1.0, 2), (0.999, 2), (0.1, 4), (0.099, LISTS), (0.0, LISTS)])
+def test_a_narrower_filter_searches_the_lists_that_the_proof_found_it_to_need(
+    passing: float, probes: int, inverted: Shards, queries_QD: np.ndarray
+) -> None:
+    masks = cut(np.arange(ROWS) < round(passing * ROWS), inverted)
+    found = answers(inverted.search(queries_QD, K, masks))
+    assert found == answers(inverted.search(queries_QD, K, masks, probes=probes))
+
+
 def test_a_shard_where_nothing_passes_hides_no_hit_of_another(
     either: Shards, queries_QD: np.ndarray, rows_ND: np.ndarray, ids_N: np.ndarray
 ) -> None:
     masks = [np.full(len(shard.ids_N), number == 0) for number, shard in enumerate(either.shards)]
-    found = either.search(queries_QD, K, masks)
+    found = either.search(queries_QD, K, masks, probes=LISTS)
     assert {hit.shard for hits in found for hit in hits} == {0}
     assert answers(found) == brute_force(queries_QD, rows_ND, ids_N, K, np.concatenate(masks))
 
@@ -239,6 +336,12 @@ def test_a_query_of_another_shape_is_refused(shape: Sequence[int], either: Shard
 def test_fewer_than_one_hit_is_refused(k: int, either: Shards, queries_QD: np.ndarray) -> None:
     with pytest.raises(ValueError, match="k must be at least 1"):
         either.search(queries_QD, k)
+
+
+def test_an_index_of_an_earlier_release_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"shards": 1, "dimensions": 8, "lists": 0, "probes": 1}))
+    with pytest.raises(UserError, match="of an earlier release: build and publish it again"):
+        Shards.open(tmp_path.joinpath)
 
 
 @pytest.mark.parametrize("kind", ["faiss", "rows", "sidecar"])
