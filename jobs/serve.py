@@ -4,8 +4,8 @@
   python -m jobs.serve --index URI@alias serve.port=8080
 
 Listens on this machine's own address, 127.0.0.1, unless `serve.host` says otherwise, which takes a token
-(CXR_SERVE_TOKEN) and TLS (`serve.certificate`, `serve.certificate_key`). When the alias moves, the new version is served
-without a restart. Needs no cluster. The API's description is at /openapi.json, figures for Prometheus at /metrics.
+(CXR_SERVE_TOKEN) and TLS (`serve.certificate`, `serve.certificate_key`). When the alias moves, the new version is
+served without a restart. Needs no cluster. The API describes itself at /openapi.json; /metrics is for Prometheus.
 """
 
 import argparse

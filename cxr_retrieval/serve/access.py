@@ -1,8 +1,8 @@
 """Who may ask, and the line that every query leaves.
 
 On this machine's own address nobody is asked for anything, but a browser that was led here under another name is turned
-away. Beyond it, a token and TLS are needed. The token is the password of HTTP's basic authentication, which browsers ask
-for by themselves, with any user name; or a bearer token.
+away. Beyond it, a token and TLS are needed. The token is the password of HTTP's basic authentication, with any user
+name, which browsers ask for by themselves; or a bearer token.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Promises of the search page in a real browser: an image is found, looked at, filtered, and errors are told in words."""
+"""Promises of the search page in a real browser: hits are found, looked at and filtered, errors told in words."""
 
 import asyncio
 import re
