@@ -183,6 +183,15 @@ class SearchSettings(Section):
     exclude_own_patient: bool = Field(True, description="leave out the query's own patient")
 
 
+class ServeSettings(Section):
+    host: str = Field("127.0.0.1", description="address to listen on; beyond this machine it takes a token and TLS")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    upload_mb: int = Field(32, ge=1, le=1024, description="largest upload in MB (2**20 bytes)")
+    poll_seconds: float = Field(5.0, gt=0, le=3600, description="seconds between two looks at where the alias points")
+    certificate: str | None = Field(None, description="PEM file of the TLS certificate, with its chain")
+    certificate_key: str | None = Field(None, description="PEM file of the certificate's private key")
+
+
 class PrivacySettings(Section):
     pseudonymise: bool = Field(
         True, description="outside the corpus, know patients, images and sources by keyed HMAC only"
@@ -204,6 +213,7 @@ class Settings(Section):
     index: IndexSettings = IndexSettings()
     publish: PublishSettings = PublishSettings()
     search: SearchSettings = SearchSettings()
+    serve: ServeSettings = ServeSettings()
     privacy: PrivacySettings = PrivacySettings()
 
     @model_validator(mode="after")

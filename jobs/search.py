@@ -3,9 +3,13 @@
   python -m jobs.search IMAGE... --index URI@alias -k 8
   python -m jobs.search IMAGE... --index URI@alias --gallery out.html
   python -m jobs.search IMAGE... --index URI@alias --json
+  python -m jobs.search IMAGE... --index URI@alias --view PA --sex F --age-from 40 --any-of Mass --any-of Nodule
+  python -m jobs.search IMAGE --index URI@alias --region 300,420,250,250
+  python -m jobs.search --id 00000001_000.png --index URI@alias
 
-Needs no cluster: the version's files are fetched once, verified and mapped. The query's own patient is left out where
-the query is an indexed image; `--patient` names one to leave out besides.
+Needs no cluster: the version's files are fetched once, verified and mapped. Filters are applied inside the search, so
+that as many hits come as were asked for, wherever so many images pass. The query's own patient is left out where the
+query is an indexed image; `--patient` names one to leave out besides.
 """
 
 import argparse
@@ -16,8 +20,10 @@ from dataclasses import asdict
 from cxr_retrieval import command, console, storage
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.decoding import RejectedImage
+from cxr_retrieval.corpus.findings import NO_FINDING
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.search import Answer, Query, Retriever, shared
+from cxr_retrieval.index.filters import Filters
+from cxr_retrieval.index.search import Answer, Query, Retriever
 from cxr_retrieval.index.versions import split_reference
 from cxr_retrieval.report.gallery import Case, Hit, PageFacts, QueryResult, write_gallery
 
@@ -30,6 +36,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patient", help="patient to leave out, as the index knows them")
     parser.add_argument("--gallery", metavar="FILE", help="write the result as a page that opens offline")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--id", action="append", default=[], help="search with an indexed image, by its id; repeatable")
+    parser.add_argument(
+        "--region", type=_region, metavar="X,Y,W,H", help="look closely at this box, in pixels of IMAGE"
+    )
+    parser.add_argument("--view", action="append", default=[], help="find images of this view only; repeatable")
+    parser.add_argument("--sex", help="find images of patients of this sex only")
+    parser.add_argument("--age-from", type=int, metavar="YEARS", help="find patients of at least this age")
+    parser.add_argument("--age-to", type=int, metavar="YEARS", help="find patients of at most this age")
+    parser.add_argument("--date-from", type=_date, metavar="YYYY-MM-DD", help="find studies of this date or later")
+    parser.add_argument("--date-to", type=_date, metavar="YYYY-MM-DD", help="find studies of this date or earlier")
+    for name, what in (("any", "at least one of these"), ("all", "each of these"), ("none", "none of these")):
+        parser.add_argument(
+            f"--{name}-of",
+            action="append",
+            default=[],
+            metavar="FINDING",
+            help=f"find images that have {what} findings; repeatable",
+        )
 
 
 def implied(options: argparse.Namespace) -> list[str]:
@@ -38,15 +62,30 @@ def implied(options: argparse.Namespace) -> list[str]:
 
 def run(settings: Settings, options: argparse.Namespace) -> None:
     command.refuse_relative({"--gallery": options.gallery} if options.gallery else {})
-    if not options.rest:
+    if not options.rest and not options.id:
         raise UserError("no image to search with: python -m jobs.search IMAGE... --index URI@alias")
+    if options.region and (options.id or len(options.rest) > 1):
+        raise UserError("--region is a box of one image: give one image file and no --id")
     retriever = Retriever.open(options.index)
+    filters = Filters(
+        views=tuple(options.view),
+        sex=options.sex,
+        age_from=options.age_from,
+        age_to=options.age_to,
+        date_from=options.date_from,
+        date_to=options.date_to,
+        any_of=tuple(options.any_of),
+        all_of=tuple(options.all_of),
+        none_of=tuple(options.none_of),
+    )
+    queries = [(image, read_query(retriever, image, options.region)) for image in options.rest]
+    queries += [(image_id, retriever.query_of(image_id)) for image_id in options.id]
     found: list[tuple[str, Query, Answer]] = []
-    for image in options.rest:
-        query = read_query(retriever, image)
+    for image, query in queries:
         answer = retriever.search(
             query,
             settings.search.k,
+            filters,
             exclude_patient=options.patient,
             exclude_own=settings.search.exclude_own_patient,
         )
@@ -62,10 +101,10 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
         console.say(f"gallery: {storage.canonical(options.gallery)}")
 
 
-def read_query(retriever: Retriever, image: str) -> Query:
+def read_query(retriever: Retriever, image: str, region: tuple[float, float, float, float] | None = None) -> Query:
     """The query for an image file. Raises UserError for a file that is not there or cannot be decoded."""
     try:
-        return retriever.query(storage.read_bytes(image))
+        return retriever.query(storage.read_bytes(image), region)
     except FileNotFoundError:
         raise UserError(f"{image}: there is no such file") from None
     except IsADirectoryError:
@@ -81,7 +120,7 @@ def show_answer(image: str, answer: Answer) -> None:
         [
             case.rank,
             f"{case.distance:.3f}",
-            " ".join(name + "*" * (name in own) for name in case.findings) or "No Finding",
+            " ".join(name + "*" * (name in case.shared) for name in case.findings) or NO_FINDING,
             case.view or "",
             case.sex or "",
             case.age_years if case.age_years is not None else "",
@@ -93,10 +132,8 @@ def show_answer(image: str, answer: Answer) -> None:
     known = f"{', '.join(own)} (* shared)" if own else "no finding"
     title = f"{image}: {known}" if answer.known else image
     console.show_table(title, ["rank", "distance", "findings", "view", "sex", "age", "patient", "image"], rows)
-    if answer.nothing_similar:
-        console.say(
-            f"{image}: nothing similar in this index; the nearest image is farther than held-out images ever are"
-        )
+    if answer.warning:
+        console.say(f"{image}: {answer.warning}")
 
 
 def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, Answer]]) -> str:
@@ -148,31 +185,34 @@ def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, 
                 ),
                 hit.rank,
                 hit.distance,
-                shared(hit, own),
+                hit.shared,
             )
             for hit in answer.cases
         )
-        warning = (
-            "Nothing similar: the nearest image is farther than held-out images ever are."
-            if answer.nothing_similar
-            else None
-        )
+        warning = f"{answer.warning[0].upper()}{answer.warning[1:]}." if answer.warning else None
         results.append(QueryResult(name, case, hits, warning, query.scores))
     return write_gallery(results, page)
 
 
 def _record(image: str, query: Query, answer: Answer) -> dict[str, object]:
-    own = answer.known.findings if answer.known else ()
-    hits = [{**asdict(case), "shared": shared(case, own)} for case in answer.cases]
     return {
         "image": image,
         "known_as": answer.known.image_id if answer.known else None,
-        "findings": own,
+        "findings": answer.known.findings if answer.known else (),
         "scores": {name: round(score, 4) for name, score in query.scores.items()},
         "crop": query.crop,
         "nothing_similar": answer.nothing_similar,
-        "hits": hits,
+        "hits": [asdict(case) for case in answer.cases],
     }
+
+
+def _region(text: str) -> tuple[float, float, float, float]:
+    x, y, w, h = map(float, text.split(","))
+    return x, y, w, h
+
+
+def _date(text: str) -> datetime.date:
+    return datetime.date.fromisoformat(text)
 
 
 def plan(settings: Settings, options: argparse.Namespace) -> None:

@@ -4,7 +4,10 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,21 @@ def job_commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python -m jobs.")]
 
 
+def served_page(words: list[str]) -> str:
+    """The search page that the command serves, on a free port; the server is stopped afterwards."""
+    command = [sys.executable, "-m", "jobs.serve", *words, "serve.port=0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            told = next(line for line in server.stderr if line.startswith("search page: "))
+            with urllib.request.urlopen(told.split()[2], timeout=30) as answer:
+                page: str = answer.read().decode()
+                return page
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) in (0, 130)
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_every_job_command_of_the_readme_runs_as_it_stands(
     phantom_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -56,6 +74,9 @@ def test_every_job_command_of_the_readme_runs_as_it_stands(
             words = [re.sub(rf"\b{name}\b", value, word) for word in words]
         if command[2] == "jobs.tune":
             words.append("--plan")  # a sweep itself takes a minute: test_tune runs one
+        if command[2] == "jobs.serve":
+            assert "Find similar chest X-rays" in served_page(words)
+            continue
         monkeypatch.setattr(sys, "argv", [command[2], *words])
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
         if command[2] == "jobs.evaluate":

@@ -1,0 +1,176 @@
+"""The HTTP API and the search page, as one FastAPI application in one process.
+
+One image at a time goes through the network, which uses every core for it; decoding is under the same lock, so memory
+does not grow with the number of clients. Looking up, thumbnails and the rest run beside it.
+"""
+
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Form, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from cxr_retrieval.config import ServeSettings
+from cxr_retrieval.corpus.decoding import RejectedImage
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.search import Query as Question
+from cxr_retrieval.index.search import Retriever, UnknownImage
+from cxr_retrieval.report.pages import render
+from cxr_retrieval.serve import access
+from cxr_retrieval.serve.live import LiveIndex
+from cxr_retrieval.serve.metrics import Metrics
+from cxr_retrieval.serve.schema import Asked, Found, IndexFacts, Problem, Ready, Reason, Search, Upload, sentence
+from cxr_retrieval.serve.uploads import UploadLimit
+
+MB = 1 << 20
+SLACK = 64 << 10  # of an upload's limit, for the form around the file
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem},
+    404: {"model": Problem},
+    413: {"model": Problem},
+    422: {"model": Problem},
+}
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",  # what was asked and found stays out of a shared browser's disk
+}
+MULTIPART = "multipart/form-data"
+
+
+def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
+    """The application that answers from a live index. Raises UserError as `access.token_for` does."""
+    token = access.token_for(settings)
+    limit = settings.upload_mb * MB
+    app = FastAPI(
+        title="cxr-retrieval",
+        description="Similar chest X-rays and what they had. A research system, no medical device.",
+        version="1",
+        docs_url=None,  # FastAPI's pages of documentation fetch their scripts from elsewhere
+        redoc_url=None,
+    )
+    too_large = f"the upload is larger than {settings.upload_mb} MB: reduce the image or raise serve.upload_mb"
+    metrics = Metrics(live)
+    looking = threading.Lock()
+    page = render("search.html.j2", title="Find similar chest X-rays", facts=[], script="search.js")
+    app.add_middleware(UploadLimit, limit=limit + SLACK, text=too_large)
+    if token is None:
+        # Else a page from anywhere could be this machine's own by a name that it makes point here.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", settings.host])
+
+    def refusal(request: Request) -> Response | None:
+        """The answer to a request that is not let in."""
+        if token is not None and request.url.path not in access.OPEN_PATHS:
+            request.state.user = access.user_of(request, token)
+            if request.state.user is None:
+                challenge = {"WWW-Authenticate": 'Basic realm="cxr-retrieval"'}
+                return JSONResponse({"detail": "the server's token is needed"}, 401, challenge)
+        return None
+
+    @app.middleware("http")
+    async def around(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        began = time.perf_counter()
+        response = refusal(request) or await call_next(request)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        metrics.answered(request, response.status_code, time.perf_counter() - began)
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(_: Request, error: RequestValidationError) -> Response:
+        return JSONResponse({"detail": sentence(list(error.errors()))}, 422)
+
+    @app.exception_handler(RejectedImage)
+    async def rejected(_: Request, error: RejectedImage) -> Response:
+        return JSONResponse({"detail": f"the image cannot be searched with: {error.text}"}, 422)
+
+    @app.exception_handler(UserError)
+    async def mendable(_: Request, error: UserError) -> Response:
+        return JSONResponse({"detail": str(error)}, 404 if isinstance(error, UnknownImage) else 422)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+    def question(retriever: Retriever, upload: Upload) -> Question:
+        data = upload.image.file.read()
+        with looking:
+            return retriever.query(data, upload.box)
+
+    def answer(request: Request, retriever: Retriever, query: Question, asked: Asked) -> Found:
+        found = retriever.search(query, asked.k, asked.filters, skip=asked.skip, exclude_own=not asked.own_patient)
+        metrics.searched(found)
+        wanted = asked.model_dump(exclude_defaults=True, include=set(Asked.model_fields))
+        access.audit(request, retriever.version.version.id, wanted, len(found.cases))
+        return Found.of(retriever, query, found)
+
+    @app.post("/v1/search", responses=PROBLEMS)
+    def search(request: Request, form: Annotated[Search, Form(media_type=MULTIPART)]) -> Found:
+        """The indexed images that are most like an uploaded one."""
+        retriever = live.retriever
+        return answer(request, retriever, question(retriever, form), form)
+
+    @app.get("/v1/images/{image_id:path}/similar", responses=PROBLEMS)
+    def similar(request: Request, image_id: str, asked: Annotated[Asked, Query()]) -> Found:
+        """The indexed images that are most like one of them."""
+        retriever = live.retriever
+        return answer(request, retriever, retriever.query_of(image_id), asked)
+
+    @app.get("/v1/images/{image_id:path}/thumbnail", responses=PROBLEMS, response_class=Response)
+    def thumbnail(image_id: str) -> Response:
+        """A reduced picture (JPEG) of an indexed image, as it was prepared."""
+        retriever = live.retriever
+        data = retriever.thumbnail(retriever.case(image_id))
+        return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
+
+    @app.post("/v1/images/{image_id:path}/why", responses=PROBLEMS)
+    def why(image_id: str, form: Annotated[Upload, Form(media_type=MULTIPART)]) -> Reason:
+        """Why an indexed image is near an uploaded one: the distance of every progressive step, and both crops."""
+        retriever = live.retriever
+        query = question(retriever, form)
+        with looking:
+            return Reason.of(retriever, retriever.why(query, retriever.case(image_id)))
+
+    @app.get("/v1/images/{image_id:path}/why", responses=PROBLEMS)
+    def why_indexed(image_id: str, query: str) -> Reason:
+        """Why an indexed image is near another one, whose id `query` is."""
+        retriever = live.retriever
+        asked = retriever.query_of(query)
+        with looking:
+            return Reason.of(retriever, retriever.why(asked, retriever.case(image_id)))
+
+    @app.get("/v1/index")
+    def index() -> IndexFacts:
+        """What is served, and what filters may name."""
+        return IndexFacts.of(live, limit)
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses={503: {"model": Ready}})
+    async def ready(response: Response) -> Ready:
+        """Searches are answered, and the alias is followed."""
+        response.status_code = 200 if live.watching else 503
+        found = live.retriever
+        return Ready(
+            ready=live.watching, version=found.version.version.id, images=found.shards.rows, trouble=live.trouble
+        )
+
+    @app.get("/metrics", response_class=Response)
+    async def measured() -> Response:
+        """Figures for Prometheus."""
+        return metrics.exposition()
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def home() -> str:
+        return page
+
+    return app

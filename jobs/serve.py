@@ -1,0 +1,85 @@
+"""Serve a published index over HTTP: a search page and an API.
+
+  python -m jobs.serve --index URI@alias
+  python -m jobs.serve --index URI@alias serve.port=8080
+
+Listens on this machine's own address, 127.0.0.1, unless `serve.host` says otherwise, which takes a token
+(CXR_SERVE_TOKEN) and TLS (`serve.certificate`, `serve.certificate_key`). When the alias moves, the new version is
+served without a restart. Needs no cluster. The API describes itself at /openapi.json; /metrics is for Prometheus.
+"""
+
+import argparse
+import os
+import socket
+
+import uvicorn
+
+from cxr_retrieval import command, console
+from cxr_retrieval.config import ServeSettings, Settings
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.serve.access import token_for
+from cxr_retrieval.serve.api import create_app
+from cxr_retrieval.serve.live import LiveIndex
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--index", required=True, metavar="URI@alias", help="published index, and an alias or version of it"
+    )
+
+
+def run(settings: Settings, options: argparse.Namespace) -> None:
+    serve = settings.serve
+    token_for(serve)  # before the index is opened, which may take minutes
+    with listening(serve) as taken, LiveIndex(options.index, serve.poll_seconds) as live:
+        app = create_app(live, serve)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,  # paths name images; the audit line does not
+            server_header=False,
+            ssl_certfile=serve.certificate,
+            ssl_keyfile=serve.certificate_key,
+        )
+        host, port = taken.getsockname()[:2]
+        try:
+            config.load()
+        except OSError as error:  # of ssl too
+            raise UserError(f"serve.certificate={serve.certificate}: it or its key cannot be read ({error})") from None
+        scheme = "https" if serve.certificate else "http"
+        console.say(f"index: {live.retriever.shards.rows:,} images, version {live.retriever.version.version.id}")
+        console.say(f"search page: {scheme}://{f'[{host}]' if ':' in host else host}:{port}/  (stop with Ctrl-C)")
+        uvicorn.Server(config).run(sockets=[taken])
+
+
+def listening(serve: ServeSettings) -> socket.socket:
+    """A socket that listens where the settings say. Raises UserError where it cannot."""
+    family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+    try:
+        return socket.create_server((serve.host, serve.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise UserError(
+            f"serve.host={serve.host} serve.port={serve.port}: cannot listen there ({reason}): choose another"
+        ) from None
+
+
+def plan(settings: Settings, options: argparse.Namespace) -> None:
+    retriever = Retriever.open(options.index)
+    console.show_table(
+        "Plan of serve",
+        ["address", "images", "shards", "version"],
+        [
+            [
+                f"{settings.serve.host}:{settings.serve.port}",
+                retriever.shards.rows,
+                len(retriever.shards.shards),
+                retriever.version.version.id,
+            ]
+        ],
+    )
+
+
+if __name__ == "__main__":
+    command.run("serve", __doc__, run, plan, arguments, on_cluster=False)

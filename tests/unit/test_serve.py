@@ -1,0 +1,324 @@
+"""Promises of the server: what it takes and gives, what it refuses and how, and that it follows its alias."""
+
+import base64
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from cxr_retrieval.config import ServeSettings
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index import cache
+from cxr_retrieval.index.filters import Filters
+from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.serve import access, live
+from cxr_retrieval.serve.api import create_app
+from cxr_retrieval.serve.live import LiveIndex
+from jobs.serve import listening
+from tests.indexes import Film, build, films, model_files, published
+
+HERE = "http://127.0.0.1"
+TOKEN = "a token of sixteen or more"
+FIRST = "00000001_000.png"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Film], tuple[bytes, bytes]]]:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cache.VARIABLE, str(folder / "cache"))
+        images = films(50)
+        yield folder, images, model_files(folder, images)
+
+
+@pytest.fixture(scope="module")
+def opened(world) -> Iterator[LiveIndex]:
+    folder, images, files = world
+    with LiveIndex(published(folder, build(folder, images, files), "served"), 3600) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(opened: LiveIndex) -> TestClient:
+    return TestClient(create_app(opened, ServeSettings(upload_mb=1)), base_url=HERE)
+
+
+def asked(client: TestClient, data: bytes, **fields: Any) -> Any:
+    return client.post("/v1/search", files={"image": ("film.png", data)}, data=fields)
+
+
+def refusal(answer: Any, status: int) -> str:
+    """The one sentence of a refusal."""
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"detail"}
+    text: str = answer.json()["detail"]
+    assert "\n" not in text
+    return text
+
+
+# ---- searching
+
+
+def test_an_upload_is_answered_as_the_library_answers(client: TestClient, opened: LiveIndex, world) -> None:
+    images = world[1]
+    retriever = opened.retriever
+    answer = asked(client, images[0].png, k=5, view=["PA", "AP"], none_of="Hernia", region="10,20,60,60").json()
+    query = retriever.query(images[0].png, (10, 20, 60, 60))
+    expected = retriever.search(query, 5, Filters(views=("PA", "AP"), none_of=("Hernia",)))
+    assert [hit["image_id"] for hit in answer["hits"]] == [case.image_id for case in expected.cases]
+    assert [hit["distance"] for hit in answer["hits"]] == [case.distance for case in expected.cases]
+    assert [hit["shared"] for hit in answer["hits"]] == [list(case.shared) for case in expected.cases]
+    assert answer["passing"] == expected.passing
+    assert answer["query"]["source_crop"] == [10, 20, 60, 60]
+    assert answer["query"]["known_as"]["image_id"] == FIRST
+    assert answer["version"] == retriever.version.version.id
+    assert set(answer["query"]["scores"]) == set(retriever.model.findings)
+
+
+def test_pages_follow_one_another_without_gap_or_repetition(client: TestClient) -> None:
+    def page(skip: int, k: int) -> list[str]:
+        found = client.get(f"/v1/images/{FIRST}/similar", params={"k": k, "skip": skip, "own_patient": "true"})
+        return [hit["image_id"] for hit in found.json()["hits"]]
+
+    everything = page(0, 100)
+    assert everything[0] == FIRST
+    assert len(everything) == len(set(everything)) == 50
+    assert page(0, 20) + page(20, 20) + page(40, 20) == everything
+
+
+def test_the_own_patient_is_found_only_when_asked_for(client: TestClient, world) -> None:
+    for own, count in ((False, 0), (True, sum(film.facts["patient"] == "1" for film in world[1]))):
+        hits = asked(client, world[1][0].png, k=100, own_patient=own).json()["hits"]
+        assert sum(hit["patient"] == "1" for hit in hits) == count
+
+
+def test_a_hit_leads_to_its_picture_and_its_reasons(client: TestClient, world) -> None:
+    picture = client.get(f"/v1/images/{FIRST}/thumbnail")
+    assert picture.headers["content-type"] == "image/jpeg"
+    assert cv2.imdecode(np.frombuffer(picture.content, np.uint8), 0).shape == (64, 64)
+    uploaded = client.post("/v1/images/00000002_000.png/why", files={"image": world[1][0].png}).json()
+    stored = client.get("/v1/images/00000002_000.png/why", params={"query": FIRST}).json()
+    assert list(uploaded["distances"])[:3] == ["step1", "step2", "step3"]
+    assert uploaded["query_crop"] == stored["query_crop"]
+    assert uploaded["distances"]["combined"] == pytest.approx(stored["distances"]["combined"], abs=0.1)
+
+
+def test_the_api_describes_itself_and_what_may_be_asked_for(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/search", "/v1/images/{image_id}/similar", "/v1/images/{image_id}/thumbnail"} <= set(paths)
+    facts = client.get("/v1/index").json()
+    assert (facts["images"], facts["views"], facts["sexes"]) == (50, ["AP", "PA"], ["F", "M"])
+    assert facts["findings"][-1] == "No Finding"
+    assert (facts["dated"], facts["regions"], facts["upload_bytes"]) == (True, True, 1 << 20)
+
+
+def test_the_page_fetches_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert not [word for word in ("https://", "@import", "<link") if word in page.text]
+    assert page.text.count("http://") == 1  # the name of SVG's vocabulary
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"no image", "neither PNG nor JPEG: 8 bytes that begin with b'no image'"),
+        (b"", "neither PNG nor JPEG: an empty file"),
+        (b"\x89PNG\r\n\x1a\n", "the header of a PNG or JPEG and no image"),
+        (bytes(cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1]), "8 x 8 pixels, a side under 32"),
+        (bytes(cv2.imencode(".png", np.zeros((64, 64), np.uint8))[1])[:-30], "64 x 64 PNG: "),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_sentence(client: TestClient, data: bytes, text: str) -> None:
+    found = refusal(asked(client, data), 422)
+    assert found.startswith("the image cannot be searched with: ")
+    assert text in found
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"view": "XX"}, "no image of this index has view 'XX': it has AP, PA"),
+        ({"any_of": "Efusion"}, "no image of this index has finding 'Efusion': did you mean 'Effusion'?"),
+        ({"age_from": "60", "age_to": "50"}, "ages from 60 to 50 hold none: the first is after the last"),
+        ({"age_from": "old"}, "age_from: input should be a valid integer"),
+        ({"date_from": "yesterday"}, "date_from: input should be a valid date"),
+        ({"k": "0"}, "k: input should be greater than or equal to 1"),
+        ({"veiw": "PA"}, "veiw: there is no such field"),
+        ({"region": "1,2,3"}, "region: write x,y,width,height in pixels of the image"),
+        ({"region": "100,0,100,50"}, "region 100,0,100,50 does not lie in the image of 128 x 128 pixels"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_in_one_sentence(client: TestClient, world, fields, text: str) -> None:
+    assert text in refusal(asked(client, world[1][0].png, **fields), 422)
+    if "region" not in fields:
+        assert text in refusal(client.get(f"/v1/images/{FIRST}/similar", params=fields), 422)
+
+
+def test_a_form_without_a_file_is_refused_in_one_sentence(client: TestClient) -> None:
+    assert refusal(client.post("/v1/search", data={"k": 3}), 422) == "image: it is missing"
+    assert refusal(client.post("/v1/search", data={"image": "x"}), 422) == "image: it must be a file"
+    rotten = client.post("/v1/search", content=b"x", headers={"content-type": "multipart/form-data"})
+    assert refusal(rotten, 400) == "Missing boundary in multipart."
+
+
+@pytest.mark.parametrize("kind", ["similar", "thumbnail", "why?query=" + FIRST])
+def test_an_image_that_is_not_in_the_index_is_not_found(client: TestClient, kind: str) -> None:
+    text = refusal(client.get(f"/v1/images/nobody/{kind}"), 404)
+    assert text == "image 'nobody' is not in this index: name an image as the index knows it"
+
+
+def test_an_upload_over_the_limit_is_refused_whether_or_not_its_length_is_told(client: TestClient) -> None:
+    expected = "the upload is larger than 1 MB: reduce the image or raise serve.upload_mb"
+    assert refusal(asked(client, bytes(2 << 20)), 413) == expected
+    parts = [b'--x\r\nContent-Disposition: form-data; name="image"; filename="f"\r\n\r\n', *[bytes(1 << 20)] * 2]
+    untold = client.post("/v1/search", content=iter(parts), headers={"content-type": "multipart/form-data; boundary=x"})
+    assert refusal(untold, 413) == expected
+
+
+def test_a_bug_is_no_refusal(opened: LiveIndex, world, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Retriever, "query", broken)
+    client = TestClient(create_app(opened, ServeSettings()), base_url=HERE, raise_server_exceptions=False)
+    assert asked(client, world[1][0].png).status_code == 500
+
+
+# ---- the alias
+
+
+def test_a_moved_alias_is_followed_and_requests_under_way_end_on_the_old_version(world, monkeypatch) -> None:
+    folder, images, files = world
+    old, new = build(folder, images[:20], files), build(folder, images[:30], files)
+    reference = published(folder, old, "moving")
+    inside, go_on = threading.Event(), threading.Event()
+    search = Retriever.search
+
+    def slow(self: Retriever, *words: Any, **named: Any) -> Any:
+        inside.set()
+        assert go_on.wait(30)
+        return search(self, *words, **named)
+
+    with LiveIndex(reference, 0.02) as found:
+        client = TestClient(create_app(found, ServeSettings()), base_url=HERE)
+        first = found.retriever.version.version.id
+        assert client.get("/readyz").json() == {"ready": True, "version": first, "images": 20, "trouble": None}
+        answers: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Retriever, "search", slow)
+            under_way = threading.Thread(target=lambda: answers.append(asked(client, images[0].png, k=100).json()))
+            under_way.start()
+            assert inside.wait(30)
+            published(folder, new, "moving")
+            while found.moves == 0:
+                assert under_way.is_alive()
+            go_on.set()
+            under_way.join()
+        assert answers[0]["version"] == first
+        assert answers[0]["passing"] <= 20
+        after = asked(client, images[0].png, k=100, own_patient=True).json()
+        assert after["version"] == client.get("/readyz").json()["version"] != first
+        assert after["passing"] == 30
+
+
+def test_while_the_alias_cannot_be_followed_the_old_version_serves_and_says_so(
+    world, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, images, files = world
+    found = LiveIndex(published(folder, build(folder, images[:20], files), "failing"), 3600)
+
+    def away(*_: str) -> None:
+        raise UserError("the store cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "resolve", away)
+        found.look()
+        found.look()
+    assert (found.trouble, found.failures, found.moves) == ("the store cannot be reached", 2, 0)
+    assert capsys.readouterr().err.count("goes on serving") == 1  # not once a look
+    assert len(found.retriever.search(found.retriever.query_of(FIRST), 3).cases) == 3
+    found.look()
+    assert found.trouble is None
+
+
+def test_the_server_is_not_ready_when_nobody_looks_at_the_alias(world) -> None:
+    folder, images, files = world
+    found = LiveIndex(published(folder, build(folder, images[:20], files), "still"), 3600)
+    client = TestClient(create_app(found, ServeSettings()), base_url=HERE)
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/readyz").status_code == 503
+
+
+# ---- who may ask, and what stays behind
+
+
+def test_every_query_leaves_a_line_that_names_no_image_and_figures_that_name_none_either(
+    client: TestClient, world, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked(client, world[1][0].png, k=3, sex="F")
+    client.get(f"/v1/images/{FIRST}/similar")
+    first, second = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (first["path"], first["asked"], first["hits"]) == ("/v1/search", {"k": 3, "sex": "F"}, 3)
+    figures = client.get("/metrics").text
+    assert 'cxr_requests_total{method="POST",path="/v1/search",status="200"}' in figures
+    assert 'cxr_index_images{version="' in figures
+    assert FIRST not in json.dumps([first, second]) + figures
+
+
+def test_a_browser_that_was_led_here_by_another_name_is_turned_away(client: TestClient) -> None:
+    assert client.get("/v1/index", headers={"host": "elsewhere.example"}).status_code == 400
+
+
+def test_beyond_this_machine_a_token_is_asked_for(opened: LiveIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(access.TOKEN_VARIABLE, TOKEN)
+    settings = ServeSettings(host="0.0.0.0", certificate="c.pem", certificate_key="k.pem")
+    client = TestClient(create_app(opened, settings), base_url="https://anything.example")
+    basic = base64.b64encode(f"doctor:{TOKEN}".encode()).decode()
+    for words, status in (
+        ({}, 401),
+        ({"authorization": f"Bearer {TOKEN}x"}, 401),
+        ({"authorization": f"Basic {basic[:-4]}"}, 401),
+        ({"authorization": "Basic %%%"}, 401),
+        ({"authorization": f"Bearer {TOKEN}"}, 200),
+        ({"authorization": f"Basic {basic}"}, 200),
+    ):
+        answer = client.get("/v1/index", headers=words)
+        assert answer.status_code == status
+    assert "Basic" in client.get("/").headers["www-authenticate"]
+    assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "somewhere.example"])
+def test_the_server_listens_beyond_this_machine_only_with_token_and_tls(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(access.TOKEN_VARIABLE, raising=False)
+    with pytest.raises(UserError, match="set CXR_SERVE_TOKEN"):
+        access.token_for(ServeSettings(host=host))
+    monkeypatch.setenv(access.TOKEN_VARIABLE, TOKEN)
+    with pytest.raises(UserError, match=r"set serve\.certificate and serve\.certificate_key"):
+        access.token_for(ServeSettings(host=host, certificate="c.pem"))
+    assert access.token_for(ServeSettings(host=host, certificate="c.pem", certificate_key="k.pem")) == TOKEN
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_on_this_machine_nobody_is_asked_for_anything(host: str) -> None:
+    assert access.token_for(ServeSettings(host=host)) is None
+
+
+def test_a_port_that_is_taken_is_told_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"serve\.port={port}: cannot listen there \(Address already in use\)"):
+            listening(ServeSettings(port=port))
