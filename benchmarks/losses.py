@@ -5,17 +5,19 @@
 
 `--minutes` of one run become a number of steps, measured once with cross-entropy only and nothing beside it (or
 `--steps` says it), and kept in `budget.json`; every loss and seed takes as many. A run leaves one JSON in
-`docs/results/losses/NAME`; two run side by side on a core each (one on a GPU). Run again, it does only what is missing,
-and compares what is there.
+`benchmarks/results/losses/NAME`; two run side by side on a core each (one on a GPU). Run again, it does only what is
+missing, and compares what is there; another archive, recipe or budget takes another name.
 
 `--archive` is split by patient: it is trained on, and its test patients are one of the sets that are judged; of
 phantoms three quarters are test patients, 5,000 with 20,600 images. `--also` is another archive, all of whose patients
-are judged only. Figures are of the gallery *all*, means over seeds. The
-interval of a figure is over patients. That of a difference has the spread of the difference over seeds in it too, and
-is given from two seeds on; `detectable` is the true difference that 80% of such comparisons would find.
+are judged only. Figures are of the gallery *all*, means over seeds. The interval of a figure is over patients. That of
+a difference has the spread of the difference over seeds in it too (Student's t with Welch's degrees of freedom), and is
+given from two seeds on; `detectable` is the true difference that 80% of such comparisons would find. None is corrected
+for their number.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -25,18 +27,18 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from benchmarks import contest
 from benchmarks.archive import phantom_archive
 from benchmarks.claim import RESULTS, Claim, machine, publish
-from benchmarks.contest import CROP_FROM, CUTOFFS, EVALUATED, Centred, Contest, Nothing, Paired, Proxied, Rival
+from benchmarks.contest import CROP_FROM, CUTOFFS, EVALUATED, NETWORK, Centred, Contest, Nothing, Paired, Proxied, Rival
 from cxr_retrieval.config import CorpusSettings, LossSettings
 from cxr_retrieval.console import Meter, say, show_table
 from cxr_retrieval.corpus.preparation import prepare
@@ -49,8 +51,9 @@ from cxr_retrieval.runtime import start_ray
 OURS, ALONE = "CCLoss", "cross-entropy only"
 SIDE = 128
 SETTINGS = LossSettings(class_balance=0.0, temperature=0.5)
+RECIPE = ("BATCH", "RATE", "PROXY_RATE", "DECAY", "AVERAGING", "WARM_UP", "SHALLOW", "CROP_FROM", "START")
 PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
-OUT = Path(__file__).parents[1] / "docs" / "results" / "losses"
+OUT = RESULTS / "losses"
 Maker = Callable[[torch.device], Rival]
 
 
@@ -145,9 +148,9 @@ def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, a
     pool = ProcessPoolExecutor(at_once, get_context("spawn"), _load, (uris,))
     try:
         budget = _budget(folder, [corpus.artifact.input_id for corpus in corpora], asked, pool)
-        steps, trunks = budget["steps"], RESULTS / "losses" / "trunks"
-        trunks.mkdir(parents=True, exist_ok=True)
-        trunk_of = {seed: trunks / f"{folder.name}-{steps}-{seed}.pt" for _, seed in left}
+        steps, trunks = budget["steps"], folder / "trunks"
+        trunks.mkdir(exist_ok=True)
+        trunk_of = {seed: trunks / f"{seed}.pt" for _, seed in left}
         growing = [pool.submit(_grow, seed, steps, str(file)) for seed, file in trunk_of.items() if not file.exists()]
         for grown in growing:
             grown.result()
@@ -168,9 +171,11 @@ def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, a
 
 def _budget(folder: Path, corpora: list[str], asked: dict[str, float], pool: ProcessPoolExecutor) -> dict[str, Any]:
     """What all runs of a folder have in common; results of another budget or other images are refused."""
-    file, wanted = folder / "budget.json", asked | {"corpora": corpora}
+    recipe = {name: getattr(contest, name) for name in RECIPE} | {"network": NETWORK.model_dump()}
+    digest = hashlib.sha256(json.dumps([recipe, SETTINGS.model_dump()], sort_keys=True).encode()).hexdigest()[:12]
+    file, wanted = folder / "budget.json", asked | {"corpora": corpora, "recipe": digest}
     if not file.exists():
-        steps = asked.get("steps") or pool.submit(_calibrated, asked["minutes"]).result()
+        steps = asked["steps"] if "steps" in asked else pool.submit(_calibrated, asked["minutes"]).result()
         file.write_text(json.dumps(wanted | {"steps": steps}) + "\n")
     budget: dict[str, Any] = json.loads(file.read_text())
     if {name: budget.get(name) for name in wanted} != wanted:
@@ -241,14 +246,17 @@ def _apart(own_SQM: np.ndarray, theirs_SQM: np.ndarray, patients: Tensor) -> dic
     own_QM, theirs_QM = (torch.as_tensor(values.mean(axis=0)) for values in (own_SQM, theirs_SQM))
     over_patients = paired_difference(own_QM, theirs_QM, patients)
     seeds, by_seed_SM = len(own_SQM), (own_SQM - theirs_SQM).mean(axis=1)
+    people = int(patients.max()) + 1
     found = {}
     for i, column in enumerate(NAMES):
         difference = float(over_patients.mean[i])
         facts: dict[str, Any] = {"difference": difference, "by_seed": by_seed_SM[:, i].round(5).tolist()}
         if seeds > 1:
             spread = float(by_seed_SM[:, i].std(ddof=1))
-            error = math.hypot(float(over_patients.standard_error[i]), spread / math.sqrt(seeds))
-            reach = NormalDist().inv_cdf(0.975) * error
+            parts = [(float(over_patients.standard_error[i]) ** 2, people), (spread**2 / seeds, seeds)]
+            error = math.sqrt(sum(variance for variance, _ in parts))
+            freedom = error**4 / sum(variance**2 / (count - 1) for variance, count in parts) if error else math.inf
+            reach = float(student_t.ppf(0.975, freedom)) * error
             facts |= {"low": difference - reach, "high": difference + reach, "spread_over_seeds": spread}
             facts["detectable"] = float(detectable_difference(torch.tensor(error)))
         found[column] = facts
@@ -351,7 +359,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--name", help="folder of the results; default: nih or phantoms")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=5.0, help="budget of one run (default 5)")
-    budget.add_argument("--steps", type=int, help="budget of one run in optimizer steps, instead of minutes")
+    budget.add_argument(
+        "--steps", type=int, metavar="N", help="budget of one run in optimizer steps, instead of minutes"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each loss (default 3)")
     parser.add_argument("--only", action="append", default=[], help="run this loss only (may be repeated)")
     options = parser.parse_args(arguments)
@@ -365,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
         start_ray()
         options.archive = phantom_archive(options.phantoms, SIDE)
     corpora = prepared([options.archive, *options.also], SIDE, PHANTOM_SHARES if options.phantoms else {})
-    asked = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
+    asked = {"minutes": options.minutes} if options.steps is None else {"steps": options.steps}
     run_all(folder, corpora, options.only or known, options.seeds, asked)
     report(folder)
 

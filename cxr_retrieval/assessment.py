@@ -276,6 +276,18 @@ def localisation_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
     return [row("all", found), *(row(name, table) for name, table in found["findings"].items())]
 
 
+def unseen_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
+    """Rows for a person, of every finding that training never saw: the chosen embedding and the pixels, then
+    precision@8 and mAP in percent, each with its chance level. No row where training saw all."""
+    rows: list[list[Any]] = []
+    for finding, table in evaluation.get("unseen", {}).items():
+        for name in (evaluation["chosen"], "pixels"):
+            cells = [table[name][figure] for figure in ("precision@8", "mAP")]
+            shares = [100.0 * cell[part] for cell in cells for part in ("value", "chance")]
+            rows.append([finding, cells[0]["queries"], name, *shares])
+    return rows
+
+
 def _difference(cell: Mapping[str, Any]) -> str:
     spread = "" if cell["low"] is None else f" ({100.0 * cell['low']:+.1f} to {100.0 * cell['high']:+.1f})"
     return f"{100.0 * cell['difference']:+.1f}{spread}"

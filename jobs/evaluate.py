@@ -13,7 +13,7 @@ import json
 
 from cxr_retrieval import command, console, storage
 from cxr_retrieval.artifacts import Artifact
-from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, headline, localisation_rows
+from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, headline, localisation_rows, unseen_rows
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
@@ -60,6 +60,12 @@ def show_evaluation(evaluation: Artifact, worked: bool) -> None:
             "Crops and annotated boxes: how often the crop holds a box's centre, and mean IoU, percent; centred: a crop"
             " of the same size in the centre of the image",
             ["finding", "boxes", "patients", "centre in crop", "centred", "difference", "IoU", "centred", "difference"],
+            rows,
+        )
+    if rows := unseen_rows(figures):
+        console.show_table(
+            "Findings that training never saw, each asked for alone, percent",
+            ["finding", "queries", "embedding", "precision@8", "chance", "mAP", "chance"],
             rows,
         )
     for drawn in figures["drawn"]:

@@ -122,6 +122,14 @@ class Worker:
         return Optimisation(network, model, centres, training, self.total_steps, self.pretraining_steps)
 
     def run(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            self.tracker.end(failed=True)
+            raise
+        self.tracker.end()
+
+    def _run(self) -> None:
         if self.state.final is not None:  # killed after the last report: the checkpoint holds everything
             self._report_final()
             return
@@ -285,7 +293,6 @@ class Worker:
             "chosen": max(figures, key=lambda name: figures[name]["map"]),
             "centring_images": images,
         }
-        self.tracker.end()
         self._report_final()
 
     def _report_final(self) -> None:

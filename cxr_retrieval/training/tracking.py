@@ -33,8 +33,8 @@ class Tracker(Protocol):
     def send(self) -> None:
         """Make sure that others see what was told."""
 
-    def end(self) -> None:
-        """Say that the run has ended."""
+    def end(self, failed: bool = False) -> None:
+        """Say that the run has ended, and whether by an error."""
 
 
 class Nowhere:
@@ -46,7 +46,7 @@ class Nowhere:
     def send(self) -> None:
         pass
 
-    def end(self) -> None:
+    def end(self, failed: bool = False) -> None:
         pass
 
 
@@ -69,7 +69,7 @@ class _TensorBoard:
         for file in Path(self._staged.name).iterdir() if self._staged else ():
             storage.write_bytes(storage.join(self._folder, file.name), file.read_bytes())
 
-    def end(self) -> None:
+    def end(self, failed: bool = False) -> None:  # noqa: ARG002  # its files do not say how a run ended
         self.send()
         self._writer.close()
 
@@ -84,7 +84,9 @@ class _MLflow:
         experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
         known = self._client.search_runs([experiment], f"attributes.run_name = '{run}'")
         self._run = (known[0] if known else self._client.create_run(experiment, run_name=run)).info.run_id
-        if not known:
+        if known:
+            self._client.update_run(self._run, status="RUNNING")
+        else:
             for key, value in flat(settings.model_dump(mode="json", include={"network", "losses", "training", "seed"})):
                 self._client.log_param(self._run, key, str(value)[:MOST_TEXT])
 
@@ -95,8 +97,8 @@ class _MLflow:
     def send(self) -> None:
         pass
 
-    def end(self) -> None:
-        self._client.set_terminated(self._run)
+    def end(self, failed: bool = False) -> None:
+        self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
 
 class _Quietly:
@@ -112,8 +114,8 @@ class _Quietly:
     def send(self) -> None:
         self._try(lambda: self._tracker.send())
 
-    def end(self) -> None:
-        self._try(lambda: self._tracker.end())
+    def end(self, failed: bool = False) -> None:
+        self._try(lambda: self._tracker.end(failed))
 
     def _try(self, tell: Callable[[], None]) -> None:
         try:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cxr_retrieval.assessment import assess, example_crops, headline, localisation_rows
+from cxr_retrieval.assessment import assess, example_crops, headline, localisation_rows, unseen_rows
 from cxr_retrieval.config import EvaluationSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
@@ -158,6 +158,13 @@ def test_findings_that_training_never_saw_are_asked_for_each_by_itself(queries: 
     assert found["Hernia"]["combined"]["precision@8"]["value"] == pytest.approx(np.mean(precisions))
     assert found["Hernia"]["combined"]["precision@8"]["queries"] == len(precisions)
     assert "unseen" not in assess(hidden, None, model, SETTINGS)
+    told = unseen_rows(assess(hidden, None, unseen, SETTINGS))
+    assert [row[:3] for row in told[:2]] == [
+        ["Hernia", len(precisions), "combined"],
+        ["Hernia", len(precisions), "pixels"],
+    ]
+    assert told[0][3] == pytest.approx(100 * np.mean(precisions))
+    assert unseen_rows(assess(hidden, None, model, SETTINGS)) == []
     assert "Findings that training never saw" in write_evaluation(assess(hidden, None, unseen, SETTINGS))
 
 

@@ -77,6 +77,23 @@ def test_mlflow_has_one_run_with_settings_and_curves_also_after_a_restart(server
     assert [(point.step, round(point.value, 6)) for point in history] == [(1, 0.1), (2, 0.2)]
 
 
+def test_mlflow_is_told_how_a_run_ends_and_that_it_goes_on(server: str) -> None:
+    client = MlflowClient(tracking_uri=server)
+
+    def status() -> str:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id])
+        return str(run.info.status)
+
+    tracker_of(settings("mlflow"), "/somewhere/runs/abc", 0, server).end(failed=True)
+    assert status() == "FAILED"
+    tracker = tracker_of(settings("mlflow"), "/somewhere/runs/abc", 1, server)
+    assert status() == "RUNNING"
+    tracker.end()
+    assert status() == "FINISHED"
+
+
 def test_a_tracker_that_fails_later_ends_nothing_and_is_said(
     server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
