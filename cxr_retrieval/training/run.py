@@ -176,15 +176,15 @@ def require_trainable(settings: Settings, corpus: Corpus) -> None:
             f"{images} training images are fewer than training.batch_size="
             f"{settings.training.batch_size}: lower it, or prepare more images"
         )
-    if not any(corpus.artifact.manifest["splits"][VALIDATION]["findings"].values()):
-        raise UserError(
-            "no validation image has a finding, so nothing can be asked for: raise corpus.validation_share, or prepare"
-            " more patients"
-        )
     if (patients := validation_patients(settings, corpus)) < 2:
         raise UserError(
             f"{patients} validation patients: choosing an embedding takes at least two; raise"
             " corpus.validation_share, or prepare more patients"
+        )
+    if not any(corpus.artifact.manifest["splits"][VALIDATION]["findings"].values()):
+        raise UserError(
+            "no validation image has a finding, so nothing can be asked for: raise corpus.validation_share, or prepare"
+            " more patients"
         )
 
 

@@ -16,7 +16,7 @@ from ray.util import placement_group_table
 from cxr_retrieval import storage
 from cxr_retrieval.config import load_settings
 from cxr_retrieval.network.backbones import build_backbone
-from cxr_retrieval.training.loop import RESAMPLES
+from cxr_retrieval.training.validation import RESAMPLES
 from tests import commands, processes, proxy
 from tests.commands import done, job
 from tests.processes import wait_until
