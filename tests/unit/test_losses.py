@@ -51,7 +51,8 @@ def test_the_spread_over_seeds_is_in_the_interval_of_a_difference() -> None:
     assert cell["difference"] == pytest.approx(0.02)
     # No query differs from another in its difference, so patients leave nothing open and seeds all of it.
     error = np.std([0.02, 0.04, 0.0], ddof=1) / math.sqrt(3)
-    assert cell["high"] - cell["difference"] == pytest.approx(1.96 * error, rel=1e-3)
+    student = 4.3027  # 97.5% of Student's t with the two degrees of freedom that three seeds leave
+    assert cell["high"] - cell["difference"] == pytest.approx(student * error, rel=1e-3)
     assert cell["detectable"] == pytest.approx(2.8016 * error, rel=1e-3)
 
 
