@@ -302,7 +302,9 @@ class Contest:
         """Figures of every embedding; without `centring` the mean of these images themselves is taken out."""
         vectors = uncentred(self._outputs(images.pixels))
         named = centred(vectors, centring or {name: value.mean(0) for name, value in vectors.items()})
-        asked, (labels, patients) = _asked(images), (x.to(self.device) for x in (images.labels, images.patient_codes))
+        asked, labels, patients = (
+            column.to(self.device) for column in (_asked(images), images.labels, images.patient_codes)
+        )
         found = {}
         for name in EVALUATED:
             gallery = named[name].to(self.device)

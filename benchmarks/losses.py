@@ -359,9 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--name", help="folder of the results; default: nih or phantoms")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=5.0, help="budget of one run (default 5)")
-    budget.add_argument(
-        "--steps", type=int, metavar="N", help="budget of one run in optimizer steps, instead of minutes"
-    )
+    budget.add_argument("--steps", type=int, help="budget of one run in optimizer steps instead")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each loss (default 3)")
     parser.add_argument("--only", action="append", default=[], help="run this loss only (may be repeated)")
     options = parser.parse_args(arguments)

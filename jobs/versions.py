@@ -12,7 +12,6 @@ Needs no cluster. `promote` compares precision@8 and mAP of both versions by the
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
 
@@ -20,10 +19,10 @@ from cxr_retrieval import artifacts, command, console, storage
 from cxr_retrieval.assessment import EVALUATION_FILE, KIND
 from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.aliases import list_aliases
+from cxr_retrieval.index.aliases import list_aliases, listing
 from cxr_retrieval.index.lifecycle import Evaluations, Figure, Moved, collect, drop_version, garbage, promote, rollback
 from cxr_retrieval.index.shards import INDEX_FILE
-from cxr_retrieval.index.versions import Version, list_versions, resolve, split_reference, verify
+from cxr_retrieval.index.versions import Version, list_versions, read_file, resolve, split_reference, verify
 
 EVALUATED_GALLERY = "all"
 
@@ -99,16 +98,13 @@ def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:
     folder = storage.join(workspace, "reports", "evaluation")
 
     def evaluations(version: Version) -> Evaluations:
-        entry = version.files[INDEX_FILE]
-        data = storage.read_bytes(version.object_uri(entry))
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise UserError(f"{version.object_uri(entry)} is damaged: publish version {version.id} again")
-        facts = json.loads(data)
+        facts = json.loads(read_file(version, INDEX_FILE))
         found: dict[str, dict[str, Figure]] = {}
-        for file in storage.list_files(folder):
-            if file.path.rpartition("/")[2] != artifacts.MANIFEST:
+        for path in listing(folder):
+            if path.rpartition("/")[2] != artifacts.MANIFEST:
                 continue  # only what is finished
-            figures = json.loads(artifacts.load(storage.parent(file.uri), KIND).read(EVALUATION_FILE))
+            evaluation = artifacts.load(storage.parent(storage.join(folder, path)), KIND)
+            figures = json.loads(evaluation.read(EVALUATION_FILE))
             if figures["model"] != facts["model"]:
                 continue
             cells = figures["embeddings"][facts["embedding"]][EVALUATED_GALLERY]

@@ -228,6 +228,15 @@ def open_version(reference: str, cache: str | None = None, meter: Meter | None =
     return OpenVersion(version, {name: paths[entry.sha256] for name, entry in version.files.items()})
 
 
+def read_file(version: Version, path: str) -> bytes:
+    """The bytes of one of a version's files, a small one. Raises CorruptArtifact where they are not those published."""
+    entry = version.files[path]
+    data = storage.read_bytes(version.object_uri(entry))
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise CorruptArtifact(f"{version.object_uri(entry)}: the bytes are not those published; {PUBLISH_AGAIN}")
+    return data
+
+
 def verify(to: str, version: str) -> list[str]:
     """Hash every object of a version (an id or an alias) again; a line for each that is missing or damaged."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cxr_retrieval.losses.correlation import barlow_twins
 from cxr_retrieval.network.progressive import Output, jigsaw
 from cxr_retrieval.network.steps import WHOLE
-from cxr_retrieval.training.augmentation import augment
+from cxr_retrieval.training.augmentation import augment, by_lane
 
 
 class Turn(NamedTuple):
@@ -39,13 +39,11 @@ def turn_of(number: int, steps: int) -> Turn:
 def two_views(images_B1HW: Tensor, patches: int, dice: Sequence[torch.Generator]) -> Tensor:
     """Images augmented once, then the same images augmented anew and shuffled: [2B, 1, H, W], channels last.
 
-    `dice` are those of equal parts of the batch: an image is changed alike however many workers there are.
+    `dice` are those of the lanes: an image is changed alike however many workers there are.
     """
-    whole, shuffled = [], []
-    for piece_B1HW, generator in zip(images_B1HW.chunk(len(dice)), dice, strict=True):
-        whole.append(augment(piece_B1HW, generator))
-        shuffled.append(jigsaw(augment(piece_B1HW, generator), patches, generator))
-    return torch.cat(whole + shuffled).contiguous(memory_format=torch.channels_last)
+    whole = by_lane(images_B1HW, dice, augment)
+    shuffled = by_lane(images_B1HW, dice, lambda piece, die: jigsaw(augment(piece, die), patches, die))
+    return torch.cat([whole, shuffled]).contiguous(memory_format=torch.channels_last)
 
 
 def agreement(output: Output, steps: slice) -> Tensor:

@@ -185,6 +185,7 @@ def test_the_gate_reads_finished_evaluations_of_the_versions_own_model(
     assert gate(resolve(to, versions[0]))[place]["mAP"].value == 0.3
     assert gate(resolve(to, versions[1]))[place]["precision@8"].low == pytest.approx(0.09)
     assert gate(resolve(to, versions[2])) == {}
+    assert evaluations_in(str(tmp_path / "elsewhere"))(resolve(to, versions[0])) == {}
 
 
 def test_a_damaged_object_is_named_by_verify(to: str, versions: list[str]) -> None:
