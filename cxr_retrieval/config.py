@@ -161,7 +161,12 @@ class EmbeddingSettings(Section):
 class IndexSettings(Section):
     name: str = Field("chest", pattern=NAME, description="name of the index in the workspace")
     embedding: str | None = Field(None, description="embedding to index; null: the one that validation chose")
-    shard_rows: int = Field(200_000, ge=1, description="most rows of one shard; S3 takes files up to 5 GB")
+    shard_rows: int = Field(
+        200_000, ge=1, description="rows that a shard is filled up to, by whole partitions; S3 takes files up to 5 GB"
+    )
+    training: int = Field(
+        1, ge=1, description="raise it to train lists and codes anew: they are kept while the corpus grows"
+    )
     recall_target: float = Field(
         0.95, gt=0, le=1, description="recall@10 against exact search that the proof must reach"
     )

@@ -26,7 +26,7 @@ from cxr_retrieval.training.run import model_of
 def run(settings: Settings, _: argparse.Namespace) -> None:
     start_ray(settings)
     settings, model = model_of(settings)
-    corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
+    corpus = Corpus(prepare(settings.corpus, settings.workspace, settings.privacy)[0])
     warn_of_overlap(settings, model, corpus)
     embedded, _worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
     evaluation, worked = evaluate(
@@ -76,7 +76,7 @@ def show_evaluation(evaluation: Artifact, worked: bool) -> None:
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
     settings, model = model_of(settings)
-    corpus = find_prepared(settings.corpus, settings.workspace)
+    corpus = find_prepared(settings.corpus, settings.workspace, settings.privacy)
     console.show_table(
         "Plan of evaluate",
         ["images to embed", "shards", "split of the queries", "model"],

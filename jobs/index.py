@@ -20,6 +20,7 @@ from cxr_retrieval.embedding.stream import KIND as EMBEDDINGS
 from cxr_retrieval.embedding.stream import embed, embeddings_draft
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.build import KIND, Source, build_index, index_draft
+from cxr_retrieval.index.files import files_of
 from cxr_retrieval.index.plan import GIB, IndexPlan, plan_index
 from cxr_retrieval.index.shards import INDEX_FILE
 from cxr_retrieval.privacy import Pseudonyms
@@ -46,7 +47,7 @@ def index_report(settings: Settings, build: Artifact) -> str:
     """Write the page of an index; returns where it is."""
     page = storage.join(settings.workspace, "reports", "index", f"{build.input_id}.html")
     facts = json.loads(build.read(INDEX_FILE))
-    sizes = {entry.path: entry.size for entry in build.files}
+    sizes = {name: file.entry.size for name, file in files_of(build).items()}
     storage.write_bytes(page, write_index_page(settings.index.name, build.input_id, facts, sizes).encode())
     return page
 
@@ -56,7 +57,7 @@ def built_index(settings: Settings) -> tuple[Artifact, bool]:
     pseudonyms = Pseudonyms.of(settings.privacy)  # before any work: a missing key is known at once
     start_ray(settings)
     settings, model = model_of(settings)
-    corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
+    corpus = Corpus(prepare(settings.corpus, settings.workspace, settings.privacy)[0])
     embedded, _worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
     source = Source(corpus, embedded, model.uri, settings.index.embedding or model.manifest["chosen"])
     return build_index(settings.index, settings.workspace, source, pseudonyms)
@@ -65,7 +66,7 @@ def built_index(settings: Settings) -> tuple[Artifact, bool]:
 def finished_index(settings: Settings) -> Artifact:
     """The index that these settings have built. Raises UserError where it is not finished."""
     settings, model = model_of(settings)
-    corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
+    corpus = Corpus(find_prepared(settings.corpus, settings.workspace, settings.privacy))
     embedded = artifacts.load(embeddings_draft(settings.workspace, model, corpus).uri, EMBEDDINGS)
     source = Source(corpus, embedded, model.uri, settings.index.embedding or model.manifest["chosen"])
     draft = index_draft(settings.index, settings.workspace, source, Pseudonyms.of(settings.privacy))
@@ -105,7 +106,7 @@ def _size(settings: Settings, options: argparse.Namespace) -> tuple[int, int]:
     settings, model = model_of(settings)
     opened = Model.open(model.uri)
     dimensions = opened.embedding_sizes[settings.index.embedding or opened.chosen]
-    return find_prepared(settings.corpus, settings.workspace).counts["prepared"], dimensions
+    return find_prepared(settings.corpus, settings.workspace, settings.privacy).counts["prepared"], dimensions
 
 
 def show_plan(planned: IndexPlan) -> None:
@@ -120,7 +121,7 @@ def show_plan(planned: IndexPlan) -> None:
                 planned.probes,
                 planned.code.bytes,
                 f"{planned.bytes / GIB:.3g}",
-                len(planned.shards),
+                planned.shards,
                 planned.shard_rows,
                 f"{planned.latency_ms:.3g}",
                 f"{planned.build_hours:,.2f}",

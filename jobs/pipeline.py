@@ -68,7 +68,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     given = None
     if settings.model is not None:
         settings, given = model_of(settings)
-    prepared, worked = prepare(settings.corpus, settings.workspace)
+    prepared, worked = prepare(settings.corpus, settings.workspace, settings.privacy)
     corpus = Corpus(prepared)
     if given:
         warn_of_overlap(settings, given, corpus)
@@ -167,7 +167,7 @@ def _summary(prepared: Artifact, embedded: Artifact, build: Artifact, figures: d
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    planned = plan_corpus(settings.corpus, settings.workspace)
+    planned = plan_corpus(settings.corpus, settings.workspace, settings.privacy)
     rows = planned.archive.rows
     finished = artifacts.find(planned.draft.uri)
     left = sum(artifacts.find(part.uri) is None for part in planned.parts)

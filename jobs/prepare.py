@@ -20,7 +20,7 @@ from cxr_retrieval.runtime import start_ray
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
     start_ray(settings)
-    corpus, worked = prepare(settings.corpus, settings.workspace)
+    corpus, worked = prepare(settings.corpus, settings.workspace, settings.privacy)
     counts = corpus.counts
     console.show_table(
         "Prepared corpus" if worked else "Prepared corpus (finished before, nothing to do)",

@@ -11,6 +11,7 @@ import argparse
 from cxr_retrieval import command, console, storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
+from cxr_retrieval.index.files import files_of
 from cxr_retrieval.index.versions import Published, publish
 from cxr_retrieval.progress import Progress
 from jobs.index import built_index, finished_index
@@ -24,7 +25,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
 def published_build(settings: Settings, build: Artifact) -> Published:
     """Publish a built index where the settings say, told to `jobs.status` as it goes."""
     to, alias = destination(settings), settings.publish.alias
-    work, size = f"publish-{build.input_id}-{alias}", sum(entry.size for entry in build.files)
+    work, size = f"publish-{build.input_id}-{alias}", sum(file.entry.size for file in files_of(build).values())
     with Progress(settings.workspace, work, f"{to}@{alias}", "publish", size, "bytes") as progress:
         return publish(build, to, alias, progress)
 
@@ -52,11 +53,11 @@ def show_published(published: Published, to: str) -> None:
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    build = finished_index(settings)
+    files = files_of(finished_index(settings))
     console.show_table(
         "Plan of publish",
         ["objects", "bytes", "to", "alias"],
-        [[len(build.files), sum(entry.size for entry in build.files), destination(settings), settings.publish.alias]],
+        [[len(files), sum(file.entry.size for file in files.values()), destination(settings), settings.publish.alias]],
     )
 
 

@@ -144,7 +144,7 @@ def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, 
         version=retriever.version.version.id,
         alias=split_reference(reference)[1],
         embedding=facts["embedding"],
-        indexed_images=retriever.shards.rows,
+        indexed_images=retriever.images,
         model=facts["model"],
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -220,7 +220,7 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(
         "Plan of search",
         ["images", "hits of each", "indexed", "shards"],
-        [[len(options.rest), settings.search.k, retriever.shards.rows, len(retriever.shards.shards)]],
+        [[len(options.rest), settings.search.k, retriever.images, len(retriever.shards.shards)]],
     )
 
 

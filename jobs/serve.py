@@ -48,7 +48,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
         except OSError as error:  # of ssl too
             raise UserError(f"serve.certificate={serve.certificate}: it or its key cannot be read ({error})") from None
         scheme = "https" if serve.certificate else "http"
-        console.say(f"index: {live.retriever.shards.rows:,} images, version {live.retriever.version.version.id}")
+        console.say(f"index: {live.retriever.images:,} images, version {live.retriever.version.version.id}")
         console.say(f"search page: {scheme}://{f'[{host}]' if ':' in host else host}:{port}/  (stop with Ctrl-C)")
         uvicorn.Server(config).run(sockets=[taken])
 
@@ -73,7 +73,7 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
         [
             [
                 f"{settings.serve.host}:{settings.serve.port}",
-                retriever.shards.rows,
+                retriever.images,
                 len(retriever.shards.shards),
                 retriever.version.version.id,
             ]

@@ -29,7 +29,7 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     if settings.model is not None:
         raise UserError("model is set, but this job trains one: leave it out, or use jobs.evaluate or jobs.pipeline")
     start_ray(settings)
-    corpus, _worked = prepare(settings.corpus, settings.workspace)
+    corpus, _worked = prepare(settings.corpus, settings.workspace, settings.privacy)
     model, worked = train(settings, Corpus(corpus))
     show_model(model, worked)
     console.say(f"report: {training_report(settings, model, Corpus(corpus))}")
@@ -69,7 +69,7 @@ def show_model(model: Artifact, worked: bool) -> None:
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
+    corpus = Corpus(find_prepared(settings.corpus, settings.workspace, settings.privacy))
     draft = model_draft(settings, corpus)
     training = settings.training
     console.show_table(

@@ -38,7 +38,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     space = chosen_space(options)
     base = checked_base(space, options.space, settings)
     start_ray(settings)
-    corpus = Corpus(prepare(settings.corpus, settings.workspace)[0])
+    corpus = Corpus(prepare(settings.corpus, settings.workspace, settings.privacy)[0])
     sweep = Sweep(space, options.space, base, corpus)
     done = artifacts.find(sweep.draft.uri)
     show_sweep(done or finished(sweep), worked=done is None)
@@ -113,7 +113,7 @@ def _short(value: object) -> str:
 def plan(settings: Settings, options: argparse.Namespace) -> None:
     space = chosen_space(options)
     base = checked_base(space, options.space, settings)
-    corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
+    corpus = Corpus(find_prepared(settings.corpus, settings.workspace, settings.privacy))
     sweep = Sweep(space, options.space, base, corpus)
     images = corpus.artifact.manifest["splits"]["train"]["images"]
     searched = space.space.get("training.pretraining")

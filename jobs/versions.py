@@ -6,9 +6,11 @@
   python -m jobs.versions rollback --index URI@alias                           to the version served before
   python -m jobs.versions drop VERSION --index URI                             its manifest; gc takes the rest
   python -m jobs.versions gc --index URI --delete                              objects that no version names
+  python -m jobs.versions gc --purge --delete --index URI workspace=DIR        what holds patients who were removed
 
 Needs no cluster. `promote` compares precision@8 and mAP of both versions by the evaluations in the workspace, those of
-`jobs.evaluate`; `--without-gate` does not. `gc` only says what it would delete unless it is told `--delete`.
+`jobs.evaluate`; `--without-gate` does not. `gc` only says what it would delete unless it is told `--delete`; with
+`--purge` these are versions and everything in the workspace that hold patients whom `jobs.forget` has removed.
 """
 
 import argparse
@@ -21,8 +23,10 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases, listing
 from cxr_retrieval.index.lifecycle import Evaluations, Figure, Moved, collect, drop_version, garbage, promote, rollback
+from cxr_retrieval.index.removal import published_holdings, purge, workspace_holdings
 from cxr_retrieval.index.shards import INDEX_FILE
 from cxr_retrieval.index.versions import Version, list_versions, read_file, resolve, split_reference, verify
+from cxr_retrieval.tombstones import RemovedPatients
 
 EVALUATED_GALLERY = "all"
 
@@ -31,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", required=True, metavar="URI[@NAME]", help="published index, and an alias or version")
     parser.add_argument("--without-gate", action="store_true", help="promote whatever the figures are")
     parser.add_argument("--delete", action="store_true", help="gc: delete, instead of saying what would be deleted")
+    parser.add_argument("--purge", action="store_true", help="gc: what still holds patients who were removed")
     parser.add_argument("--grace-days", type=float, default=30.0, help="gc: spare objects younger than this (30)")
 
 
@@ -47,7 +52,14 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
         ),
         "rollback": (0, lambda: show_moved(to, rollback(to, name))),
         "drop": (1, lambda version: drop_version(to, version)),
-        "gc": (0, lambda: show_garbage(to, options.grace_days, options.delete)),
+        "gc": (
+            0,
+            lambda: (
+                show_purged(settings, to, options.delete)
+                if options.purge
+                else show_garbage(to, options.grace_days, options.delete)
+            ),
+        ),
     }
     verb, *words = options.rest or [""]
     if verb not in verbs:
@@ -91,6 +103,30 @@ def show_garbage(to: str, grace_days: float, delete: bool) -> None:
     found = collect(to, grace_days) if delete else garbage(to, grace_days)
     rows = [[each.path, each.size, f"{each.days:.1f}"] for each in found]
     console.show_table("Deleted" if delete else "Would be deleted by --delete", ["object", "bytes", "days old"], rows)
+
+
+def show_purged(settings: Settings, to: str, delete: bool) -> None:
+    """What holds removed patients where an index is published and in the workspace; deleted, if so told."""
+    found = {
+        to: published_holdings(to),
+        settings.workspace: workspace_holdings(
+            settings.workspace, RemovedPatients.of(settings.workspace, settings.privacy)
+        ),
+    }
+    if delete:
+        for holdings in found.values():
+            purge(holdings)
+    rows = [
+        [place, len(holdings.versions), len(holdings.artifacts), len(holdings.files), holdings.bytes]
+        for place, holdings in found.items()
+    ]
+    title = "Purged of removed patients" if delete else "Holds removed patients; would be deleted by --delete"
+    console.show_table(title, ["where", "versions", "artifacts", "files", "bytes"], rows)
+    learnt = [uri for holdings in found.values() for uri in holdings.learnt]
+    if learnt:
+        console.say(f"stays, learnt from their images among others; training anew removes it: {', '.join(learnt)}")
+    if any(holdings.versions for holdings in found.values()):
+        console.say("copies that readers have fetched stay in their caches (CXR_CACHE) until they are deleted there")
 
 
 def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:

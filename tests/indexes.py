@@ -1,10 +1,11 @@
-"""A small index of phantom radiographs, built and published without Ray: for searching and serving."""
+"""A small index of phantom radiographs, built and published without Ray: for searching and serving; and what tests of
+indexes share."""
 
 import datetime
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import IndexSettings, NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.phantom import radiographs
+from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.index.build import KIND, SIDECAR, THUMBNAIL_GROUP
+from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.plan import plan_index
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, index_of, train
-from cxr_retrieval.index.shards import INDEX_FILE, shard_files
+from cxr_retrieval.index.shards import INDEX_FILE
 from cxr_retrieval.index.versions import publish
 from cxr_retrieval.network.progressive import embeddings, uncentred
 from cxr_retrieval.privacy import row_id
+from cxr_retrieval.training.model import KIND as MODEL_KIND
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model, build_network, normalised, write_model
 
 SIZE, FILM = 64, 128
@@ -107,16 +112,16 @@ def build(
     output = model.forward(np.stack([film.pixels for film in images]))
     rows_ND = embeddings(output, model.centring)[embedding].numpy().astype(np.float16)
     crops = output.boxes_B4.tolist()
-    plan = plan_index(len(images), rows_ND.shape[1], IndexSettings(shard_rows=-(-len(images) // shards)))
-    plan = replace(plan, lists=lists)
+    plan = replace(plan_index(len(images), rows_ND.shape[1], IndexSettings()), lists=lists)
     trained = train(plan, rows_ND) if lists else None
     settings = {"embedding": embedding, "lists": lists, "shards": shards, "images": len(images), **facts}
     draft = Draft.under(str(workspace / "builds"), KIND, settings, ()).begin()
     entries = [draft.write(f"model/{name}", data) for name, data in zip((MODEL_FILE, WEIGHTS_FILE), files, strict=True)]
     if trained:
         entries.append(draft.write(QUANTIZER_FILE, trained.quantizer))
-    for shard in plan.shards:
-        part, paths = slice(shard.start, shard.stop), shard_files(shard.number)
+    edges = np.linspace(0, len(images), shards + 1).astype(int)
+    for number in range(shards):
+        part, paths = slice(edges[number], edges[number + 1]), shard_files(number)
         array = io.BytesIO()
         np.save(array, rows_ND[part], allow_pickle=False)
         entries.append(draft.write(paths["rows"], array.getvalue()))
@@ -160,3 +165,44 @@ def published(workspace: Path, index: Artifact, alias: str = "latest") -> str:
     to = str(workspace / "indexes" / "phantoms")
     publish(index, to, alias)
     return f"{to}@{alias}"
+
+
+def untrained_model(
+    workspace: str, corpus: Corpus, settings: NetworkSettings, recipe: Recipe | None = None
+) -> Artifact:
+    """A model with fresh weights: nothing here depends on what it has learnt."""
+    recipe = recipe or corpus.recipe
+    torch.manual_seed(0)
+    network = build_network(settings, len(FINDINGS)).eval()
+    with torch.inference_mode():
+        pixels = pixels_of(pq.read_table(corpus.files[0], columns=["pixels"]).slice(0, 16), corpus.recipe.size)
+        vectors = uncentred(network(normalised(pixels.copy(), recipe)))
+    facts = {
+        "network": settings.model_dump(),
+        "findings": list(FINDINGS),
+        "chosen": "combined",
+        "decode_recipe": recipe.to_json(),
+    }
+    draft = Draft("", MODEL_KIND, {"recipe": recipe.id}, ())
+    draft = Draft(storage.join(workspace, "models", draft.input_id), MODEL_KIND, draft.settings, ()).begin()
+    centring = {name: vector.mean(0) for name, vector in vectors.items()}
+    return write_model(draft, facts, network.state_dict(), centring, torch.zeros(6, 15, 16), {"steps": 0})
+
+
+def values_of(table: pa.Table) -> Iterator[bytes]:
+    """Every text and binary value of a table, however deep, decompressed."""
+
+    def walk(value: Any) -> Iterator[bytes]:
+        if isinstance(value, list | tuple):
+            for item in value:
+                yield from walk(item)
+        elif isinstance(value, dict):
+            yield from walk(list(value.items()))
+        elif isinstance(value, bytes):
+            yield value
+        elif value is not None:
+            yield str(value).encode()
+
+    yield from walk(table.to_pylist())
+    yield repr(table.schema).encode()
+    yield repr(table.schema.metadata).encode()

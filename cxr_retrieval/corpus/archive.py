@@ -25,11 +25,13 @@ from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from
 COMPANIONS = (PHANTOM_PLAN, "train_val_list")  # belong to an archive, and nothing in them is needed
+REMOVED = "removed"  # what is told of an image whose patient was removed
 AGES = range(0, 121)  # NIH's table has a few impossible ages, such as 414: unknown, the image stays
 LABEL_COLUMNS = (
     "Image Index",
@@ -81,12 +83,16 @@ class Archive:
     images that can be read nor the archive's tables; `table_hashes` are the SHA-256 of the tables by their paths.
     """
 
-    def __init__(self, settings: CorpusSettings) -> None:
-        """List the archive and read its tables. Raises UserError for one without images or label table."""
+    def __init__(self, settings: CorpusSettings, removed: RemovedPatients = NOBODY) -> None:
+        """List the archive and read its tables. Raises UserError for one without images or label table.
+
+        Images of `removed` patients keep their places among the rows, so that no other row moves to another partition,
+        and nothing is told of them.
+        """
         if settings.archive is None:
             raise UserError("corpus.archive is not set: give the folder or s3:// prefix that holds the archive")
         self.uri = storage.canonical(settings.archive)
-        self._settings = settings
+        self._settings, self._removed = settings, removed
         self.ignored: Counter[str] = Counter()
         self._database = sqlite3.connect("")  # a file that has no name: it is gone with this process, killed or not
         self._database.row_factory = sqlite3.Row
@@ -201,6 +207,8 @@ class Archive:
 
     def _row(self, found: sqlite3.Row) -> dict[str, Any]:
         settings, name = self._settings, found["name"]
+        if found["patient"] in self._removed:
+            return {"image_id": REMOVED, "excluded": REMOVED}
         row: dict[str, Any] = {
             "image_id": name,
             "source_uri": storage.join(self.uri, found["path"]),

@@ -20,7 +20,7 @@ import ray
 
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
-from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, rows_digest
 from cxr_retrieval.corpus.decoding import Limits, Recipe, RejectedImage, decode
 from cxr_retrieval.corpus.findings import FINDINGS
@@ -28,6 +28,7 @@ from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS, LABELS, QUARANTINE, c
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
+from cxr_retrieval.tombstones import RemovedPatients
 
 KIND, PART_KIND = "corpus", "corpus-part"
 MANIFEST_FILE, ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = (
@@ -36,6 +37,7 @@ MANIFEST_FILE, ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = (
     "quarantine.parquet",
     "exclusions.parquet",
 )
+KEYED = PrivacySettings()  # removed patients are told by a key, unless an archive is said to be public
 READS_AHEAD = 8  # files fetched while one is decoded: hides the latency of object storage
 # Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
 SHAPING = ("size", "fit", "box_frame", "max_pixels", "min_side", "row_group_images")
@@ -57,9 +59,12 @@ class CorpusPlan:
     parts: list[Draft]
 
 
-def plan_corpus(settings: CorpusSettings, workspace: str) -> CorpusPlan:
-    """List the archive and cut it into partitions. Raises UserError for an archive that cannot be read."""
-    archive = Archive(settings)
+def plan_corpus(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> CorpusPlan:
+    """List the archive, without the patients who were removed from the workspace, and cut it into partitions.
+
+    Raises UserError for an archive that cannot be read, and where `privacy` has no key to tell who was removed.
+    """
+    archive = Archive(settings, RemovedPatients.of(workspace, privacy))
     folder = storage.join(workspace, "corpora", settings.name)
     shaping = {name: getattr(settings, name) for name in SHAPING} | {"recipe": recipe_of(settings).id}
     parts = [
@@ -70,9 +75,9 @@ def plan_corpus(settings: CorpusSettings, workspace: str) -> CorpusPlan:
     return CorpusPlan(archive, Draft.under(folder, KIND, shaping | {"name": settings.name}, inputs), parts)
 
 
-def find_prepared(settings: CorpusSettings, workspace: str) -> Artifact:
+def find_prepared(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> Artifact:
     """The corpus of an archive as it is now. Raises UserError where it is not prepared yet."""
-    found = artifacts.find(plan_corpus(settings, workspace).draft.uri)
+    found = artifacts.find(plan_corpus(settings, workspace, privacy).draft.uri)
     if found is None:
         raise UserError(
             f"the archive {settings.archive} is not prepared yet: run jobs.prepare with these settings first"
@@ -80,12 +85,12 @@ def find_prepared(settings: CorpusSettings, workspace: str) -> Artifact:
     return found
 
 
-def prepare(settings: CorpusSettings, workspace: str) -> tuple[Artifact, bool]:
+def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> tuple[Artifact, bool]:
     """The prepared corpus of an archive, and whether anything had to be done.
 
     Raises UserError for an archive that cannot be read or where more than `max_quarantined` of the images are bad.
     """
-    plan = plan_corpus(settings, workspace)
+    plan = plan_corpus(settings, workspace, privacy)
     done = artifacts.find(plan.draft.uri)
     if done:
         return done, False

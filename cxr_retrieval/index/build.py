@@ -1,12 +1,15 @@
 """Building a sharded index from embeddings: shards in parallel on Ray, one shared quantizer, proven before it is done.
 
-A shard is a contiguous range of embedded rows, so no shuffle is needed and a task holds one shard at the most. The task
-that trains the quantizer holds its sample. The driver holds ids while it looks for equal ones, and no vector.
+A shard holds the rows of neighbouring parts of the corpus, and is an artifact of its own: no shuffle is needed, a task
+holds one shard at the most, a build that was killed goes on, and a corpus that grew or lost a patient builds only the
+shards that changed. Lists and codes are trained once for a model and a number of lists and kept: shards built today and
+a year ago compare. The driver holds ids while it looks for equal ones, and no vector.
 """
 
+import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,23 +21,24 @@ import pyarrow.parquet as pq
 import ray
 
 from cxr_retrieval import artifacts, storage
-from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
+from cxr_retrieval.artifacts import Artifact, Draft, Equation
 from cxr_retrieval.config import IndexSettings
 from cxr_retrieval.console import say
-from cxr_retrieval.corpus.preparation import ROWS_FILE
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.embedding.stream import read_part
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.plan import FLOAT_BYTES, IndexPlan, Shard, plan_index, shard_bytes
+from cxr_retrieval.index.files import SHARD_KIND, SHARD_PART_FILES, located
+from cxr_retrieval.index.plan import FLOAT_BYTES, IndexPlan, plan_index, shard_bytes, whole_parts
 from cxr_retrieval.index.proof import prove
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, list_sizes, train
-from cxr_retrieval.index.shards import INDEX_FILE, shard_files
+from cxr_retrieval.index.shards import INDEX_FILE
 from cxr_retrieval.network.progressive import Output, embeddings
 from cxr_retrieval.privacy import Pseudonyms, row_id
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
-KIND = "index"
+KIND, QUANTIZER_KIND = "index", "index-quantizer"
+EMPTY_FILE = "empty.faiss"  # a trained index without rows: what a shard begins with
 ADDS_UP = Equation("embedded", ("indexed", "id_collisions"))
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY, THUMBNAIL_GROUP = 256, 85, 64
 FACTS = [
@@ -83,6 +87,23 @@ class Source:
         parts = self.embeddings.manifest["parts"]
         return [part["counts"]["embedded"] - len(self.corpus.excluded.get(n, ())) for n, part in enumerate(parts)]
 
+    def archive_rows(self) -> list[int]:
+        """Images of the archive that every part was prepared from: they stay when a patient is removed."""
+        return [part["counts"]["archive"] for part in self.corpus.artifact.manifest["parts"]]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Parts of the corpus that make one shard; `left_out` are rows of each whose id another image has, by part.
+
+    Rows are numbered within their part, duplicates left out.
+    """
+
+    draft: Draft
+    parts: range
+    rows: int
+    left_out: Mapping[int, Sequence[int]]
+
 
 def index_draft(settings: IndexSettings, workspace: str, source: Source, pseudonyms: Pseudonyms) -> Draft:
     """The index that would be built: its identity and its place."""
@@ -91,8 +112,11 @@ def index_draft(settings: IndexSettings, workspace: str, source: Source, pseudon
         "pseudonymised": pseudonyms.key_id,
         **settings.model_dump(exclude={"name", "embedding"}),
     }
-    folder = storage.join(workspace, "indexes", settings.name, "builds")
-    return Draft.under(folder, KIND, shaping, (source.embeddings.input_id,))
+    return Draft.under(_builds(settings, workspace), KIND, shaping, (source.embeddings.input_id,))
+
+
+def _builds(settings: IndexSettings, workspace: str) -> str:
+    return storage.join(workspace, "indexes", settings.name, "builds")
 
 
 def build_index(
@@ -109,34 +133,25 @@ def build_index(
     draft.begin()
     model = Model.open(source.model_uri)
     rows = sum(source.part_rows())
-    dimensions = _dimensions(model, source.embedding)
-    plan = plan_index(rows, dimensions, settings)
+    plan = plan_index(rows, _dimensions(model, source.embedding), settings)
     collisions = find_collisions(source, pseudonyms)
-    files, trained = _train(plan, draft, source)
-    build = ray.remote(max_retries=3)(_build_shard)
-    waiting = [
-        build.options(memory=shard_bytes(shard.stop - shard.start, dimensions)).remote(
-            draft, shard, plan, source, pseudonyms, collisions, trained
-        )
-        for shard in plan.shards
-    ]
-    indexed, sizes = 0, np.zeros(plan.lists, np.int64)
-    with Progress.of(workspace, draft, "index", rows, "rows") as progress:
-        while waiting:
-            (ready,), waiting = ray.wait(waiting, num_returns=1)
-            built: _Built = ray.get(ready)
-            storage.add_retries(built.retries)
-            files += built.files
-            indexed += built.rows
-            sizes += built.list_sizes
-            progress.advance(built.rows)
-        counts = {"embedded": rows, "indexed": indexed, "id_collisions": len(collisions)}
+    quantizer, trained = _trained(plan, settings, workspace, source)
+    shards = _shards(plan, settings, workspace, source, pseudonyms, collisions, quantizer)
+    found = [artifacts.find(shard.draft.uri) for shard in shards]
+    before = sum(shard.rows for shard, made in zip(shards, found, strict=True) if made)
+    with Progress.of(workspace, draft, "index", rows, "rows", before=before) as progress:
+        finished = _build_shards(shards, found, plan, source, pseudonyms, trained, progress)
+        indexed = sum(shard.counts["indexed"] for shard in finished)
+        counts = {"embedded": rows, "indexed": indexed, "id_collisions": sum(map(len, collisions.values()))}
         ADDS_UP.check(counts)  # before the proof, which takes long
-        facts = _facts(plan, source, model, pseudonyms, indexed) | {"list_sizes": _histogram(sizes)}
-        files += [
+        sizes = np.asarray([shard.manifest["list_sizes"] for shard in finished], np.int64).sum(axis=0)
+        facts = _facts(plan, source, model, pseudonyms, indexed, len(finished)) | {"list_sizes": _histogram(sizes)}
+        files = [
             draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)
         ]
-        proof = prove(draft.uri, facts, files, settings)
+        if quantizer:
+            files.append(draft.write(QUANTIZER_FILE, quantizer.read(QUANTIZER_FILE)))
+        proof = prove(located(draft.uri, files, finished), facts, settings)
         facts |= {
             "probes": proof.probes,
             "filter_probes": [[setting.passing, setting.probes] for setting in proof.filtered],
@@ -147,11 +162,67 @@ def build_index(
             files,
             counts,
             [ADDS_UP],
+            finished,
             recall=proof.recall,
             probes=proof.probes,
-            shards=len(plan.shards),
+            shards=len(finished),
             factory=plan.factory,
         ), True
+
+
+def _shards(
+    plan: IndexPlan,
+    settings: IndexSettings,
+    workspace: str,
+    source: Source,
+    pseudonyms: Pseudonyms,
+    collisions: Mapping[int, Sequence[int]],
+    quantizer: Artifact | None,
+) -> list[_Shard]:
+    """The shards of a corpus, by their identity: what their rows are, and what they were trained with."""
+    folder = storage.join(_builds(settings, workspace), "parts")
+    ids = [part["input_id"] for part in source.embeddings.manifest["parts"]]
+    sizes = source.part_rows()
+    found = []
+    for parts in whole_parts(source.archive_rows(), plan.shard_rows):
+        rows = sum(sizes[part] for part in parts)
+        if not rows:
+            continue  # nothing of these parts was good, or is left
+        left_out = {part: collisions[part] for part in parts if part in collisions}
+        excluded = [sorted(source.corpus.excluded.get(part, ())) for part in parts]
+        shaping = {
+            "embedding": source.embedding,
+            "pseudonymised": pseudonyms.key_id,
+            "factory": plan.factory,
+            "left_out": hashlib.sha256(json.dumps([excluded, [*left_out.items()]]).encode()).hexdigest(),
+        }
+        inputs = [*(ids[part] for part in parts), *([quantizer.manifest["content_id"]] if quantizer else [])]
+        found.append(_Shard(Draft.under(folder, SHARD_KIND, shaping, inputs), parts, rows, left_out))
+    return found
+
+
+def _build_shards(
+    shards: Sequence[_Shard],
+    found: Sequence[Artifact | None],
+    plan: IndexPlan,
+    source: Source,
+    pseudonyms: Pseudonyms,
+    trained: Any,
+    progress: Progress,
+) -> list[Artifact]:
+    """All shards; those not `found` are built, each in a task of its own."""
+    build = ray.remote(max_retries=3)(_build_shard)
+    waiting = [
+        build.options(memory=shard_bytes(shard.rows, plan.dimensions)).remote(shard, plan, source, pseudonyms, trained)
+        for shard, made in zip(shards, found, strict=True)
+        if not made
+    ]
+    while waiting:
+        (ready,), waiting = ray.wait(waiting, num_returns=1)
+        rows, retries = ray.get(ready)
+        storage.add_retries(retries)
+        progress.advance(rows)
+    return [made or artifacts.load(shard.draft.uri, SHARD_KIND) for shard, made in zip(shards, found, strict=True)]
 
 
 def _histogram(sizes: np.ndarray) -> list[int]:
@@ -160,12 +231,14 @@ def _histogram(sizes: np.ndarray) -> list[int]:
     return counts
 
 
-def _facts(plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms, rows: int) -> dict[str, Any]:
+def _facts(
+    plan: IndexPlan, source: Source, model: Model, pseudonyms: Pseudonyms, rows: int, shards: int
+) -> dict[str, Any]:
     return {
         "embedding": source.embedding,
         "dimensions": plan.dimensions,
         "rows": rows,
-        "shards": len(plan.shards),
+        "shards": shards,
         "factory": plan.factory,
         "lists": plan.lists,
         "candidates": plan.code.candidates,
@@ -204,59 +277,69 @@ def _vectors(source: Source, model: Model, part: int, columns: list[str]) -> tup
     return vectors.astype(np.float16), embedded.crop_N4, embedded.facts
 
 
-def _overlaps(sizes: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(part, first, last) of the parts that hold rows `start` to `stop`, rows numbered inside the part."""
-    offset = 0
-    for part, size in enumerate(sizes):
-        first, last = max(start - offset, 0), min(stop - offset, size)
-        if first < last:
-            yield part, first, last
-        offset += size
+def _trained(plan: IndexPlan, settings: IndexSettings, workspace: str, source: Source) -> tuple[Artifact | None, Any]:
+    """What the shards share, trained in a task where it is not there yet: the artifact, and a reference to its content;
+    none for an exact index.
 
-
-def _train(plan: IndexPlan, draft: Draft, source: Source) -> tuple[list[FileEntry], Any]:
-    """Train what the shards share, in one task: its file, and a reference to it; none for an exact index.
-
-    The even sample is read in parallel and goes from task to task, past the driver.
+    Its identity is what it is for (the model, the embedding, lists and codes), not the rows it saw: trained on what the
+    corpus held at first, it serves as the corpus grows, until so many more rows take more lists. The even sample is
+    read in parallel and goes from task to task, past the driver.
     """
     if not plan.lists:
-        return [], None
-    say(f"index: training {plan.factory} on a sample of {plan.training_rows:,} rows")
-    stride = max(1, plan.rows // plan.training_rows)
-    sample = ray.remote(max_retries=3)(_sample)
-    parts = [sample.remote(shard, stride, source) for shard in plan.shards]
-    # As floats, and what is read of it meanwhile.
-    memory = 2 * FLOAT_BYTES * plan.dimensions * plan.training_rows
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    training = ray.remote(max_retries=3)(_train_quantizer).options(memory=memory, num_gpus=gpus, num_returns=2)
-    written, trained = training.remote(plan, draft, *parts)
-    entry, retries = ray.get(written)
-    storage.add_retries(retries)
-    return [entry], trained
+        return None, None
+    shaping = {
+        "embedding": source.embedding,
+        "factory": plan.factory,
+        "dimensions": plan.dimensions,
+        "training": settings.training,
+    }
+    model = artifacts.load(source.model_uri, "model").manifest["content_id"]
+    folder = storage.join(workspace, "indexes", settings.name, "quantizers")
+    draft = Draft.under(folder, QUANTIZER_KIND, shaping, (model,))
+    if artifacts.find(draft.uri) is None:
+        say(f"index: training {plan.factory} on a sample of {plan.training_rows:,} rows")
+        stride = max(1, plan.rows // plan.training_rows)
+        sample = ray.remote(max_retries=3)(_sample)
+        firsts = np.cumsum([0, *source.part_rows()])
+        groups = whole_parts(source.part_rows(), plan.shard_rows)
+        samples = [sample.remote(parts, int(firsts[parts.start]), stride, source) for parts in groups]
+        # As floats, and what is read of it meanwhile.
+        memory = 2 * FLOAT_BYTES * plan.dimensions * plan.training_rows
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        training = ray.remote(max_retries=3)(_train_quantizer).options(memory=memory, num_gpus=gpus)
+        storage.add_retries(ray.get(training.remote(plan, draft, source.corpus.artifact.input_id, *samples)))
+    quantizer = artifacts.load(draft.uri, QUANTIZER_KIND)
+    return quantizer, ray.put(Trained(quantizer.read(QUANTIZER_FILE), quantizer.read(EMPTY_FILE)))
 
 
-def _sample(shard: Shard, stride: int, source: Source) -> np.ndarray:
-    """Every `stride`th row of the corpus that lies in the shard, float16 [N, D]. Runs in a Ray task."""
+def _sample(parts: range, first: int, stride: int, source: Source) -> np.ndarray:
+    """Every `stride`th row of the corpus, of those that lie in `parts`, which begin with row `first`: float16 [N, D].
+    Runs in a Ray task."""
     model = Model.open(source.model_uri)
-    taken, place = [], shard.start
-    for part, first, last in _overlaps(source.part_rows(), shard.start, shard.stop):
+    taken = []
+    for part in parts:
         vectors_ND, _, _ = _vectors(source, model, part, [])
-        taken.append(vectors_ND[first:last][(-place) % stride :: stride])
-        place += last - first
+        taken.append(vectors_ND[-first % stride :: stride])
+        first += len(vectors_ND)
     return np.concatenate(taken)
 
 
-def _train_quantizer(plan: IndexPlan, draft: Draft, *sample: np.ndarray) -> tuple[tuple[FileEntry, int], Trained]:
-    """Train on a sample and write the quantizer's file. Runs in a Ray task."""
+def _train_quantizer(plan: IndexPlan, draft: Draft, corpus: str, *sample: np.ndarray) -> int:
+    """Train on a sample of a corpus and write what comes of it; returns repeated requests. Runs in a Ray task."""
     before = storage.retries()
-    trained = train(plan, np.concatenate(sample))
-    return (draft.write(QUANTIZER_FILE, trained.quantizer), storage.retries() - before), trained
+    sample_ND = np.concatenate(sample)
+    trained = train(plan, sample_ND)
+    draft.begin()
+    files = [draft.write(QUANTIZER_FILE, trained.quantizer), draft.write(EMPTY_FILE, trained.empty)]
+    draft.finish(files, {"sample": len(sample_ND)}, trained_on=corpus)
+    return storage.retries() - before
 
 
-def find_collisions(source: Source, pseudonyms: Pseudonyms) -> list[int]:
-    """Embedded rows whose id an earlier row has already: they are left out of the index and counted.
+def find_collisions(source: Source, pseudonyms: Pseudonyms) -> dict[int, list[int]]:
+    """Embedded rows whose id an earlier row has already, by part: they are left out of the index and counted.
 
-    Holds 24 bytes a row. With 63 bits one collision is to be expected among some four thousand million images.
+    Rows are numbered within their part, duplicates left out. Holds 24 bytes a row. With 63 bits one collision is to be
+    expected among some four thousand million images.
     """
     ids = []
     for part, uri in enumerate(source.corpus.files):
@@ -265,61 +348,51 @@ def find_collisions(source: Source, pseudonyms: Pseudonyms) -> list[int]:
         left_out = source.corpus.excluded.get(part, set())
         kept = (name for row, name in enumerate(names) if row not in left_out)
         ids.append(np.fromiter((row_id(pseudonyms.name("image", name)) for name in kept), np.int64))
+    ends = np.cumsum([len(part) for part in ids])
     every = np.concatenate(ids)
     ordered = np.sort(every)
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     places = np.flatnonzero(np.isin(every, twice)) if len(twice) else np.empty(0, np.int64)
     _, first = np.unique(every[places], return_index=True)
-    later: list[int] = np.delete(places, first).tolist()
+    later: dict[int, list[int]] = {}
+    for place in np.delete(places, first).tolist():
+        part = int(np.searchsorted(ends, place, side="right"))
+        later.setdefault(part, []).append(place - int(ends[part]) + len(ids[part]))
     return later
 
 
-@dataclass(frozen=True)
-class _Built:
-    rows: int
-    files: list[FileEntry]
-    list_sizes: np.ndarray
-    retries: int
-
-
 def _build_shard(
-    draft: Draft,
-    shard: Shard,
-    plan: IndexPlan,
-    source: Source,
-    pseudonyms: Pseudonyms,
-    collisions: list[int],
-    trained: Trained | None,
-) -> _Built:
-    """Build one shard and write its four files. Runs in a Ray task."""
+    shard: _Shard, plan: IndexPlan, source: Source, pseudonyms: Pseudonyms, trained: Trained | None
+) -> tuple[int, int]:
+    """Build one shard and write it whole; returns its rows and repeated requests. Runs in a Ray task."""
     before = storage.retries()
     model = Model.open(source.model_uri)
-    vectors, sidecars, thumbnails = [], [], []
-    for part, first, last in _overlaps(source.part_rows(), shard.start, shard.stop):
+    vectors: list[np.ndarray] = []
+    sidecars: list[pa.Table] = []
+    thumbnails: list[pa.Table] = []
+    for part in shard.parts:
         vectors_ND, crops_N4, facts = _vectors(source, model, part, FACTS)
-        vectors.append(vectors_ND[first:last])
-        sidecars.append(_sidecar(facts.slice(first, last - first), crops_N4[first:last], pseudonyms))
-        thumbnails.append(_thumbnails(source.corpus, part, first, last))
-    rows_ND, sidecar, pictures = np.concatenate(vectors), pa.concat_tables(sidecars), pa.concat_tables(thumbnails)
-    assert len(rows_ND) == len(sidecar) == len(pictures) == shard.stop - shard.start, "a shard lost rows"
-    dropped = [row - shard.start for row in collisions if shard.start <= row < shard.stop]
-    if dropped:
-        kept = np.setdiff1d(np.arange(len(rows_ND)), dropped)
-        rows_ND, sidecar, pictures = rows_ND[kept], sidecar.take(kept), pictures.take(kept)
-    paths = shard_files(shard.number)
-    array = io.BytesIO()
+        tables = _sidecar(facts, crops_N4, pseudonyms), _thumbnails(source.corpus, part)
+        assert len(vectors_ND) == len(tables[0]) == len(tables[1]), "a shard lost rows"
+        kept = np.setdiff1d(np.arange(len(vectors_ND)), shard.left_out.get(part, ()))
+        vectors.append(vectors_ND[kept])
+        for table, taken in zip(tables, (sidecars, thumbnails), strict=True):
+            taken.append(table if len(kept) == len(table) else table.take(kept))
+    rows_ND = np.concatenate(vectors)
+    draft, array = shard.draft.begin(), io.BytesIO()
     np.save(array, rows_ND, allow_pickle=False)
-    files = [draft.write(paths["rows"], array.getvalue())]
+    files = [draft.write(SHARD_PART_FILES["rows"], array.getvalue())]
     index = index_of(plan, rows_ND, trained)
-    with draft.staged(paths["faiss"]) as (local, entry):
+    with draft.staged(SHARD_PART_FILES["faiss"]) as (local, entry):
         faiss.write_index(index, str(local))
     files.append(entry.value)
-    for kind, table, group in (("sidecar", sidecar, None), ("thumbnails", pictures, THUMBNAIL_GROUP)):
-        with draft.staged(paths[kind]) as (local, entry):
-            pq.write_table(table, local, compression="zstd", row_group_size=group)
+    for kind, parts, group in (("sidecar", sidecars, None), ("thumbnails", thumbnails, THUMBNAIL_GROUP)):
+        with draft.staged(SHARD_PART_FILES[kind]) as (local, entry):
+            pq.write_table(pa.concat_tables(parts), local, compression="zstd", row_group_size=group)
         files.append(entry.value)
-    sizes = list_sizes(index) if trained else np.zeros(0, np.int64)
-    return _Built(len(rows_ND), files, sizes, storage.retries() - before)
+    sizes = list_sizes(index).tolist() if trained else []
+    draft.finish(files, {"indexed": len(rows_ND)}, list_sizes=sizes)
+    return len(rows_ND), storage.retries() - before
 
 
 def _sidecar(facts: pa.Table, crops_N4: np.ndarray, pseudonyms: Pseudonyms) -> pa.Table:
@@ -342,19 +415,13 @@ def _sidecar(facts: pa.Table, crops_N4: np.ndarray, pseudonyms: Pseudonyms) -> p
     return pa.Table.from_arrays(arrays, schema=SIDECAR)
 
 
-def _thumbnails(corpus: Corpus, part: int, first: int, last: int) -> pa.Table:
-    """JPEGs of rows `first` to `last` of a part, duplicates left out, at most 256 pixels a side."""
-    left_out = corpus.excluded.get(part, set())
-    found: list[bytes] = []
-    row = seen = 0
-    with storage.arrow_reader(storage.join(corpus.artifact.part_uris[part], ROWS_FILE)) as file:
-        for batch in pq.ParquetFile(file).iter_batches(THUMBNAIL_GROUP, columns=["pixels"]):
-            for pixels in pixels_of(pa.Table.from_batches([batch]), corpus.recipe.size):
-                if row not in left_out:
-                    if first <= seen < last:
-                        found.append(_jpeg(pixels))
-                    seen += 1
-                row += 1
+def _thumbnails(corpus: Corpus, part: int) -> pa.Table:
+    """JPEGs of the rows of a part, duplicates left out, at most 256 pixels a side."""
+    found = [
+        _jpeg(pixels)
+        for table in corpus.batches(part, THUMBNAIL_GROUP, ["pixels"])
+        for pixels in pixels_of(table, corpus.recipe.size)
+    ]
     return pa.table({"jpeg": pa.array(found, pa.binary())})
 
 

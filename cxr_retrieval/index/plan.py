@@ -7,7 +7,9 @@ rows. A graph finds the lists here, once there are so many that comparing a quer
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cxr_retrieval.config import IndexSettings
 
@@ -28,15 +30,6 @@ ROW_BYTES = 16_000
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Rows `start` to `stop` of the embedded corpus."""
-
-    number: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Code:
     """How an index keeps a vector: its FAISS name and size. Of a search for k, the first `candidates` * k by these
     codes are compared by the stored rows. `recall` is what that keeps, measured as docs/index.md says."""
@@ -51,6 +44,7 @@ class Code:
 class IndexPlan:
     """`lists` 0 is exact: every row is compared. Otherwise IVF with one coarse quantizer shared by all shards.
 
+    `shards` is how many there are where each is filled up to `shard_rows`; they are made of whole parts of the corpus.
     `probes` is a first guess that the proof replaces. `latency_ms` of one search and `build_hours` are estimates for
     one core. `machines` of the memory in the settings hold all codes. `why` explains every choice in a sentence.
     """
@@ -61,7 +55,8 @@ class IndexPlan:
     code: Code
     probes: int
     training_rows: int
-    shards: tuple[Shard, ...]
+    shards: int
+    shard_rows: int
     latency_ms: float
     build_hours: float
     machines: int
@@ -82,20 +77,16 @@ class IndexPlan:
         """Size of all FAISS files."""
         return _bytes(self.rows, self.dimensions, self.lists, self.code)
 
-    @property
-    def shard_rows(self) -> int:
-        """Rows of the largest shard."""
-        return max(shard.stop - shard.start for shard in self.shards)
-
 
 def plan_index(rows: int, dimensions: int, settings: IndexSettings) -> IndexPlan:
     """Plan an index of `rows` vectors. Raises ValueError for a number below 1."""
     if min(rows, dimensions) < 1:
         raise ValueError(f"rows and dimensions must be at least 1, got {rows}, {dimensions}")
     memory = settings.memory_gib * GIB
-    shards, why_shards = _shards(rows, dimensions, settings)
+    shard_rows, why_shards = _shard_rows(dimensions, settings)
+    shards = -(-rows // shard_rows)
     exact = Code("SQfp16", HALF_BYTES * dimensions, 1, 1.0)
-    scan_ms = rows * dimensions / ELEMENTS_PER_MS + len(shards) * SHARD_MS
+    scan_ms = rows * dimensions / ELEMENTS_PER_MS + shards * SHARD_MS
     scan, aim = f"comparing all rows takes about {_ms(scan_ms)}", f"index.latency_ms={settings.latency_ms:g}"
     size, room = _bytes(rows, dimensions, 0, exact), f"index.memory_gib={settings.memory_gib:g}"
     if settings.recall_target == 1 or (size <= memory and scan_ms <= settings.latency_ms):
@@ -118,7 +109,7 @@ def plan_index(rows: int, dimensions: int, settings: IndexSettings) -> IndexPlan
             "code": why_code,
             "probes": "a first guess: the proof measures, and takes the fewest that reach index.recall_target",
         }
-    latency = _latency_ms(rows, dimensions, lists, probes, len(shards), code) if lists else scan_ms
+    latency = _latency_ms(rows, dimensions, lists, probes, shards, code) if lists else scan_ms
     machines = math.ceil(_bytes(rows, dimensions, lists, code) / memory)
     if latency > settings.latency_ms:
         why["latency"] = f"a search takes about {_ms(latency)} on one core, over {aim}"
@@ -129,7 +120,24 @@ def plan_index(rows: int, dimensions: int, settings: IndexSettings) -> IndexPlan
         )
     why["shards"] = why_shards
     hours = _build_ms(rows, dimensions, lists, training_rows) / 3.6e6
-    return IndexPlan(rows, dimensions, lists, code, probes, training_rows, shards, latency, hours, machines, why)
+    return IndexPlan(
+        rows, dimensions, lists, code, probes, training_rows, shards, shard_rows, latency, hours, machines, why
+    )
+
+
+def whole_parts(sizes: Sequence[int], most: int) -> list[range]:
+    """Neighbouring parts of a corpus by shards: a shard takes parts until the next would make it larger than `most`.
+
+    What comes behind never changes what was taken, so a corpus that grows keeps its shards but the last. A part that is
+    larger than `most` is a shard of its own.
+    """
+    edges, filled = [0], 0
+    for part, size in enumerate(sizes):
+        if part > edges[-1] and filled + size > most:
+            edges.append(part)
+            filled = 0
+        filled += size
+    return [range(*pair) for pair in pairwise([*edges, len(sizes)])]
 
 
 def plan_probes(lists: int) -> list[int]:
@@ -146,18 +154,14 @@ def _bytes(rows: int, dimensions: int, lists: int, code: Code) -> int:
     return rows * (code.bytes + (ID_BYTES if lists else 0)) + lists * (dimensions * FLOAT_BYTES + graph)
 
 
-def _shards(rows: int, dimensions: int, settings: IndexSettings) -> tuple[tuple[Shard, ...], str]:
-    """Shards, evenly filled, that neither hold more than `shard_rows` nor take more memory to build than there is."""
+def _shard_rows(dimensions: int, settings: IndexSettings) -> tuple[int, str]:
+    """Rows that a shard is filled up to: `shard_rows`, or as many as a machine has the memory to build."""
     in_memory = max(1, int(settings.memory_gib * GIB / shard_bytes(1, dimensions)))
-    most = min(settings.shard_rows, in_memory)
-    count = -(-rows // most)
-    edges = [rows * number // count for number in range(count + 1)]
-    limit = (
-        f"index.shard_rows={settings.shard_rows} at most, so that a file stays below the 5 GB that S3 takes at once"
-        if most == settings.shard_rows
-        else f"building {most} rows takes all of index.memory_gib={settings.memory_gib:g}"
-    )
-    return tuple(Shard(n, edges[n], edges[n + 1]) for n in range(count)), limit
+    if settings.shard_rows <= in_memory:
+        why = f"index.shard_rows={settings.shard_rows}, so that a file stays below the 5 GB that S3 takes at once"
+    else:
+        why = f"building {in_memory} rows takes all of index.memory_gib={settings.memory_gib:g}"
+    return min(settings.shard_rows, in_memory), why
 
 
 def shard_bytes(rows: int, dimensions: int) -> int:

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import ray
 
 from cxr_retrieval import storage
-from cxr_retrieval.artifacts import FileEntry
 from cxr_retrieval.config import IndexSettings
 from cxr_retrieval.console import say
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache
+from cxr_retrieval.index.files import Located, shard_files
 from cxr_retrieval.index.plan import plan_probes
-from cxr_retrieval.index.shards import Found, Shards, exact_in_shard, shard_files
+from cxr_retrieval.index.shards import Found, Shards, exact_in_shard
 
 K = 10
 FARTHEST = 2.0  # between unit vectors
@@ -78,17 +78,17 @@ class _Query:
 class _Files:
     """The files of a build, fetched where they are needed and verified before they are read."""
 
-    def __init__(self, build_uri: str, files: Sequence[FileEntry]) -> None:
-        self._uri, self._entries = build_uri, {entry.path: entry for entry in files}
+    def __init__(self, files: Mapping[str, Located]) -> None:
+        self._files = files
 
     def __call__(self, name: str) -> Path:
-        uri, folder = storage.join(self._uri, name), cache.cache_folder()
-        return cache.verified(uri, self._entries[name], folder, "build the index again")
+        file = self._files[name]
+        return cache.verified(file.uri, file.entry, cache.cache_folder(), "build the index again")
 
 
-def prove(build_uri: str, facts: Mapping[str, Any], files: Sequence[FileEntry], settings: IndexSettings) -> Proof:
+def prove(files: Mapping[str, Located], facts: Mapping[str, Any], settings: IndexSettings) -> Proof:
     """Search the built shards and compare. Raises UserError when no setting reaches the recall target."""
-    path = _Files(build_uri, files)
+    path = _Files(files)
     shards = Shards(facts, path)
     query_QD, queries = _queries(shards, settings.proof_queries)
     exact = _exact(path, facts["shards"], query_QD, queries)

@@ -11,12 +11,14 @@ import torch
 
 from cxr_retrieval.corpus.decoding import Limits, decode
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.filters import EVERYTHING, Filters, Vocabulary, among
 from cxr_retrieval.index.likeness import Likeness
-from cxr_retrieval.index.shards import Found, Shards, shard_files
+from cxr_retrieval.index.shards import Found, Shards
 from cxr_retrieval.index.versions import OpenVersion, open_version
 from cxr_retrieval.network.progressive import embeddings
 from cxr_retrieval.privacy import row_id
+from cxr_retrieval.tombstones import Tombstones
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
 QUERY_LIMITS = Limits(min_side=32, max_pixels=100_000_000)
@@ -112,7 +114,7 @@ class Why:
 
 
 class Retriever:
-    """A published index, opened for searching. Threads may share it.
+    """A published index, opened for searching, without the patients who were removed by then. Threads may share it.
 
     >>> retriever = Retriever.open("s3://bucket/indexes/chest@latest")
     >>> query = retriever.query(open("film.png", "rb").read())
@@ -127,6 +129,9 @@ class Retriever:
         _check_model(self.model, self.shards.facts)
         numbers = range(len(self.shards.shards))
         self._sidecars = [self.shards.sidecar(number) for number in numbers]
+        self._removed = Tombstones()
+        self._there = [np.ones(len(shard.ids_N), bool) for shard in self.shards.shards]
+        self.honour(Tombstones.at(version.version.to))
         self._likeness = Likeness.of(
             [version.path(shard_files(number)["thumbnails"]) for number in numbers],
             [table["patient"] for table in self._sidecars],
@@ -136,6 +141,17 @@ class Retriever:
     def open(cls, reference: str) -> "Retriever":
         """Open `URI@alias` or `URI@version`: every file's hash is verified before it is read."""
         return cls(open_version(reference))
+
+    @property
+    def images(self) -> int:
+        """How many images can be found: those of patients who were removed cannot."""
+        return sum(int(there.sum()) for there in self._there)
+
+    def honour(self, tombstones: Tombstones) -> None:
+        """From now on, nothing of the patients who were removed is found, shown or told."""
+        if tombstones != self._removed:
+            self._there = [~tombstones.mask(table["patient"]) for table in self._sidecars]
+            self._removed = tombstones
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -182,7 +198,7 @@ class Retriever:
         wanted = row_id(image_id)
         for number, shard in enumerate(self.shards.shards):
             for row in np.flatnonzero(shard.ids_N == wanted).tolist():
-                if self._sidecars[number]["image_id"][row].as_py() == image_id:
+                if self._there[number][row] and self._sidecars[number]["image_id"][row].as_py() == image_id:
                     return self._case(Found(number, row, wanted, 0.0))
         raise UnknownImage(f"image {image_id!r} is not in this index: name an image as the index knows it")
 
@@ -203,13 +219,18 @@ class Retriever:
         """
         known = self._known(query)
         self.vocabulary.check(filters)
+        there = self._there
         if exclude_patient is not None and not any(
-            among(table["patient"], [exclude_patient]).any() for table in self._sidecars
+            (among(table["patient"], [exclude_patient]) & mask).any()
+            for table, mask in zip(self._sidecars, there, strict=True)
         ):
             raise UserError(f"patient {exclude_patient!r} is not in this index: name a patient as the index knows them")
         left_out = [known.patient] if known and exclude_own else []
         left_out += [exclude_patient] if exclude_patient is not None else []
-        allowed = [filters.mask(table) & ~among(table["patient"], left_out) for table in self._sidecars]
+        allowed = [
+            filters.mask(table) & ~among(table["patient"], left_out) & mask
+            for table, mask in zip(self._sidecars, there, strict=True)
+        ]
         passing = sum(int(mask.sum()) for mask in allowed)
         found = self._nearest(query.vector, min(skip + k, passing), allowed, passing)
         findings = known.findings if known else ()
@@ -291,7 +312,7 @@ class Retriever:
     def _known(self, query: Query) -> SimilarCase | None:
         for shard, table in enumerate(self._sidecars):
             row = table["pixel_sha256"].index(query.pixel_sha256).as_py()
-            if row >= 0:
+            if row >= 0 and self._there[shard][row]:
                 return self._case(Found(shard, row, 0, 0.0))
         return None
 

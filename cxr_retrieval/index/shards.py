@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, nearest_lists, search_lists
 
 INDEX_FILE = "index.json"
@@ -28,19 +29,6 @@ NEAR = 1e-5
 BLOCK = 65536
 # Rows and codes stay in the files until a search reads them. A table for every list would be larger than the codes.
 READING = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
-
-
-def shard_files(number: int) -> dict[str, str]:
-    """Paths of one shard's files in the index."""
-    return {
-        kind: f"shards/{number:05d}.{ending}"
-        for kind, ending in {
-            "faiss": "faiss",
-            "rows": "rows.npy",
-            "sidecar": "parquet",
-            "thumbnails": "thumbnails.parquet",
-        }.items()
-    }
 
 
 @dataclass(frozen=True)

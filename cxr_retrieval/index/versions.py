@@ -40,6 +40,7 @@ from cxr_retrieval.index.aliases import (
     parsed,
     read_alias,
 )
+from cxr_retrieval.index.files import Located, files_of
 from cxr_retrieval.progress import Progress
 
 OBJECTS, VERSIONS = "objects", "versions"
@@ -142,14 +143,15 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
     """
     to = storage.canonical(to)
     check_alias(alias)
-    version, manifest = _version_of(build, to)
+    files = files_of(build)
+    version, manifest = _version_of(build, files, to)
     seen = read_alias(to, alias)  # before the upload, so that nothing which happens meanwhile is overwritten
     present = listing(storage.join(to, OBJECTS))
     missing = [entry for entry in version.objects if entry.sha256 not in present]
     uploaded = uploaded_bytes = 0
     if progress:
         progress.found(sum(entry.size for entry in version.objects) - sum(entry.size for entry in missing))
-    sources = {entry.sha256: storage.join(build.uri, path) for path, entry in version.files.items()}
+    sources = {file.entry.sha256: file.uri for file in files.values()}
     for entry, ours in cached.in_parallel(lambda entry: _upload(sources[entry.sha256], entry, version), missing):
         uploaded += ours
         uploaded_bytes += entry.size if ours else 0
@@ -254,12 +256,10 @@ def verify(to: str, version: str) -> list[str]:
     return sorted(text for _, text in cached.in_parallel(problem, found.objects) if text)
 
 
-def _version_of(build: Artifact, to: str) -> tuple[Version, bytes]:
+def _version_of(build: Artifact, located: Mapping[str, Located], to: str) -> tuple[Version, bytes]:
     """The version that a build gives, and its manifest's bytes: both depend on nothing but the build."""
-    if build.manifest["parts"]:
-        raise ValueError("an index with parts cannot be published: a version names files of its own only")
     facts = {key: value for key, value in build.manifest.items() if key not in ("files", "parts")}
-    files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in build.files]
+    files = [{"path": name, "size": f.entry.size, "sha256": f.entry.sha256} for name, f in sorted(located.items())]
     data = as_json({"schema_version": 1, "facts": facts, "files": files})
     if len(data) > MANIFEST_LIMIT:
         raise UserError(f"{build.uri}: its manifest is over {MANIFEST_LIMIT >> 20} MB; use larger index.shard_rows")

@@ -160,9 +160,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         """Searches are answered, and the alias is followed."""
         response.status_code = 200 if live.watching else 503
         found = live.retriever
-        return Ready(
-            ready=live.watching, version=found.version.version.id, images=found.shards.rows, trouble=live.trouble
-        )
+        return Ready(ready=live.watching, version=found.version.version.id, images=found.images, trouble=live.trouble)
 
     @app.get("/metrics", response_class=Response)
     async def measured() -> Response:

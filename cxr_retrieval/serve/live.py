@@ -7,6 +7,7 @@ from cxr_retrieval import console
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.index.versions import resolve, split_reference
+from cxr_retrieval.tombstones import Tombstones
 
 
 class LiveIndex:
@@ -47,13 +48,14 @@ class LiveIndex:
         return self._watcher.is_alive()
 
     def look(self) -> None:
-        """Look once where the alias points, and open that version if it is another one."""
+        """Look once where the alias points, and open that version if it is another one; and who was removed."""
         try:
             version = resolve(self.to, self.name)
             if version.id != self.retriever.version.version.id:
                 self.retriever = Retriever.open(f"{self.to}@{version.id}")
                 self.moves += 1
                 console.say(f"alias {self.name}: now version {version.id}")
+            self.retriever.honour(Tombstones.at(self.to))
             self.trouble = None
         except (UserError, OSError) as error:  # what passes by itself or what a publisher can mend
             self.failures += 1

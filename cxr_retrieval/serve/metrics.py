@@ -57,7 +57,7 @@ class _Index(Collector):
     def collect(self) -> Iterator[Metric]:
         live = self._live
         images = GaugeMetricFamily("cxr_index_images", "Images of the index that is served", labels=["version"])
-        images.add_metric([live.retriever.version.version.id], live.retriever.shards.rows)
+        images.add_metric([live.retriever.version.version.id], live.retriever.images)
         yield images
         yield CounterMetricFamily("cxr_alias_moves", "Versions exchanged because the alias moved", value=live.moves)
         yield CounterMetricFamily("cxr_alias_failures", "Looks at the alias that failed", value=live.failures)

@@ -169,7 +169,7 @@ class IndexFacts(BaseModel):
             name=live.to.rstrip("/").rpartition("/")[2],
             alias=live.name,
             version=retriever.version.version.id,
-            images=retriever.shards.rows,
+            images=retriever.images,
             embedding=retriever.shards.facts["embedding"],
             regions=retriever.knows_regions,
             views=list(known.views),

@@ -58,7 +58,7 @@ def model_of(settings: Settings) -> tuple[Settings, Artifact]:
     was set. Raises UserError where the model is not there or not finished.
     """
     if settings.model is None:
-        corpus = Corpus(find_prepared(settings.corpus, settings.workspace))
+        corpus = Corpus(find_prepared(settings.corpus, settings.workspace, settings.privacy))
         return settings, artifacts.load(model_draft(settings, corpus).uri, KIND)
     model = artifacts.load(settings.model, KIND)
     recipe = Recipe.from_json(json.loads(model.read(MODEL_FILE))["decode_recipe"])

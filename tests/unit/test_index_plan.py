@@ -19,6 +19,7 @@ from cxr_retrieval.index.plan import (
     plan_index,
     plan_probes,
     shard_bytes,
+    whole_parts,
 )
 from cxr_retrieval.index.quantizer import index_of, list_sizes, train
 from tests.commands import done, job
@@ -45,20 +46,32 @@ SIZES = ROWS.flatmap(lambda rows: st.tuples(st.just(rows), shard_rows_for(rows))
 
 @UNHURRIED
 @given(SIZES, DIMENSIONS, st.floats(0.01, 1000))
-def test_shards_cover_all_rows_once_in_order_and_none_is_too_large(
+def test_there_are_as_many_shards_as_their_rows_need(
     sizes: tuple[int, int], dimensions: int, latency_ms: float
 ) -> None:
     rows, shard_rows = sizes
     plan = plan_index(rows, dimensions, IndexSettings(shard_rows=shard_rows, latency_ms=latency_ms, memory_gib=1e6))
-    shards = plan.shards
-    assert [shard.number for shard in shards] == list(range(len(shards)))
-    assert shards[0].start == 0
-    assert shards[-1].stop == rows
-    assert all(a.stop == b.start for a, b in itertools.pairwise(shards))
-    lengths = [shard.stop - shard.start for shard in shards]
-    assert 1 <= min(lengths) <= max(lengths) == plan.shard_rows <= shard_rows
-    assert max(lengths) - min(lengths) <= 1  # evenly filled
-    assert len(shards) == -(-rows // shard_rows)  # and no more than are needed
+    assert (plan.shards, plan.shard_rows) == (-(-rows // shard_rows), shard_rows)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(1, 100))
+def test_shards_are_whole_neighbouring_parts_filled_as_far_as_they_go(sizes: list[int], most: int) -> None:
+    shards = whole_parts(sizes, most)
+    assert [part for shard in shards for part in shard] == list(range(len(sizes)))
+    filled = [sum(sizes[part] for part in shard) for shard in shards]
+    assert all(rows <= most or len(shard) == 1 for rows, shard in zip(filled, shards, strict=True))
+    # The next part would not have gone in.
+    assert all(rows + sizes[shard.stop] > most for rows, shard in zip(filled[:-1], shards[:-1], strict=True))
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=30),
+    st.lists(st.integers(0, 50), max_size=10),
+    st.integers(1, 100),
+)
+def test_a_corpus_that_grows_keeps_its_shards_but_the_last(sizes: list[int], more: list[int], most: int) -> None:
+    before = whole_parts(sizes, most)
+    assert whole_parts([*sizes, *more], most)[: len(before) - 1] == before[:-1]
 
 
 @UNHURRIED
@@ -201,7 +214,7 @@ def test_the_documented_table_is_what_is_planned() -> None:
         assert columns == [
             str(plan.code.bytes),
             f"{plan.bytes / GIB:.3g}",
-            f"{len(plan.shards):,}",
+            f"{plan.shards:,}",
             f"{plan.shard_rows:,}",
             f"{plan.latency_ms:.3g}",
             f"{plan.build_hours:,.2f}",

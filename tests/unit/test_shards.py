@@ -19,9 +19,10 @@ import torch
 from cxr_retrieval.config import IndexSettings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import plan
+from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.plan import Code, IndexPlan, plan_index
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, train
-from cxr_retrieval.index.shards import INDEX_FILE, SLACK, Found, Shards, exact_distances, shard_files
+from cxr_retrieval.index.shards import INDEX_FILE, SLACK, Found, Shards, exact_distances
 
 ROWS, DIMENSIONS, LISTS = 600, 24, 8
 TIES = 40  # more equal vectors than a search asks FAISS for beyond k
@@ -65,7 +66,7 @@ EXACT, STORED, BYTES, PRODUCT = "exact", *(code.name for code in CODES)
 def planned(rows: int, dimensions: int, shards: int, kind: str) -> IndexPlan:
     """A plan with few lists and so many shards; `kind` is the code of its lists, or exact."""
     found = plan_index(rows, dimensions, IndexSettings(shard_rows=-(-rows // shards)))
-    assert len(found.shards) == shards
+    assert found.shards == shards
     if kind == EXACT:
         return found
     code = next(code for code in CODES if code.name == kind)
@@ -90,8 +91,9 @@ def write_index(
     """An index as the build writes it, without sidecar columns that a search does not need."""
     built = planned(*rows_ND.shape, shards, kind)
     (folder / "shards").mkdir(parents=True)
-    for shard in built.shards:
-        part, paths = slice(shard.start, shard.stop), shard_files(shard.number)
+    edges = np.linspace(0, len(rows_ND), shards + 1).astype(int)
+    for number in range(shards):
+        part, paths = slice(edges[number], edges[number + 1]), shard_files(number)
         np.save(folder / paths["rows"], rows_ND[part])
         faiss.write_index(index_of(built, rows_ND[part], trained), str(folder / paths["faiss"]))
         pq.write_table(pa.table({"id": ids_N[part]}), folder / paths["sidecar"])

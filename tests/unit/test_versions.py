@@ -18,6 +18,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache as cached
 from cxr_retrieval.index import versions
 from cxr_retrieval.index.aliases import ALIAS_LIMIT, list_aliases
+from cxr_retrieval.index.files import SHARD_KIND, SHARD_PART_FILES, shard_files
 from cxr_retrieval.index.versions import open_version, publish, resolve, split_reference, verify
 
 FILES = {
@@ -173,11 +174,20 @@ def test_an_alias_that_is_no_name_is_refused_before_anything_is_written(alias: s
     assert not Path(to).exists()
 
 
-def test_a_build_with_parts_is_refused(tmp_path: Path, to: str) -> None:
-    part = build(tmp_path / "part")
-    whole = Draft(str(tmp_path / "whole"), "index", {}, ()).begin().finish([], {}, parts=[part])
-    with pytest.raises(ValueError, match="with parts"):
-        publish(whole, to, "latest")
+def test_the_shards_of_a_build_are_files_of_its_version_by_their_number(tmp_path: Path, to: str) -> None:
+    folder = tmp_path / "builds"
+    shards = []
+    for number in range(2):
+        draft = Draft.under(str(folder / "parts"), SHARD_KIND, {"number": number}, ()).begin()
+        entries = [draft.write(name, f"{kind} {number}".encode()) for kind, name in SHARD_PART_FILES.items()]
+        shards.append(draft.finish(entries, {}))
+    draft = Draft.under(str(folder), "index", {}, ()).begin()
+    publish(draft.finish([draft.write("index.json", b"{}")], {}, parts=shards), to, "latest")
+    version = open_version(to)
+    assert set(version.paths) == {"index.json", *shard_files(0).values(), *shard_files(1).values()}
+    for number in range(2):
+        for kind, name in shard_files(number).items():
+            assert version.path(name).read_text() == f"{kind} {number}"
 
 
 # ---- races for the alias

@@ -1,0 +1,182 @@
+"""What still holds patients who were removed: in a workspace, and where its indexes are published.
+
+A tombstone hides a patient at once. This finds the bytes: a corpus part by the patients of its rows, then everything
+that was made from what was found, by the inputs that every artifact names. Models and quantizers are told, not deleted:
+no row of them is anybody's, and only training anew takes out what they have learnt.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cxr_retrieval import storage
+from cxr_retrieval.artifacts import MANIFEST, PLAN, find
+from cxr_retrieval.corpus.preparation import MANIFEST_FILE, QUARANTINE_FILE, ROWS_FILE
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.aliases import list_aliases
+from cxr_retrieval.index.build import QUANTIZER_KIND
+from cxr_retrieval.index.files import SHARD_PART_FILES
+from cxr_retrieval.index.versions import OBJECTS, VERSIONS, Version, list_versions, resolve
+from cxr_retrieval.tombstones import RemovedPatients, Tombstones
+from cxr_retrieval.training.model import KIND as MODEL_KIND
+from cxr_retrieval.training.sweep import KIND as SWEEP_KIND
+
+LEARNT = (MODEL_KIND, QUANTIZER_KIND, SWEEP_KIND)  # made from patients, and no row of them is one
+SIDECAR = "shards/"  # in a version, sidecars are the tables of `shards/` that are no thumbnails
+FOLDERS = ("corpora", "embeddings", "models", "indexes", "reports")
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What holds removed patients. `files` are all that has to go; `serving` are aliases whose version is among them.
+
+    `learnt` are models, quantizers and sweeps that were made from their images, and stay.
+    """
+
+    versions: tuple[str, ...]
+    artifacts: tuple[str, ...]
+    files: tuple[storage.StoredFile, ...]
+    learnt: tuple[str, ...]
+    serving: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def published_holdings(to: str) -> Holdings:
+    """Versions at `to` whose rows are of patients with a tombstone there, and the objects that no other version names.
+
+    An object that no version names at all is left to `lifecycle.collect`.
+    """
+    to = storage.canonical(to)
+    tombstones = Tombstones.at(to)
+    if not tombstones:
+        return Holdings((), (), (), (), ())
+    holding: dict[str, bool] = {}  # by sidecar object: versions share them
+    held: list[Version] = []
+    kept: list[Version] = []
+    for version in (resolve(to, name) for name in list_versions(to)):
+        (held if _holds(version, tombstones, holding) else kept).append(version)
+    going = {entry.sha256 for version in held for entry in version.objects}
+    going -= {entry.sha256 for version in kept for entry in version.objects}
+    names = {f"{version.id}.json" for version in held}
+    files = [file for file in _files(storage.join(to, VERSIONS)) if file.path in names]
+    files += [file for file in _files(storage.join(to, OBJECTS)) if file.path in going]
+    ids = {version.id for version in held}
+    serving = sorted(name for name, alias in list_aliases(to).items() if alias.version in ids)
+    return Holdings(tuple(sorted(ids)), (), tuple(files), (), tuple(serving))
+
+
+def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
+    """Artifacts of a workspace that hold patients with a tombstone there, and pages and runs that may show them."""
+    if not removed.tombstones:
+        return Holdings((), (), (), (), ())
+    workspace = storage.canonical(workspace)
+    found = {folder: list(_files(storage.join(workspace, folder))) for folder in FOLDERS}
+    every = [file for files in found.values() for file in files]
+    plans = {storage.parent(file.uri): _made_from(file.uri) for file in every if file.path.endswith(f"/{PLAN}")}
+    going = {storage.parent(uri) for uri in _corpora_that_hold(found["corpora"], removed)}
+    while made := {folder for folder, (_, inputs) in plans.items() if not _ids(going).isdisjoint(inputs)} - going:
+        going |= made
+    learnt = {folder for folder in going if folder in plans and plans[folder][0] in LEARNT}
+    going -= learnt
+    names = _ids(going | learnt)
+    runs = [file for file in _files(storage.join(workspace, "runs")) if file.path.split("/")[0][:20] in names]
+    pages = [file for file in found["reports"] if going and _shows(file.path, names)]
+    files = [file for file in every if not going.isdisjoint(_folders_of(file.uri))]
+    return Holdings((), tuple(sorted(going)), tuple(files + runs + pages), tuple(sorted(learnt)), ())
+
+
+def purge(holdings: Holdings) -> None:
+    """Delete all that holds removed patients: first what says that something is finished, so that none is half there.
+
+    Raises UserError, before anything is deleted, where an alias still serves one of the versions.
+    """
+    if holdings.serving:
+        raise UserError(
+            f"alias {', '.join(map(repr, holdings.serving))} serves a version that holds removed patients: build and"
+            " publish the index without them first, then purge"
+        )
+    files = sorted(holdings.files, key=lambda file: not (file.path.endswith((MANIFEST, PLAN)) or _is_version(file)))
+    for file in files:
+        storage.delete(file.uri)
+
+
+def _is_version(file: storage.StoredFile) -> bool:
+    return file.path.endswith(".json") and f"/{VERSIONS}/" in file.uri
+
+
+def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -> bool:
+    for name, entry in version.files.items():
+        if (
+            not name.startswith(SIDECAR)
+            or not name.endswith(".parquet")
+            or name.endswith(SHARD_PART_FILES["thumbnails"])
+        ):
+            continue
+        if entry.sha256 not in holding:
+            with storage.arrow_reader(version.object_uri(entry)) as file:
+                holding[entry.sha256] = bool(tombstones.mask(pq.read_table(file, columns=["patient"])["patient"]).any())
+        if holding[entry.sha256]:
+            return True
+    return False
+
+
+def _corpora_that_hold(files: list[storage.StoredFile], removed: RemovedPatients) -> Iterator[str]:
+    """Files of corpora and their parts in which a removed patient, or an image of one, is named."""
+    images: set[str] = set()
+    for file in files:
+        if file.path.endswith((f"/{MANIFEST_FILE}", f"/{ROWS_FILE}")):
+            with storage.arrow_reader(file.uri) as opened:
+                table = pq.read_table(opened, columns=["patient_id", "image_id"])
+            patients = [name for name in pc.unique(table["patient_id"]).to_pylist() if name in removed]
+            if patients:
+                theirs = pc.is_in(table["patient_id"], value_set=pa.array(patients, pa.string()))
+                images.update(table.filter(theirs)["image_id"].to_pylist())
+                yield file.uri
+    for file in files:
+        if file.path.endswith(f"/{QUARANTINE_FILE}"):
+            with storage.arrow_reader(file.uri) as opened:
+                names = pq.read_table(opened, columns=["image_id"])["image_id"]
+            if images.intersection(names.to_pylist()):
+                yield file.uri
+
+
+def _made_from(plan_uri: str) -> tuple[str, set[str]]:
+    """The kind of an artifact, and the ids of what it was made from. A quantizer is known by what it is for, and tells
+    in its manifest what it saw."""
+    plan = json.loads(storage.read_bytes(plan_uri))
+    inputs = set(plan["inputs"])
+    if plan["kind"] == QUANTIZER_KIND and (made := find(storage.parent(plan_uri))):
+        inputs.add(made.manifest["trained_on"])
+    return plan["kind"], inputs
+
+
+def _shows(path: str, names: set[str]) -> bool:
+    """Whether a page may show images: those of what goes or was learnt, and galleries, of which it is not known."""
+    stem = path.rpartition("/")[2].partition(".")[0]
+    return stem in names or path.startswith("gallery-")
+
+
+def _ids(folders: set[str]) -> set[str]:
+    return {folder.rpartition("/")[2] for folder in folders}
+
+
+def _folders_of(uri: str) -> Iterator[str]:
+    """The folder that a file lies in, the one that this lies in, and so on."""
+    end = uri.rfind("/")
+    while end > 0:
+        yield uri[:end]
+        end = uri.rfind("/", 0, end)
+
+
+def _files(folder: str) -> Iterator[storage.StoredFile]:
+    try:
+        yield from storage.list_files(folder)
+    except FileNotFoundError:
+        return

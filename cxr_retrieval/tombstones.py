@@ -1,0 +1,93 @@
+"""Tombstones: marks of patients who were removed, honoured at once by every job and reader that finds them.
+
+    WORKSPACE/tombstones/<digest>.json    prepare leaves the patient's images out, and so does all that follows
+    TO/tombstones/<digest>.json           search shows them of no published version, whichever an alias serves
+
+A tombstone names nobody: its digest is of the name that the patient has outside the corpus, which is a keyed pseudonym
+unless the archive is public.
+"""
+
+import datetime
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cxr_retrieval import storage
+from cxr_retrieval.config import PrivacySettings
+from cxr_retrieval.privacy import Pseudonyms
+
+FOLDER = "tombstones"
+FILE = re.compile(r"([0-9a-f]{64})\.json")
+
+
+@dataclass(frozen=True)
+class Tombstones:
+    """The patients who were removed from one place, by the digests of the names that they have outside the corpus."""
+
+    digests: frozenset[str] = frozenset()
+
+    @classmethod
+    def at(cls, place: str) -> "Tombstones":
+        """Those that lie at `place`, a workspace or where an index is published."""
+        try:
+            files = [file.path for file in storage.list_files(storage.join(place, FOLDER))]
+        except FileNotFoundError:
+            return cls()  # nobody was ever removed there
+        return cls(frozenset(found[1] for path in files if (found := FILE.fullmatch(path))))
+
+    def __bool__(self) -> bool:
+        return bool(self.digests)
+
+    def __contains__(self, name: str | None) -> bool:
+        return bool(self.digests) and name is not None and _digest(name) in self.digests
+
+    def mask(self, names: pa.ChunkedArray) -> np.ndarray:
+        """Which rows are of removed patients, bool [N]; every name is looked at once."""
+        if not self.digests:
+            return np.zeros(len(names), bool)
+        removed = [name for name in pc.unique(names).to_pylist() if name in self]
+        found: np.ndarray = np.asarray(pc.fill_null(pc.is_in(names, value_set=pa.array(removed, pa.string())), False))
+        return found
+
+
+@dataclass(frozen=True)
+class RemovedPatients:
+    """The patients of an archive who were removed from a workspace, by the names that the archive gives them."""
+
+    tombstones: Tombstones
+    pseudonyms: Pseudonyms
+
+    @classmethod
+    def of(cls, workspace: str, privacy: PrivacySettings) -> "RemovedPatients":
+        """Raises UserError where there are tombstones by pseudonyms and no key: nobody could tell whose they are."""
+        tombstones = Tombstones.at(workspace)
+        return cls(tombstones, Pseudonyms.of(privacy)) if tombstones else NOBODY
+
+    def __contains__(self, patient: str | None) -> bool:
+        return (
+            bool(self.tombstones)
+            and patient is not None
+            and self.pseudonyms.name("patient", patient) in self.tombstones
+        )
+
+
+NOBODY = RemovedPatients(Tombstones(), Pseudonyms(None))
+
+
+def remove(place: str, name: str) -> bool:
+    """Put a tombstone for the patient who has this name outside the corpus; False where there is one already."""
+    uri = storage.join(place, FOLDER, f"{_digest(name)}.json")
+    if storage.exists(uri):
+        return False
+    removed_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    storage.write_bytes(uri, json.dumps({"removed_at": removed_at}).encode())
+    return True
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(f"tombstone:{name}".encode()).hexdigest()
