@@ -21,6 +21,7 @@ MEASURES = {
     "iobb": "Share of the box in the crop",
     "iou": "Intersection over union",
 }
+CHANCE = "chance"
 FLOORS = {"pixels": "pixels alone", "metadata": "view, sex and age alone"}
 
 _FEW = 20
@@ -84,7 +85,7 @@ def write_evaluation(evaluation: Mapping[str, Any], cases: Mapping[int, Case] = 
             ("Created", evaluation.get("created")),
         ],
         galleries=[
-            _gallery(name, embeddings, floors, chosen) | {"differences": _differences(name, less_floors)}
+            _gallery(name, embeddings, floors, chosen, less_floors) | {"differences": _differences(name, less_floors)}
             for name in galleries
         ],
         groups=groups,
@@ -108,7 +109,13 @@ def _galleries(tables: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def _gallery(name: str, embeddings: Mapping[str, Any], floors: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:
+def _gallery(
+    name: str,
+    embeddings: Mapping[str, Any],
+    floors: Mapping[str, Any],
+    chosen: str | None,
+    less_floors: Mapping[str, Any],
+) -> dict[str, Any]:
     own = {embedding: tables[name] for embedding, tables in embeddings.items() if tables.get(name)}
     own_floors = {floor: tables[name] for floor, tables in floors.items() if tables.get(name)}
     columns = _columns([*own.values(), *own_floors.values()])
@@ -119,7 +126,9 @@ def _gallery(name: str, embeddings: Mapping[str, Any], floors: Mapping[str, Any]
         "counts": _counts([*own.values(), *own_floors.values()]),
         "recall": _plot(own, own_floors, _RECALLS, chosen),
         "decisive": _plot(own, own_floors, (_PRECISION, _MAP), chosen),
-        "verdicts": _verdicts(own, own_floors, chosen),
+        "verdicts": _verdicts(
+            own, own_floors, chosen, {floor: tables[name] for floor, tables in less_floors.items() if tables.get(name)}
+        ),
         "answers": _answers(own, chosen),
         "columns": columns,
         "rows": rows,
@@ -204,33 +213,45 @@ def _plot(
     return forest(_series(embeddings, floors, shown, chosen), [column.title for column in shown])
 
 
-def _verdicts(embeddings: Mapping[str, Any], floors: Mapping[str, Any], chosen: str | None) -> list[dict[str, Any]]:
-    """The chosen embedding's deciding figures, each held against the strongest thing that knows no disease."""
+def _verdicts(
+    embeddings: Mapping[str, Any],
+    floors: Mapping[str, Any],
+    chosen: str | None,
+    less_floors: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """The chosen embedding's deciding figures, each held against the strongest thing that knows no disease: by the
+    interval of their difference over the same patients where there is one, else by the figure's own (chance is exact).
+    """
     verdicts = []
     for column in _DECIDING:
         figure = column.read(embeddings.get(chosen or ""))
         if figure.value is None:
             continue
-        rivals = {FLOORS.get(name, name): column.read(table).value for name, table in floors.items()}
-        rivals["chance"] = figure.chance
+        rivals = {name: column.read(table).value for name, table in floors.items()} | {CHANCE: figure.chance}
         known = {name: value for name, value in rivals.items() if value is not None}
         best = max(known, key=lambda name: known[name], default=None)
+        standing = None
+        if best in less_floors:
+            difference = _cell_of(column, less_floors[best])
+            standing = _standing(difference["low"], difference["high"], 0.0)
+        elif best:
+            standing = _standing(figure.low, figure.high, known[best])
         verdicts.append(
             {
                 "title": column.title,
                 "figure": figure,
-                "best": best,
+                "best": FLOORS.get(best, best) if best else None,
                 "best_value": known[best] if best else None,
-                "standing": _standing(figure, known[best]) if best else None,
+                "standing": standing,
             }
         )
     return verdicts
 
 
-def _standing(figure: Figure, rival: float) -> str:
-    if figure.low is None or figure.high is None:
+def _standing(low: float | None, high: float | None, rival: float) -> str:
+    if low is None or high is None:
         return "no interval"
-    return "above" if figure.low > rival else "below" if figure.high < rival else "level"
+    return "above" if low > rival else "below" if high < rival else "level"
 
 
 def _differences(gallery: str, less_floors: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 A *table* is a step of a pass, as in the history of a model: the whole image's steps first, then the crop's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,9 +165,16 @@ def _known(curves: Mapping[str, Sequence[float | None]]) -> list[float]:
     return [value for curve in curves.values() for value in curve if value is not None] or [0.0]
 
 
+def _apart(cosine: float) -> str:
+    """How two unit vectors lie: their cosine, the angle between them and their distance, 0 to 2."""
+    return (
+        f"cosine {cosine:.2f}, {math.degrees(math.acos(cosine)):.0f} degrees, distance {math.sqrt(2 - 2 * cosine):.2f}"
+    )
+
+
 def _geometry(centres_KD: np.ndarray, classes: Sequence[str], label: str) -> _Matrix:
-    """Cosines between the centres of every two classes, as colour."""
-    cosines_KK = centres_KD.astype(float) @ centres_KD.astype(float).T
+    """Cosines between the centres of every two classes, as colour; their angle and distance in a cell's title."""
+    cosines_KK = np.clip(centres_KD.astype(float) @ centres_KD.astype(float).T, -1.0, 1.0)
     labels = [finding_label(name) for name in classes]
     x, y = choice_axis("", "", labels), choice_axis("", "", list(reversed(labels)))
     area = plane(x, y, *_MATRIX_SIZE, beside=72)
@@ -179,7 +187,7 @@ def _geometry(centres_KD: np.ndarray, classes: Sequence[str], label: str) -> _Ma
             area.at_x(column),
             area.at_y(last - row),
             viridis(colours.share(float(cosines_KK[row, column]))),
-            f"{labels[row]}, {labels[column]}: {cosines_KK[row, column]:.2f}",
+            f"{labels[row]}, {labels[column]}: {_apart(float(cosines_KK[row, column]))}",
         )
         for row in range(len(labels))
         for column in range(len(labels))

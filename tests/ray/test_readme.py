@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.privacy import KEY_VARIABLE
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -68,7 +69,7 @@ def test_every_job_command_of_the_readme_runs_as_it_stands(
     assert len(commands) >= 8
     for command in commands:
         model = next(Path("workspace/models").glob("*/manifest.json"), Path("none")).parent
-        replaced = {"IMAGE": str(image), "MODEL": str(model), "OTHER_ARCHIVE": str(phantom_archive)}
+        replaced = {"IMAGE": str(image), "MODEL": str(model), "OTHER_ARCHIVE": str(phantom_archive), "PATIENT": "2"}
         words = command[3:]
         for name, value in replaced.items():
             words = [re.sub(rf"\b{name}\b", value, word) for word in words]
@@ -82,6 +83,8 @@ def test_every_job_command_of_the_readme_runs_as_it_stands(
         if command[2] == "jobs.evaluate":
             assert "Recall@2" in capsys.readouterr().out
     assert Path("similar.html").stat().st_size > 0
+    retriever = Retriever.open("workspace/indexes/chest@latest")
+    assert 0 < retriever.images == retriever.shards.rows < len(list((phantom_archive / "images").iterdir()))
     capsys.readouterr()
     shutil.copy(image, "film.png")
     (script,) = blocks("python")

@@ -127,12 +127,28 @@ def test_every_figure_has_its_interval_chance_and_floors():
     assert "chance 30.0 30.0" in page
 
 
-@pytest.mark.parametrize(("floor", "standing"), [(0.40, "above"), (0.545, "its interval holds"), (0.80, "below")])
+@pytest.mark.parametrize(("floor", "standing"), [(0.40, "above"), (0.545, "level with"), (0.80, "below")])
 def test_the_chosen_embedding_is_held_against_its_strongest_rival(floor, standing):
     page = text(
         write_evaluation(
             evaluation(
                 embeddings={"combined": {"findings": table(0.55)}}, floors={"pixels": {"findings": table(floor)}}
+            )
+        )
+    )
+    assert f"{standing} the best of floors and chance: pixels alone" in page
+
+
+@pytest.mark.parametrize(("low", "high", "standing"), [(0.01, 0.03, "above"), (-0.01, 0.03, "level with")])
+def test_a_floor_is_held_against_by_the_difference_over_the_same_patients(low, high, standing):
+    found = {"difference": 0.02, "low": low, "high": high, "standard_error": 0.01, "detectable": 0.03}
+    less = {"precision_at": {"8": found}, "map": found, "recall_at": {"8": found}, "ndcg_at": {"8": found}}
+    page = text(
+        write_evaluation(
+            evaluation(
+                embeddings={"combined": {"findings": table(0.55)}},
+                floors={"pixels": {"findings": table(0.53)}},
+                chosen_minus_floor={"pixels": {"findings": less}},
             )
         )
     )

@@ -205,6 +205,6 @@ def test_words_that_mean_nothing_are_refused(words: list[str], message: str, to:
 
     from cxr_retrieval.config import Settings
 
-    options = Namespace(index=to, rest=words, without_gate=False, delete=False, grace_days=30.0)
+    options = Namespace(index=to, rest=words, without_gate=False, delete=False, purge=False, grace_days=30.0)
     with pytest.raises(UserError, match=message):
         run(Settings(), options)

@@ -93,12 +93,16 @@ def test_crops_are_followed_from_the_first_epoch_to_the_last(epochs):
     assert html.count('<rect x="25.0" y="25.0" width="50.0" height="50.0"/>') == min(4, epochs)
 
 
-def test_the_cosine_of_every_two_classes_is_shown():
-    cells = re.findall(r"<title>([^<]*?): (-?\d\.\d\d)</title>", page([record(0)]))
+def test_cosine_angle_and_distance_of_every_two_classes_are_shown():
+    apart = r"cosine (-?\d\.\d\d), (\d+) degrees, distance (\d\.\d\d)"
+    cells = re.findall(rf"<title>([^<]*?): {apart}</title>", page([record(0)]))
     assert len(cells) == 9
-    by_pair = dict(cells)
-    assert by_pair["Mass, Mass"] == "1.00"
+    by_pair = {pair: tuple(map(float, told)) for pair, *told in cells}
+    assert by_pair["Mass, Mass"] == (1.0, 0.0, 0.0)
     assert by_pair["Mass, Hernia"] == by_pair["Hernia, Mass"]
+    for cosine, angle, distance in by_pair.values():
+        assert np.cos(np.radians(angle)) == pytest.approx(cosine, abs=0.02)
+        assert np.sqrt(2 - 2 * cosine) == pytest.approx(distance, abs=0.02)
 
 
 def test_centres_that_have_collapsed_are_said_first():
