@@ -9,12 +9,14 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import json
 import math
 import re
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -56,6 +58,7 @@ CREATE TABLE labels (
 ) WITHOUT ROWID;
 CREATE TABLE boxes (name TEXT, finding TEXT, x REAL, y REAL, w REAL, h REAL);
 CREATE TABLE tested (name TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE placed (key TEXT PRIMARY KEY, place INTEGER) WITHOUT ROWID;  -- a path, or the mark of a removed image
 """
 INDEXES = """
 CREATE INDEX listing_name ON listing (name);
@@ -65,8 +68,11 @@ JOINED = """
 SELECT path, name, size, patient, findings, follow_up, age, sex, view, twice,
     labels.name IS NOT NULL AS labelled,
     (SELECT count(*) FROM listing AS other WHERE other.name = listing.name) AS namesakes,
-    EXISTS (SELECT 1 FROM tested WHERE tested.name = listing.name) AS tested
-FROM listing LEFT JOIN labels USING (name) ORDER BY path
+    EXISTS (SELECT 1 FROM tested WHERE tested.name = listing.name) AS tested, place
+FROM listing LEFT JOIN labels USING (name) LEFT JOIN placed ON key = path ORDER BY place IS NULL, place, path
+"""
+THEIRS = """
+SELECT path FROM listing JOIN labels USING (name) WHERE patient IN (SELECT value FROM json_each(?))
 """
 TORN_PATIENTS = """
 SELECT count(*) FROM (
@@ -83,11 +89,13 @@ class Archive:
     images that can be read nor the archive's tables; `table_hashes` are the SHA-256 of the tables by their paths.
     """
 
-    def __init__(self, settings: CorpusSettings, removed: RemovedPatients = NOBODY) -> None:
+    def __init__(
+        self, settings: CorpusSettings, removed: RemovedPatients = NOBODY, before: Iterable[pa.Table] = ()
+    ) -> None:
         """List the archive and read its tables. Raises UserError for one without images or label table.
 
-        Images of `removed` patients keep their places among the rows, so that no other row moves to another partition,
-        and nothing is told of them.
+        `before` are the partitions that the archive was cut into before: its images keep them, and new ones come in new
+        partitions. Images of `removed` patients keep their places too, and nothing is told of them.
         """
         if settings.archive is None:
             raise UserError("corpus.archive is not set: give the folder or s3:// prefix that holds the archive")
@@ -105,6 +113,7 @@ class Archive:
             if settings.split == "nih_lists":
                 self._read_test_list(tables.get(TEST_LIST))
             self._database.executescript(INDEXES)
+            self._place(before)
             self.rows = self._count("SELECT count(*) FROM listing")
             self.labels_without_image = self._count(
                 "SELECT count(*) FROM labels WHERE name NOT IN (SELECT name FROM listing)"
@@ -117,11 +126,30 @@ class Archive:
         self.table_hashes = {file.path: storage.content_hash(file.uri) for file in tables.values()}
 
     def partitions(self) -> Iterator[pa.Table]:
-        """The rows by schema ARCHIVE in the order of their paths, `corpus.partition_images` at a time."""
+        """The rows by schema ARCHIVE: those that were placed before in their partitions, then the others in the order
+        of their paths, `corpus.partition_images` at a time."""
         with _room(self.uri):
             cursor = self._database.execute(JOINED)
-            while found := cursor.fetchmany(self._settings.partition_images):
-                yield pa.Table.from_pylist([self._row(row) for row in found], schema=ARCHIVE)
+            for place, found in groupby(cursor, lambda row: row["place"]):
+                most = self._settings.partition_images if place is None else None
+                while rows := list(islice(found, most)):
+                    yield pa.Table.from_pylist([self._row(row) for row in rows], schema=ARCHIVE)
+
+    def _place(self, before: Iterable[pa.Table]) -> None:
+        """Remember which partition every image was in before."""
+        start = len(self.uri) + 1
+        for place, rows in enumerate(before):
+            pairs = zip(rows["source_uri"].to_pylist(), rows["image_id"].to_pylist(), strict=True)
+            keys = (mark if uri is None else uri[start:] for uri, mark in pairs)
+            self._database.executemany("INSERT OR IGNORE INTO placed VALUES (?, ?)", ((key, place) for key in keys))
+        if self._removed.tombstones:  # what is kept of their images is a mark, and its place becomes the path's
+            patients = self._database.execute("SELECT DISTINCT patient FROM labels")
+            theirs = [row["patient"] for row in patients if row["patient"] in self._removed]
+            paths = [row["path"] for row in self._database.execute(THEIRS, (json.dumps(theirs),))]
+            self._database.executemany(
+                "INSERT OR IGNORE INTO placed SELECT ?, place FROM placed WHERE key = ?",
+                ((path, self._removed.mark(path)) for path in paths),
+            )
 
     def _count(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])
@@ -208,7 +236,7 @@ class Archive:
     def _row(self, found: sqlite3.Row) -> dict[str, Any]:
         settings, name = self._settings, found["name"]
         if found["patient"] in self._removed:
-            return {"image_id": REMOVED, "excluded": REMOVED}
+            return {"image_id": self._removed.mark(found["path"]), "excluded": REMOVED}
         row: dict[str, Any] = {
             "image_id": name,
             "source_uri": storage.join(self.uri, found["path"]),

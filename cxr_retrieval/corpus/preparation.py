@@ -38,6 +38,7 @@ MANIFEST_FILE, ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = (
     "exclusions.parquet",
 )
 KEYED = PrivacySettings()  # removed patients are told by a key, unless an archive is said to be public
+LATEST = "latest"  # beside the corpora of a name
 READS_AHEAD = 8  # files fetched while one is decoded: hides the latency of object storage
 # Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
 SHAPING = ("size", "fit", "box_frame", "max_pixels", "min_side", "row_group_images")
@@ -64,8 +65,8 @@ def plan_corpus(settings: CorpusSettings, workspace: str, privacy: PrivacySettin
 
     Raises UserError for an archive that cannot be read, and where `privacy` has no key to tell who was removed.
     """
-    archive = Archive(settings, RemovedPatients.of(workspace, privacy))
     folder = storage.join(workspace, "corpora", settings.name)
+    archive = Archive(settings, RemovedPatients.of(workspace, privacy), _partitions_before(folder, settings))
     shaping = {name: getattr(settings, name) for name in SHAPING} | {"recipe": recipe_of(settings).id}
     parts = [
         Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),))
@@ -73,6 +74,25 @@ def plan_corpus(settings: CorpusSettings, workspace: str, privacy: PrivacySettin
     ]
     inputs = [part.input_id for part in parts]
     return CorpusPlan(archive, Draft.under(folder, KIND, shaping | {"name": settings.name}, inputs), parts)
+
+
+def _latest_uri(folder: str, settings: CorpusSettings) -> str:
+    """The file that names the last corpus prepared from an archive under one name."""
+    archive = hashlib.sha256(storage.canonical(settings.archive or "").encode()).hexdigest()[:20]
+    return storage.join(folder, LATEST, f"{archive}.json")
+
+
+def _partitions_before(folder: str, settings: CorpusSettings) -> Iterator[pa.Table]:
+    """The partitions of the last corpus that was prepared from this archive; none where there is none any more."""
+    try:
+        latest = json.loads(storage.read_bytes(_latest_uri(folder, settings)))["input_id"]
+        file = storage.arrow_reader(storage.join(folder, latest, MANIFEST_FILE))
+    except FileNotFoundError:
+        return
+    with file:
+        manifest = pq.ParquetFile(file)
+        for group in range(manifest.num_row_groups):
+            yield manifest.read_row_group(group, columns=["source_uri", "image_id"])
 
 
 def find_prepared(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> Artifact:
@@ -100,7 +120,11 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
     before = sum(part.counts["archive"] for part in found if part)
     with Progress.of(workspace, plan.draft, "prepare", plan.archive.rows, before=before) as progress:
         finished = _prepare_parts(plan, found, settings, progress)
-        return _finish(plan.draft, manifest, finished, plan.archive, settings), True
+        corpus = _finish(plan.draft, manifest, finished, plan.archive, settings)
+        # Not before: what was never finished decides nothing about what comes after it.
+        latest = _latest_uri(storage.parent(plan.draft.uri), settings)
+        storage.write_bytes(latest, json.dumps({"input_id": corpus.input_id}).encode())
+        return corpus, True
 
 
 def _write_manifest(draft: Draft, archive: Archive) -> FileEntry:

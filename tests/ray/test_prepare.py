@@ -376,13 +376,14 @@ def test_a_lost_part_is_redone_and_no_other(phantom_archive: Path, tmp_path: Pat
     assert again.manifest["content_id"] == corpus.artifact.manifest["content_id"]
 
 
-def test_a_grown_archive_keeps_its_parts(archive: Path, tmp_path: Path) -> None:
+def test_a_grown_archive_keeps_its_parts_wherever_the_new_names_sort(archive: Path, tmp_path: Path) -> None:
     first, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
     before = part_manifests(tmp_path / "work")
     rng = np.random.default_rng(0)
     for n in range(20):
-        assert cv2.imwrite(str(archive / "images" / f"99999999_{n:03d}.png"), rng.integers(0, 256, (64, 64), np.uint8))
-        label(archive, f"99999999_{n:03d}.png,No Finding,{n},99999999,50,F,PA,1,1,1,1")
+        name = f"{'00000000' if n % 2 else '99999999'}_{n:03d}.png"
+        assert cv2.imwrite(str(archive / "images" / name), rng.integers(0, 256, (64, 64), np.uint8))
+        label(archive, f"{name},No Finding,{n},{99999000 + n},50,F,PA,1,1,1,1")
     second, worked = prepare(corpus_settings(archive), str(tmp_path / "work"))
     assert worked
     assert second.input_id != first.input_id
@@ -391,6 +392,9 @@ def test_a_grown_archive_keeps_its_parts(archive: Path, tmp_path: Path) -> None:
     assert before.items() <= part_manifests(tmp_path / "work").items()
     assert (first.counts["prepared"], second.counts["prepared"]) == (IMAGES, IMAGES + 20)
     assert artifacts.load(first.uri, "corpus").manifest == first.manifest  # the first corpus is still whole
+    again, worked = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    assert not worked
+    assert again.manifest == second.manifest
 
 
 @pytest.mark.parametrize("change", [{"fit": "stretch"}, {"split_seed": 1}, {"row_group_images": 16}])

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pytest
 
 from cxr_retrieval import storage
-from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import archive
-from cxr_retrieval.corpus.archive import Archive, ignored_text, rows_digest
+from cxr_retrieval.corpus.archive import REMOVED, Archive, ignored_text, rows_digest
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.tombstones import NOBODY, RemovedPatients, remove
 
 # NIH's own header: the unquoted commas inside the brackets make two columns of one.
 HEADER = (
@@ -344,6 +345,39 @@ def test_partitions_are_cut_in_the_order_of_the_paths_and_read_again_at_will(fol
     for _ in range(2):
         cut = [rows["image_id"].to_pylist() for rows in found.partitions()]
         assert cut == [names[:8], names[8:16], names[16:]]
+
+
+def cut_after(folder: Folder, before: Archive, removed: RemovedPatients = NOBODY) -> list[list[str]]:
+    """The partitions of an archive that was cut before, by the names of their images."""
+    settings = CorpusSettings(archive=str(folder.path), partition_images=8)
+    found = Archive(settings, removed, before.partitions())
+    return [rows["image_id"].to_pylist() for rows in found.partitions()]
+
+
+def test_images_keep_their_partition_and_new_ones_come_behind(folder: Folder) -> None:
+    names = [f"{n:02d}.png" for n in range(0, 24, 2)]
+    folder.images(*names).table(*map(line, names))
+    before = folder.read(partition_images=8)
+    more = ["01.png", "99.png"]
+    (folder.path / names[3]).unlink()
+    folder.images(*more).table(*map(line, [*names, *more]))
+    kept = [name for name in names if name != names[3]]
+    assert cut_after(folder, before) == [kept[:7], kept[7:], more]
+
+
+def test_what_is_removed_keeps_its_place_and_says_nothing(folder: Folder, tmp_path: Path) -> None:
+    names = [f"{n:02d}.png" for n in range(12)]
+    folder.images(*names).table(*(line(name, patient=str(n // 2)) for n, name in enumerate(names)))
+    before = folder.read(partition_images=8)
+    remove(str(tmp_path), "2")
+    removed = RemovedPatients.of(str(tmp_path), PrivacySettings(pseudonymise=False))
+    once = cut_after(folder, before, removed)
+    marks = [removed.mark(name) for name in names[4:6]]
+    assert once == [[*names[:4], *marks, *names[6:8]], names[8:]]
+    again = Archive(CorpusSettings(archive=str(folder.path), partition_images=8), removed, before.partitions())
+    assert cut_after(folder, again, removed) == once
+    assert [row["excluded"] for row in in_order(again)].count(REMOVED) == 2
+    assert all(row["source_uri"] is None and row["patient_id"] is None for row in in_order(again) if row["excluded"])
 
 
 def test_the_sample_of_real_x_rays_has_no_image_to_refuse(nih_sample: Path) -> None:
