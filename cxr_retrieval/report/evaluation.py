@@ -231,7 +231,7 @@ def _verdicts(
         known = {name: value for name, value in rivals.items() if value is not None}
         best = max(known, key=lambda name: known[name], default=None)
         standing = None
-        if best in less_floors:
+        if best and best in less_floors:
             difference = _cell_of(column, less_floors[best])
             standing = _standing(difference["low"], difference["high"], 0.0)
         elif best:
