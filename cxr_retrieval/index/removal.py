@@ -27,12 +27,14 @@ from cxr_retrieval.training.sweep import KIND as SWEEP_KIND
 
 LEARNT = (MODEL_KIND, QUANTIZER_KIND, SWEEP_KIND)  # made from patients, and no row of them is one
 SIDECAR = "shards/"  # in a version, sidecars are the tables of `shards/` that are no thumbnails
-FOLDERS = ("corpora", "embeddings", "models", "indexes", "reports")
+# Of a workspace: what was made from other things before these, so that a purge that is killed finds the rest again.
+FOLDERS = ("reports", "indexes", "models", "embeddings", "corpora")
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """What holds removed patients. `files` are all that has to go; `serving` are aliases whose version is among them.
+    """What holds removed patients. `files` are all that has to go, in an order in which a purge may be killed after any
+    and be run again; `serving` are aliases whose version is among them.
 
     `learnt` are models, quantizers and sweeps that were made from their images, and stay.
     """
@@ -49,9 +51,10 @@ class Holdings:
 
 
 def published_holdings(to: str) -> Holdings:
-    """Versions at `to` whose rows are of patients with a tombstone there, and the objects that no other version names.
+    """Versions at `to` whose rows are of patients with a tombstone there, and all objects that no other version names.
 
-    An object that no version names at all is left to `lifecycle.collect`.
+    Objects of a publish that never ended are among them, however young: whose they hold cannot be told. One that is
+    under way finds them gone before it moves the alias, and is run again.
     """
     to = storage.canonical(to)
     tombstones = Tombstones.at(to)
@@ -62,11 +65,10 @@ def published_holdings(to: str) -> Holdings:
     kept: list[Version] = []
     for version in (resolve(to, name) for name in list_versions(to)):
         (held if _holds(version, tombstones, holding) else kept).append(version)
-    going = {entry.sha256 for version in held for entry in version.objects}
-    going -= {entry.sha256 for version in kept for entry in version.objects}
+    staying = {entry.sha256 for version in kept for entry in version.objects}
     names = {f"{version.id}.json" for version in held}
     files = [file for file in _files(storage.join(to, VERSIONS)) if file.path in names]
-    files += [file for file in _files(storage.join(to, OBJECTS)) if file.path in going]
+    files += [file for file in _files(storage.join(to, OBJECTS)) if file.path not in staying]
     ids = {version.id for version in held}
     serving = sorted(name for name, alias in list_aliases(to).items() if alias.version in ids)
     return Holdings(tuple(sorted(ids)), (), tuple(files), (), tuple(serving))
@@ -78,7 +80,7 @@ def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
         return Holdings((), (), (), (), ())
     workspace = storage.canonical(workspace)
     found = {folder: list(_files(storage.join(workspace, folder))) for folder in FOLDERS}
-    every = [file for files in found.values() for file in files]
+    every = [file for folder in FOLDERS for file in sorted(found[folder], key=_turn)]
     plans = {storage.parent(file.uri): _made_from(file.uri) for file in every if file.path.endswith(f"/{PLAN}")}
     going = {storage.parent(uri) for uri in _corpora_that_hold(found["corpora"], removed)}
     while made := {folder for folder, (_, inputs) in plans.items() if not _ids(going).isdisjoint(inputs)} - going:
@@ -89,11 +91,11 @@ def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
     runs = [file for file in _files(storage.join(workspace, "runs")) if file.path.split("/")[0][:20] in names]
     pages = [file for file in found["reports"] if going and _shows(file.path, names)]
     files = [file for file in every if not going.isdisjoint(_folders_of(file.uri))]
-    return Holdings((), tuple(sorted(going)), tuple(files + runs + pages), tuple(sorted(learnt)), ())
+    return Holdings((), tuple(sorted(going)), tuple(runs + pages + files), tuple(sorted(learnt)), ())
 
 
 def purge(holdings: Holdings) -> None:
-    """Delete all that holds removed patients: first what says that something is finished, so that none is half there.
+    """Delete all that holds removed patients.
 
     Raises UserError, before anything is deleted, where an alias still serves one of the versions.
     """
@@ -102,13 +104,16 @@ def purge(holdings: Holdings) -> None:
             f"alias {', '.join(map(repr, holdings.serving))} serves a version that holds removed patients: build and"
             " publish the index without them first, then purge"
         )
-    files = sorted(holdings.files, key=lambda file: not (file.path.endswith((MANIFEST, PLAN)) or _is_version(file)))
-    for file in files:
+    for file in holdings.files:
         storage.delete(file.uri)
 
 
-def _is_version(file: storage.StoredFile) -> bool:
-    return file.path.endswith(".json") and f"/{VERSIONS}/" in file.uri
+def _turn(file: storage.StoredFile) -> tuple[bool, int]:
+    """Of an artifact, what tells that it is finished goes first, so that nothing is half there; what tells whose it is
+    goes last. Parts go after what they are parts of."""
+    name = file.path.rpartition("/")[2]
+    order = 0 if name == MANIFEST else 2 if name == PLAN else 3 if name in (ROWS_FILE, MANIFEST_FILE) else 1
+    return "/parts/" in file.path, order
 
 
 def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -> bool:

@@ -295,3 +295,24 @@ def test_without_the_key_nobody_can_prepare_as_if_no_one_was_removed(
     theirs = sum(hospital.patient_of(row) == hospital.patient_of(3) for row in range(16))
     assert corpus.counts["excluded"] == theirs
     assert corpus.counts["prepared"] == 16 - theirs
+
+
+def test_a_purge_that_is_killed_after_any_file_leaves_nothing_when_it_is_run_again(
+    hospital: Hospital, phantom_archive: Path
+) -> None:
+    hospital.receive(phantom_archive, 32)
+    hospital.index()
+    for place in (hospital.to, hospital.workspace):
+        remove(place, hospital.patient_of(20))
+    hospital.index()
+
+    def still_there() -> list[storage.StoredFile]:
+        found = published_holdings(hospital.to), workspace_holdings(hospital.workspace, hospital.removed())
+        return [file for holdings in found for file in holdings.files]
+
+    everything = still_there()
+    assert len(everything) > 20
+    while left := still_there():  # a purge that dies after one file, run again and again
+        storage.delete(left[0].uri)
+    assert [file.uri for file in everything if storage.exists(file.uri)] == []
+    assert Retriever.open(f"{hospital.to}@latest").images < 32
