@@ -22,10 +22,19 @@ from cxr_retrieval.assessment import EVALUATION_FILE, KIND
 from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases, listing
-from cxr_retrieval.index.lifecycle import Evaluations, Figure, Moved, collect, drop_version, garbage, promote, rollback
+from cxr_retrieval.index.lifecycle import (
+    Evaluations,
+    Figure,
+    Moved,
+    collect,
+    drop_version,
+    embedded_by,
+    garbage,
+    promote,
+    rollback,
+)
 from cxr_retrieval.index.removal import published_holdings, purge, workspace_holdings
-from cxr_retrieval.index.shards import INDEX_FILE
-from cxr_retrieval.index.versions import Version, list_versions, read_file, resolve, split_reference, verify
+from cxr_retrieval.index.versions import Version, list_versions, resolve, split_reference, verify
 from cxr_retrieval.tombstones import RemovedPatients
 
 EVALUATED_GALLERY = "all"
@@ -134,17 +143,19 @@ def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:
     folder = storage.join(workspace, "reports", "evaluation")
 
     def evaluations(version: Version) -> Evaluations:
-        facts = json.loads(read_file(version, INDEX_FILE))
+        model, embedding = embedded_by(version)
         found: dict[str, dict[str, Figure]] = {}
         for path in listing(folder):
             if path.rpartition("/")[2] != artifacts.MANIFEST:
                 continue  # only what is finished
             evaluation = artifacts.load(storage.parent(storage.join(folder, path)), KIND)
             figures = json.loads(evaluation.read(EVALUATION_FILE))
-            if figures["model"] != facts["model"]:
+            if figures["model"] != model:
                 continue
-            cells = figures["embeddings"][facts["embedding"]][EVALUATED_GALLERY]
+            cells = figures["embeddings"][embedding][EVALUATED_GALLERY]
             chosen = {"precision@8": cells["precision_at"]["8"], "mAP": cells["map"]}
+            if any(cell["low"] is None for cell in chosen.values()):
+                continue  # too few patients for an interval decide nothing
             found[f"the {figures['split']} patients of corpus {figures['corpus']}"] = {
                 name: Figure(cell["value"], cell["low"], cell["high"]) for name, cell in chosen.items()
             }

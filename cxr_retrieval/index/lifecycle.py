@@ -3,6 +3,7 @@
 Readers are never cut off: an alias moves by one conditional write, and only what no version names is deleted.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from cxr_retrieval import storage
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases, move_alias, read_alias
-from cxr_retrieval.index.versions import OBJECTS, VERSIONS, Version, list_versions, resolve
+from cxr_retrieval.index.shards import INDEX_FILE
+from cxr_retrieval.index.versions import OBJECTS, VERSIONS, Version, list_versions, read_file, resolve
 
 GATE_FIGURES = ("precision@8", "mAP")
 DAY_S = 86_400.0
@@ -55,16 +57,24 @@ def promote(to: str, name: str, alias: str, evaluations: Callable[[Version], Eva
 
     Given `evaluations` of a version, one is refused whose precision@8 or mAP lies below the interval of that of the
     version which the alias serves now, on anything that both were judged on. Raises UserError for this, and where they
-    were judged on nothing in common.
+    were judged on nothing in common. Versions of one model and embedding differ in their images only: nothing to judge.
     """
     to = storage.canonical(to)
     wanted = resolve(to, name)
     seen = read_alias(to, alias)
     serving = seen[0].version if seen[0] else None
     if evaluations and serving and serving != wanted.id:
-        _pass_gate(evaluations(wanted), evaluations(resolve(to, serving)), wanted.id, serving)
+        now = resolve(to, serving)
+        if embedded_by(now) != embedded_by(wanted):
+            _pass_gate(evaluations(wanted), evaluations(now), wanted.id, serving)
     generation, moved = move_alias(to, alias, wanted.id, *seen)
     return Moved(alias, wanted.id, serving, generation, moved)
+
+
+def embedded_by(version: Version) -> tuple[str, str]:
+    """The id of the model that a version was embedded by, and the name of its embedding."""
+    facts = json.loads(read_file(version, INDEX_FILE))
+    return facts["model"], facts["embedding"]
 
 
 def rollback(to: str, alias: str) -> Moved:

@@ -78,6 +78,16 @@ def test_a_version_that_is_worse_by_more_than_the_interval_is_refused(to: str, v
     assert promote(to, versions[0], "latest", lambda version: gates[version.id]).moved
 
 
+def test_versions_of_one_model_need_no_judgement(tmp_path: Path, to: str, versions: list[str]) -> None:
+    more = Draft(str(tmp_path / "more"), "index", {"model": "newest", "more": True}, ()).begin()
+    index = json.dumps({"model": "newest", "embedding": "global"}).encode()
+    files = [more.write("index.json", index), more.write("shards/0.faiss", b"more images")]
+    grown = publish(more.finish(files, {"indexed": 8}, factory="Flat"), to, "candidate").version
+    assert promote(to, grown, "latest", lambda _: {}).moved
+    with pytest.raises(UserError, match="evaluated on nothing"):
+        promote(to, versions[0], "latest", lambda _: {})
+
+
 def test_versions_judged_on_different_patients_do_not_compare(to: str, versions: list[str]) -> None:
     gates = {versions[0]: judged("NIH"), versions[2]: judged("phantoms")}
     with pytest.raises(UserError, match=r"was evaluated on NIH, and .* on phantoms: evaluate both"):
