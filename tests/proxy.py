@@ -5,7 +5,6 @@ import http.client
 import http.server
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -15,13 +14,17 @@ SLOW_DOWN = (
 )
 Fault = str
 SLOW, CUT, LOST_ANSWER, HALF_ANSWER, STALL = "slow down", "cut", "lost answer", "half an answer", "stall"
+HALF_REQUEST = "half a request"  # the connection to the server is cut in the middle of what is sent
 CONFLICT, DENIED, EXPIRED, WRONG_REGION = "conflict", "denied", "expired", "wrong region"
+LOST_RACE = "lost race"
+STRIKE_BEFORE, STRIKE_AFTER = "strike before", "strike after"  # `strike` is called, and no answer comes
 ELSEWHERE = "elsewhere"  # a right answer that names another region, as after a redirect that was followed
 STALL_S = 3.0
 ANSWERS = {
     SLOW: (503, SLOW_DOWN),
     CONFLICT: (409, SLOW_DOWN.replace(b"SlowDown", b"ConditionalRequestConflict")),
     DENIED: (403, SLOW_DOWN.replace(b"SlowDown", b"AccessDenied")),
+    LOST_RACE: (412, SLOW_DOWN.replace(b"SlowDown", b"PreconditionFailed")),
     EXPIRED: (400, SLOW_DOWN.replace(b"SlowDown", b"ExpiredToken")),
     WRONG_REGION: (301, SLOW_DOWN.replace(b"SlowDown", b"PermanentRedirect")),
 }
@@ -40,6 +43,7 @@ class FaultProxy:
     own_port: int = 0
     injected: int = 0
     seen: list[tuple[str, str]] = field(default_factory=list)
+    strike: Callable[[], None] = lambda: None
     _plan: list[tuple[Fault, Rule, int]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -84,10 +88,12 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
         def pass_on(self) -> None:
             body = self.body()
             fault = proxy.fault_of(self.command, self.path)
-            if fault == CUT:
+            if fault == STRIKE_BEFORE:
+                proxy.strike()
+            if fault in (CUT, STRIKE_BEFORE):
                 return self.hang_up()
             if fault == STALL:
-                time.sleep(STALL_S)
+                threading.Event().wait(STALL_S)  # not a sleep: tests take those away from who tries again
                 return self.hang_up()
             if fault in ANSWERS:
                 status, text = ANSWERS[fault]
@@ -98,14 +104,18 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
                 for name, value in self.headers.items():
                     if name.lower() not in ("connection", "expect"):
                         server.putheader(name, value)
-                server.endheaders(body)
+                server.endheaders(body[: len(body) // 2] if fault == HALF_REQUEST else body)
+                if fault == HALF_REQUEST:
+                    return self.hang_up()
                 answer = server.getresponse()
                 data = answer.read()
             except OSError:
                 return self.hang_up()  # the server behind is down
             finally:
                 server.close()
-            if fault == LOST_ANSWER:
+            if fault == STRIKE_AFTER:
+                proxy.strike()
+            if fault in (LOST_ANSWER, STRIKE_AFTER):
                 return self.hang_up()
             headers = answer.getheaders()
             if fault == ELSEWHERE:

@@ -63,7 +63,13 @@ def move_alias(to: str, alias: str, version: str, old: Alias | None, tag: str | 
             return new.generation, True
     except Exception:
         # The answer is lost, not the write: only what is stored tells whether it was done.
-        found = read_alias(to, alias)[0]
+        try:
+            found = read_alias(to, alias)[0]
+        except UserError as error:
+            raise UserError(
+                f"{error}; it is not known whether alias {alias!r} serves version {version} now: ask"
+                " `jobs.versions list` before the same again"
+            ) from error
         if found is None or found.publish_id != new.publish_id:
             raise
         return new.generation, True

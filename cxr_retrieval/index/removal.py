@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cxr_retrieval import storage
-from cxr_retrieval.artifacts import MANIFEST, PLAN, find
+from cxr_retrieval.artifacts import MANIFEST, PLAN, CorruptArtifact, find
 from cxr_retrieval.corpus.preparation import MANIFEST_FILE, QUARANTINE_FILE, ROWS_FILE
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.build import QUANTIZER_KIND
 from cxr_retrieval.index.files import SHARD_PART_FILES
-from cxr_retrieval.index.versions import OBJECTS, VERSIONS, Version, list_versions, resolve
+from cxr_retrieval.index.versions import GONE_REMEDY, OBJECTS, VERSIONS, Version, list_versions, resolve
 from cxr_retrieval.tombstones import RemovedPatients, Tombstones
 from cxr_retrieval.training.model import KIND as MODEL_KIND
 from cxr_retrieval.training.sweep import KIND as SWEEP_KIND
@@ -125,8 +125,13 @@ def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -
         ):
             continue
         if entry.sha256 not in holding:
-            with storage.arrow_reader(version.object_uri(entry)) as file:
-                holding[entry.sha256] = bool(tombstones.mask(pq.read_table(file, columns=["patient"])["patient"]).any())
+            uri = version.object_uri(entry)
+            try:
+                with storage.arrow_reader(uri) as file:
+                    patients = pq.read_table(file, columns=["patient"])["patient"]
+            except FileNotFoundError:
+                raise CorruptArtifact(f"{uri}: gone since it was uploaded; {GONE_REMEDY}") from None
+            holding[entry.sha256] = bool(tombstones.mask(patients).any())
         if holding[entry.sha256]:
             return True
     return False

@@ -48,6 +48,7 @@ SHA256 = r"^[0-9a-f]{64}$"
 FILE_PATH = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$"  # relative, and no part begins with a dot
 MANIFEST_LIMIT = 64 << 20
 PUBLISH_AGAIN = "publish that version again, after moving the damaged file away if there is one"
+GONE_REMEDY = "publish that version again, or drop it"
 BUILD_AGAIN = "move the build's folder away and build the index again"
 
 
@@ -158,7 +159,7 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
         if progress:
             progress.advance(entry.size)
     _write_manifest(version, manifest)
-    _check_objects(version)
+    check_objects(version)
     generation, moved = move_alias(to, alias, version.id, *seen)
     reused = len(version.objects) - uploaded
     return Published(version.id, alias, generation, uploaded, reused, uploaded_bytes, moved)
@@ -293,16 +294,22 @@ def _write_manifest(version: Version, data: bytes) -> None:
     with tempfile.TemporaryDirectory(prefix="cxr-") as folder:
         path = Path(folder) / "manifest.json"
         path.write_bytes(data)
-        if not storage.create(uri, path) and cached.read_limited(uri, MANIFEST_LIMIT, PUBLISH_AGAIN) != data:
+        if storage.create(uri, path):
+            return
+        try:
+            found = cached.read_limited(uri, MANIFEST_LIMIT, PUBLISH_AGAIN)
+        except FileNotFoundError:
+            raise CorruptArtifact(f"{uri}: it was there and is gone; publish again") from None
+        if found != data:
             raise CorruptArtifact(f"{uri}: another manifest stands there; move it away and publish again")
 
 
-def _check_objects(version: Version) -> None:
-    """Every object is there with its size: an uploader that was wrong about that must not get the alias."""
+def check_objects(version: Version) -> None:
+    """Every object is there with its size: who is wrong about that must not get the alias. Raises CorruptArtifact."""
     present = listing(storage.join(version.to, OBJECTS))
     for entry in version.objects:
         if entry.sha256 not in present:
-            raise CorruptArtifact(f"{version.object_uri(entry)}: gone since it was uploaded; publish again")
+            raise CorruptArtifact(f"{version.object_uri(entry)}: gone since it was uploaded; {GONE_REMEDY}")
         if present[entry.sha256] != entry.size:
             found = f"{present[entry.sha256]:,} bytes instead of {entry.size:,}"
             raise CorruptArtifact(f"{version.object_uri(entry)}: {found}; move it away and publish again")
