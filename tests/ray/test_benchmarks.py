@@ -22,6 +22,20 @@ SMALL = {
     "serve": {"IMAGES": 48, "SIDE": 64, "CLIENTS": 4, "SEARCHES": 1, "ROUNDS": 1},
     "ccloss_speed": {"SIZES": (128, 256, 512), "MOST_PAIRED": 256, "ROUNDS": 1},
     "object_storage": {"IMAGES": 48, "SIDE": 128, "SIZE": 64, "PART": 48, "ROUNDS": 1},
+    "index_peers": {
+        "ROWS": 6000,
+        "DIMENSIONS": 16,
+        "QUERIES": 20,
+        "SHARD_ROWS": 2500,
+        "CLUSTERS": 10,
+        "LATENCY_MS": 0.01,
+        "ROUNDS": 1,
+    },
+    "open_version": {
+        "SHARDS": 2,
+        "SIZES": {"faiss": 1000, "rows": 1000, "sidecar": 1000, "thumbnails": 100_000},
+        "ROUNDS": 1,
+    },
 }
 
 
@@ -52,7 +66,7 @@ def _check(written: dict[str, Any]) -> None:
 
 
 def test_every_benchmark_has_a_small_run_in_the_tests() -> None:
-    parts = {"__init__", "claim", "archive", "contest"}
+    parts = {"__init__", "claim", "archive", "contest", "peers"}
     modules = {path.stem for path in Path(claim.__file__).parent.glob("*.py")} - parts
     assert modules == {*SMALL, "losses"}
 
