@@ -176,7 +176,7 @@ def test_an_image_far_from_everything_is_answered_with_a_warning(
 
     def strict(reference: str) -> Retriever:
         retriever = opened(reference)
-        retriever.shards.facts["proof"]["far_distance"] = 0.0  # type: ignore[index]
+        retriever.facts["proof"]["far_distance"] = 0.0
         return retriever
 
     monkeypatch.setattr(Retriever, "open", strict)
