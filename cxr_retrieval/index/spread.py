@@ -2,9 +2,11 @@
 
 Why actors and not replicas of a Ray Serve deployment. Replicas are copies: a router sends a request to whichever is
 free, and a search must reach every group. Ray's guide for state that is too large for one node ("Replica scheduling",
-the embedding table) has actors hold the shards too, in the bundles of one replica that asks them all. Here that one is
-the server's own process, which has the page, the token and the audit line. And these actors belong to it: they end with
-the last use of their version, and with the process however it ends, while a Serve application outlives both.
+the embedding table) has a bundle for each shard too, and one replica that asks what is in them. Here that one is the
+server's own process, which has the page, the token and the audit line. A deployment for every group would be reached
+rightly, but adds a controller, a router and their packages to what an actor does by itself, and outlives the server
+with all the memory that it holds. These actors end with the last use of their version, and with the process however
+that ends.
 
 A holder opens its shards when it is first asked, and anew when Ray has started it again, on another node if its own is
 gone. What is asked of it meanwhile waits, and is asked again if it was under way: it changes nothing.
