@@ -13,6 +13,7 @@ gone. What is asked of it meanwhile waits, and is asked again if it was under wa
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from itertools import cycle, pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -27,11 +28,13 @@ from cxr_retrieval.index.versions import Version, resolve
 from cxr_retrieval.runtime import working_nodes
 
 PATIENCE = 30.0  # seconds that a search waits for a holder, which may be starting again
+PAUSE = 0.5  # seconds before it is asked again: until Ray has noticed that a node is gone, it sends there
 ACTOR: dict[str, Any] = {
     "num_cpus": 0,  # searches are short, and jobs that take all CPUs must not keep a new version from opening
+    "memory": 1,  # an actor that wants nothing at all is placed at random, whatever node it is meant for
     "max_concurrency": 16,
     "max_restarts": -1,
-    "max_task_retries": 1,  # not more: what was under way when a holder ended may be what ended it
+    "max_task_retries": 1,
 }
 
 P = ParamSpec("P")
@@ -89,16 +92,19 @@ class Spread:
         patience: float | None,
     ) -> list[T]:
         waiting = [actor.ask.remote(method.__name__, args, named) for actor in actors]
+        end = None if patience is None else time.monotonic() + patience
         try:
-            answers: list[T] = ray.get(waiting, timeout=patience)
+            return ray.get(waiting, timeout=patience)
         except ray.exceptions.RayTaskError as error:
             mendable = user_error_in(error)
             if mendable is None:
                 raise
             raise ShardsAway(str(mendable)) from error
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            if end is not None and (left := end - time.monotonic()) > PAUSE:
+                time.sleep(PAUSE)
+                return self._asked(actors, method, args, named, left - PAUSE)
             raise ShardsAway(
                 "some shards of this index do not answer: the process that holds them is being started again; ask again"
                 " in a minute"
             ) from error
-        return answers
