@@ -48,6 +48,12 @@ def nodes_cpus() -> list[float]:
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
+def working_nodes() -> list[str]:
+    """The ids of the nodes that are alive and have CPUs, which a head may lack; of all where none has any."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [node["NodeID"] for node in alive if node["Resources"].get("CPU")] or [node["NodeID"] for node in alive]
+
+
 def leaves_room(nodes: Sequence[float], workers: int, cpus_per_worker: float, reading: float) -> bool:
     """Whether nodes of so many CPUs hold the workers and, on one of them, a task of `reading` CPUs beside."""
 
@@ -87,9 +93,8 @@ def start_ray(settings: Settings | None = None) -> None:
 
 def _require_shared(settings: Settings) -> None:
     """Refuse a local folder that is not the same folder on every node (a network mount is)."""
-    mine = ray.get_runtime_context().get_node_id()
-    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != mine]
     local = {key: storage.canonical(uri) for key, uri in config.places(settings).items() if not storage.is_s3(uri)}
+    others = _other_nodes()
     if not others or not local:
         return
     tokens = {key: Path(local[key]) / f".seen-by-all-{secrets.token_hex(4)}" for key in config.WRITTEN if key in local}
@@ -97,19 +102,35 @@ def _require_shared(settings: Settings) -> None:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     try:
-        wanted = local | {key: str(token) for key, token in tokens.items()}
-        there = {key: path for key, path in wanted.items() if os.path.exists(path)}
-        look = ray.remote(num_cpus=0)(_missing)
-        for missing in ray.get(
-            [
-                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(there)
-                for node in others
-            ]
-        ):
-            refuse_unshared(missing, local)
+        _require_seen(local | {key: str(token) for key, token in tokens.items()}, local, others)
     finally:
         for token in tokens.values():
             token.unlink(missing_ok=True)
+
+
+def require_readable(key: str, uri: str) -> None:
+    """Refuse a local folder that a node of the cluster does not see. Ray must be running."""
+    if not storage.is_s3(uri):
+        local = {key: storage.canonical(uri)}
+        _require_seen(local, local, _other_nodes())
+
+
+def _other_nodes() -> list[str]:
+    mine = ray.get_runtime_context().get_node_id()
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != mine]
+
+
+def _require_seen(wanted: dict[str, str], local: dict[str, str], nodes: Sequence[str]) -> None:
+    """Refuse the first key of `local` whose path in `wanted` is here and not on one of the nodes."""
+    there = {key: path for key, path in wanted.items() if os.path.exists(path)}
+    look = ray.remote(num_cpus=0)(_missing)
+    for missing in ray.get(
+        [
+            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(there)
+            for node in nodes
+        ]
+    ):
+        refuse_unshared(missing, local)
 
 
 def refuse_unshared(missing: Iterable[str], local: dict[str, str]) -> None:

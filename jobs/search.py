@@ -138,7 +138,7 @@ def show_answer(image: str, answer: Answer) -> None:
 
 def gallery(retriever: Retriever, reference: str, found: list[tuple[str, Query, Answer]]) -> str:
     """The page of all queries and their hits."""
-    facts = retriever.shards.facts
+    facts = retriever.facts
     page = PageFacts(
         index=split_reference(reference)[0].rpartition("/")[2],
         version=retriever.version.version.id,
@@ -220,7 +220,7 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(
         "Plan of search",
         ["images", "hits of each", "indexed", "shards"],
-        [[len(options.rest), settings.search.k, retriever.images, len(retriever.shards.shards)]],
+        [[len(options.rest), settings.search.k, retriever.images, retriever.facts["shards"]]],
     )
 
 

@@ -5,12 +5,17 @@
 
 Listens on this machine's own address, 127.0.0.1, unless `serve.host` says otherwise, which takes a token
 (CXR_SERVE_TOKEN) and TLS (`serve.certificate`, `serve.certificate_key`). When the alias moves, the new version is
-served without a restart. Needs no cluster. The API describes itself at /openapi.json; /metrics is for Prometheus.
+served without a restart. The API describes itself at /openapi.json; /metrics is for Prometheus.
+
+Needs no cluster. Where RAY_ADDRESS names one, its nodes hold the shards (`serve.holders`): this process has the model
+and the lists, and asks them.
 """
 
 import argparse
 import os
 import socket
+from collections.abc import Callable
+from functools import partial
 
 import uvicorn
 
@@ -18,6 +23,7 @@ from cxr_retrieval import command, console
 from cxr_retrieval.config import ServeSettings, Settings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.index.versions import split_reference
 from cxr_retrieval.serve.access import token_for
 from cxr_retrieval.serve.api import create_app
 from cxr_retrieval.serve.live import LiveIndex
@@ -32,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(settings: Settings, options: argparse.Namespace) -> None:
     serve = settings.serve
     token_for(serve)  # before the index is opened, which may take minutes
-    with listening(serve) as taken, LiveIndex(options.index, serve.poll_seconds) as live:
+    with listening(serve) as taken, LiveIndex(options.index, serve.poll_seconds, opener(serve, options.index)) as live:
         app = create_app(live, serve)
         config = uvicorn.Config(
             app,
@@ -51,6 +57,18 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
         console.say(f"index: {live.retriever.images:,} images, version {live.retriever.version.version.id}")
         console.say(f"search page: {scheme}://{f'[{host}]' if ':' in host else host}:{port}/  (stop with Ctrl-C)")
         uvicorn.Server(config).run(sockets=[taken])
+
+
+def opener(serve: ServeSettings, reference: str) -> Callable[[str], Retriever]:
+    """What opens a version: its shards are held by the nodes of the cluster that RAY_ADDRESS names, else here."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return Retriever.open
+    from cxr_retrieval.index.spread import Spread  # Ray is imported where there is a cluster
+    from cxr_retrieval.runtime import require_readable, start_ray
+
+    start_ray()
+    require_readable("--index", split_reference(reference)[0])
+    return partial(Retriever.open, hold=partial(Spread, holders=serve.holders))
 
 
 def listening(serve: ServeSettings) -> socket.socket:
@@ -74,7 +92,7 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
             [
                 f"{settings.serve.host}:{settings.serve.port}",
                 retriever.images,
-                len(retriever.shards.shards),
+                retriever.facts["shards"],
                 retriever.version.version.id,
             ]
         ],

@@ -20,6 +20,7 @@ SHARD_PART_FILES = {
 
 
 SHARD_KIND = "index-shard"
+SHARDS = "shards/"  # what their names in an index begin with
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Located:
 def shard_files(number: int) -> dict[str, str]:
     """Names of one shard's files in the index."""
     return {
-        kind: f"shards/{number:05d}.{ending}"
+        kind: f"{SHARDS}{number:05d}.{ending}"
         for kind, ending in {
             "faiss": "faiss",
             "rows": "rows.npy",

@@ -69,14 +69,24 @@ class Vocabulary:
     dated: bool
 
     @classmethod
-    def of(cls, sidecars: Sequence[pa.Table], findings: Iterable[str]) -> "Vocabulary":
-        """Of all shards; `findings` are those of the model, in its order, before others that only images have."""
-        had = _values(pc.list_flatten(table["findings"]) for table in sidecars)
+    def of(cls, sidecars: Sequence[pa.Table]) -> "Vocabulary":
+        """Of some shards: what their images have."""
         return cls(
             _values(table["view"] for table in sidecars),
             _values(table["sex"] for table in sidecars),
-            tuple(dict.fromkeys([*findings, *had, NO_FINDING])),
+            _values(pc.list_flatten(table["findings"]) for table in sidecars),
             any(table["study_date"].null_count < table.num_rows for table in sidecars),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Vocabulary"], findings: Iterable[str]) -> "Vocabulary":
+        """Of an index; `findings` are those of the model, in its order, before others that only images have."""
+        had = sorted({name for part in parts for name in part.findings})
+        return cls(
+            tuple(sorted({view for part in parts for view in part.views})),
+            tuple(sorted({sex for part in parts for sex in part.sexes})),
+            tuple(dict.fromkeys([*findings, *had, NO_FINDING])),
+            any(part.dated for part in parts),
         )
 
     def check(self, filters: Filters) -> None:

@@ -10,6 +10,7 @@ N images, E numbers of a reduced image.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +22,39 @@ SAMPLE, GROUPS = 256, 16  # images, and the row groups of thumbnails that they a
 UNLIKE_QUANTILE = 0.01  # of the images themselves, so many are called unlike
 
 
+class Sample(NamedTuple):
+    """Some images, reduced, and the patient of each."""
+
+    reduced_NE: np.ndarray
+    patients: list[str]
+
+
+def row_groups(thumbnails: Path) -> int:
+    """How many row groups a shard's thumbnails lie in."""
+    return int(pq.ParquetFile(thumbnails).num_row_groups)
+
+
+def even(groups: Sequence[int]) -> list[tuple[int, int]]:
+    """A few row groups, spread evenly over shards that have so many: shard and row group."""
+    everywhere = [(shard, group) for shard, count in enumerate(groups) for group in range(count)]
+    places = np.unique(np.linspace(0, len(everywhere) - 1, min(GROUPS, len(everywhere))).astype(int))
+    return [everywhere[place] for place in places]
+
+
+def sample(thumbnails: Path, patients: pa.ChunkedArray, group: int, most: int) -> Sample:
+    """Up to so many images of one row group of a shard's thumbnails; `patients` are those of the shard's rows."""
+    file = pq.ParquetFile(thumbnails)
+    first = sum(file.metadata.row_group(before).num_rows for before in range(group))
+    pictures = file.read_row_group(group)["jpeg"]
+    rows = np.linspace(0, len(pictures) - 1, min(len(pictures), most)).astype(int).tolist()
+    reduced = []
+    for row in rows:
+        grey = cv2.imdecode(np.frombuffer(pictures[row].as_py(), np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert grey is not None, "a thumbnail is a JPEG that the build wrote"
+        reduced.append(_reduced(grey))
+    return Sample(np.stack(reduced), [patients[first + row].as_py() for row in rows])
+
+
 @dataclass(frozen=True)
 class Likeness:
     """An even sample of an index, reduced, and the correlation below which a picture is unlike all of it."""
@@ -29,26 +63,10 @@ class Likeness:
     least: float
 
     @classmethod
-    def of(cls, thumbnails: Sequence[Path], patients: Sequence[pa.ChunkedArray]) -> "Likeness":
-        """From each shard's thumbnails and the patient of each of its rows.
-
-        The threshold is what 99 in 100 images of the sample reach with another patient's.
-        """
-        files = [pq.ParquetFile(path) for path in thumbnails]
-        groups = [(shard, group) for shard, file in enumerate(files) for group in range(file.num_row_groups)]
-        places = np.unique(np.linspace(0, len(groups) - 1, min(GROUPS, len(groups))).astype(int))
-        reduced, owners = [], []
-        for shard, group in (groups[place] for place in places):
-            metadata = files[shard].metadata
-            first = sum(metadata.row_group(before).num_rows for before in range(group))
-            pictures = files[shard].read_row_group(group)["jpeg"]
-            count = min(len(pictures), SAMPLE // len(places))
-            for row in np.linspace(0, len(pictures) - 1, count).astype(int).tolist():
-                grey = cv2.imdecode(np.frombuffer(pictures[row].as_py(), np.uint8), cv2.IMREAD_GRAYSCALE)
-                assert grey is not None, "a thumbnail is a JPEG that the build wrote"
-                reduced.append(_reduced(grey))
-                owners.append(patients[shard][first + row].as_py())
-        sample_NE, owner_N = np.stack(reduced), np.asarray(owners, dtype=object)
+    def of(cls, samples: Sequence[Sample]) -> "Likeness":
+        """The threshold is what 99 in 100 images of the sample reach with another patient's."""
+        sample_NE = np.concatenate([part.reduced_NE for part in samples])
+        owner_N = np.asarray([patient for part in samples for patient in part.patients], dtype=object)
         alike_NN = np.where(owner_N[:, None] == owner_N[None], -1.0, sample_NE @ sample_NE.T)
         return cls(sample_NE, float(np.quantile(alike_NN.max(1), UNLIKE_QUANTILE)))
 

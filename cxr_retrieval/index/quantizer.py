@@ -6,7 +6,9 @@ one table of distances serves every list.
 """
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -16,6 +18,8 @@ from cxr_retrieval.index.plan import GRAPH_LINKS, ITERATIONS, IndexPlan
 
 QUANTIZER_FILE = "quantizer.faiss"
 GRAPH_EFFORT = 64  # nodes of the graph of lists that are looked at for one list
+
+NearestLists = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,36 @@ def list_sizes(index: Any) -> np.ndarray:
     return np.array([index.invlists.list_size(number) for number in range(index.nlist)], np.int64)
 
 
-def nearest_lists(quantizer: Any, query_QD: np.ndarray, probes: int) -> tuple[np.ndarray, np.ndarray]:
+class Lists:
+    """The lists of an index, in which a search looks rows up; a flat index has none."""
+
+    def __init__(self, facts: Mapping[str, Any], path: Callable[[str], Path]) -> None:
+        self._facts = facts
+        self.quantizer = faiss.read_index(str(path(QUANTIZER_FILE))) if facts["lists"] else None
+
+    def nearest(self, query_QD: np.ndarray, passing: float = 1.0, probes: int | None = None) -> NearestLists | None:
+        """Those to look into for every query, where this share of all rows passes a filter: once for all shards.
+
+        `probes` is how many, in place of what the proof recorded.
+        """
+        if query_QD.ndim != 2 or query_QD.shape[1] != self._facts["dimensions"]:
+            raise ValueError(f"queries must be [Q, {self._facts['dimensions']}], got {list(query_QD.shape)}")
+        if not np.isfinite(query_QD).all():
+            raise ValueError("a query vector is not finite")
+        if self.quantizer is None:
+            return None
+        return nearest_lists(self.quantizer, query_QD, probes or self._probes(passing))
+
+    def _probes(self, passing: float) -> int:
+        """Between the shares of passing rows that the proof measured, even in logarithms; below them, all lists."""
+        measured = [[1.0, self._facts["probes"]], *self._facts["filter_probes"]]
+        shares, probes = np.array(sorted(measured)).T
+        if passing < shares[0]:
+            return int(self._facts["lists"])
+        return round(float(np.exp(np.interp(np.log(passing), np.log(shares), np.log(probes)))))
+
+
+def nearest_lists(quantizer: Any, query_QD: np.ndarray, probes: int) -> NearestLists:
     """Squared distances and numbers [Q, probes] of the lists nearest to every query."""
     graph = isinstance(quantizer, faiss.IndexHNSW)
     effort = faiss.SearchParametersHNSW(efSearch=max(GRAPH_EFFORT, 2 * probes)) if graph else None
@@ -79,7 +112,7 @@ def nearest_lists(quantizer: Any, query_QD: np.ndarray, probes: int) -> tuple[np
 
 
 def search_lists(
-    index: Any, query_QD: np.ndarray, k: int, nearest: tuple[np.ndarray, np.ndarray], selector: Any
+    index: Any, query_QD: np.ndarray, k: int, nearest: NearestLists, selector: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared distances and rows [Q, k] that a shard's index finds in given lists; -1 where there are no more."""
     distances_QP, lists_QP = (np.ascontiguousarray(values) for values in nearest)

@@ -19,14 +19,13 @@ from cxr_retrieval.corpus.preparation import MANIFEST_FILE, QUARANTINE_FILE, ROW
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.build import QUANTIZER_KIND
-from cxr_retrieval.index.files import SHARD_PART_FILES
+from cxr_retrieval.index.files import SHARD_PART_FILES, SHARDS
 from cxr_retrieval.index.versions import GONE_REMEDY, OBJECTS, VERSIONS, Version, list_versions, resolve
 from cxr_retrieval.tombstones import RemovedPatients, Tombstones
 from cxr_retrieval.training.model import KIND as MODEL_KIND
 from cxr_retrieval.training.sweep import KIND as SWEEP_KIND
 
 LEARNT = (MODEL_KIND, QUANTIZER_KIND, SWEEP_KIND)  # made from patients, and no row of them is one
-SIDECAR = "shards/"  # in a version, sidecars are the tables of `shards/` that are no thumbnails
 # Of a workspace: what was made from other things before these, so that a purge that is killed finds the rest again.
 FOLDERS = ("reports", "indexes", "models", "embeddings", "corpora")
 
@@ -119,7 +118,7 @@ def _turn(file: storage.StoredFile) -> tuple[bool, int]:
 def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -> bool:
     for name, entry in version.files.items():
         if (
-            not name.startswith(SIDECAR)
+            not name.startswith(SHARDS)
             or not name.endswith(".parquet")
             or name.endswith(SHARD_PART_FILES["thumbnails"])
         ):

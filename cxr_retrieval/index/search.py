@@ -1,6 +1,7 @@
 """Searching a published index with an image: decode, embed, look up, and say what was found and why."""
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 
 from cxr_retrieval.corpus.decoding import Limits, decode
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.files import shard_files
-from cxr_retrieval.index.filters import EVERYTHING, Filters, Vocabulary, among
-from cxr_retrieval.index.likeness import Likeness
-from cxr_retrieval.index.shards import Found, Shards
-from cxr_retrieval.index.versions import OpenVersion, open_version
+from cxr_retrieval.index.files import SHARDS
+from cxr_retrieval.index.filters import EVERYTHING, Filters, Vocabulary
+from cxr_retrieval.index.groups import Facts, Holders, InProcess, ShardGroup
+from cxr_retrieval.index.likeness import Likeness, even
+from cxr_retrieval.index.quantizer import Lists
+from cxr_retrieval.index.shards import Candidates, Found, read_facts
+from cxr_retrieval.index.versions import OpenVersion, Version, open_files, resolve, split_reference
 from cxr_retrieval.network.progressive import embeddings
-from cxr_retrieval.privacy import row_id
 from cxr_retrieval.tombstones import Tombstones
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
@@ -116,52 +118,51 @@ class Why:
 class Retriever:
     """A published index, opened for searching, without the patients who were removed by then. Threads may share it.
 
+    It knows the model, the lists and what an answer says; what is stored of the images, `holders` are asked for.
+
     >>> retriever = Retriever.open("s3://bucket/indexes/chest@latest")
     >>> query = retriever.query(open("film.png", "rb").read())
     >>> for case in retriever.search(query, k=8).cases:
     ...     print(case.distance, case.findings)
     """
 
-    def __init__(self, version: OpenVersion) -> None:
-        self.version = version
-        self.shards = Shards.open(version.path)
+    def __init__(self, version: OpenVersion, holders: Holders) -> None:
+        self.version, self.holders = version, holders
+        self.facts = read_facts(version.path)
         self.model = Model.parse(version.path(MODEL_PATH).read_bytes(), version.path(WEIGHTS_PATH).read_bytes())
-        _check_model(self.model, self.shards.facts)
-        numbers = range(len(self.shards.shards))
-        self._sidecars = [self.shards.sidecar(number) for number in numbers]
-        self._removed = Tombstones()
-        self._there = [np.ones(len(shard.ids_N), bool) for shard in self.shards.shards]
-        self.honour(Tombstones.at(version.version.to))
-        self._likeness = Likeness.of(
-            [version.path(shard_files(number)["thumbnails"]) for number in numbers],
-            [table["patient"] for table in self._sidecars],
-        )
+        _check_model(self.model, self.facts)
+        self._lists = Lists(self.facts, version.path)
+        self._removed = Tombstones.at(version.version.to)
+        self.images = sum(holders.each(ShardGroup.honour, self._removed))
+        self._rows = sum(holders.each(ShardGroup.rows))
+        places = even([count for counts in holders.each(ShardGroup.thumbnail_groups) for count in counts])
+        self._likeness = Likeness.of([part for parts in holders.each(ShardGroup.samples, places) for part in parts])
 
     @classmethod
-    def open(cls, reference: str) -> "Retriever":
-        """Open `URI@alias` or `URI@version`: every file's hash is verified before it is read."""
-        return cls(open_version(reference))
+    def open(cls, reference: str, hold: Callable[[Version, int], Holders] = InProcess) -> "Retriever":
+        """Open `URI@alias` or `URI@version`: every file's hash is verified before it is read.
 
-    @property
-    def images(self) -> int:
-        """How many images can be found: those of patients who were removed cannot."""
-        return sum(int(there.sum()) for there in self._there)
+        `hold` opens the shards of a version, so many, and so decides where they are held: in this process.
+        """
+        version = resolve(*split_reference(reference))
+        own = open_files(version, [name for name in version.files if not name.startswith(SHARDS)])
+        return cls(own, hold(version, read_facts(own.path)["shards"]))
 
     def honour(self, tombstones: Tombstones) -> None:
         """From now on, nothing of the patients who were removed is found, shown or told."""
         if tombstones != self._removed:
-            self._there = [~tombstones.mask(table["patient"]) for table in self._sidecars]
+            self.images = sum(self.holders.each(ShardGroup.honour, tombstones))
             self._removed = tombstones
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What filters may name."""
-        return Vocabulary.of(self._sidecars, self.shards.facts["findings"])
+        return Vocabulary.joined(self.holders.each(ShardGroup.vocabulary), self.facts["findings"])
 
     @property
     def knows_regions(self) -> bool:
         """Whether a region changes the vector of a query: it does where pass 2 of the network has a part in it."""
-        name = self.shards.facts["embedding"]
+        name = self.facts["embedding"]
         return not (name == "global" or name.startswith("step"))
 
     def query(self, data: bytes, region: tuple[float, float, float, float] | None = None) -> Query:
@@ -174,7 +175,7 @@ class Retriever:
         image = decode(data, self.model.recipe, QUERY_LIMITS)
         box = None if region is None else self._prepared_region(region, image.width, image.height)
         output = self.model.forward(image.pixels[None].copy(), None if box is None else torch.tensor([box]))
-        vector = embeddings(output, self.model.centring)[self.shards.facts["embedding"]][0].numpy()
+        vector = embeddings(output, self.model.centring)[self.facts["embedding"]][0].numpy()
         scores = torch.sigmoid(output.joint_PBC.mean(0)[0]).tolist()
         x, y, w, h = output.boxes_B4[0].tolist()
         return Query(
@@ -188,19 +189,14 @@ class Retriever:
 
     def query_of(self, image_id: str) -> Query:
         """The query that an indexed image is, by its stored vector. Raises UnknownImage."""
-        case = self.case(image_id)
-        vector = np.asarray(self.shards.shards[case.shard].rows_ND[case.row], np.float32)
-        digest = self._sidecars[case.shard]["pixel_sha256"][case.row].as_py()
-        return Query(self.thumbnail(case), vector, case.crop, {}, digest, None)
+        facts = self._find(image_id)
+        case = _case(facts)
+        vector = self.holders.of(case.shard, ShardGroup.vector, case.shard, case.row)
+        return Query(self.thumbnail(case), vector, case.crop, {}, facts["pixel_sha256"], None)
 
     def case(self, image_id: str) -> SimilarCase:
         """What the index knows of one of its images. Raises UnknownImage."""
-        wanted = row_id(image_id)
-        for number, shard in enumerate(self.shards.shards):
-            for row in np.flatnonzero(shard.ids_N == wanted).tolist():
-                if self._there[number][row] and self._sidecars[number]["image_id"][row].as_py() == image_id:
-                    return self._case(Found(number, row, wanted, 0.0))
-        raise UnknownImage(f"image {image_id!r} is not in this index: name an image as the index knows it")
+        return _case(self._find(image_id))
 
     def search(
         self,
@@ -217,25 +213,25 @@ class Retriever:
         `exclude_own` leaves out the patient of the indexed image that the query is, if any; `exclude_patient` names a
         patient, as the index knows them, to leave out too. Raises UserError for a filter that names what no image has.
         """
-        known = self._known(query)
+        same = _any(self.holders.each(ShardGroup.find_pixels, query.pixel_sha256))
+        known = _case(same) if same else None
         self.vocabulary.check(filters)
-        there = self._there
-        if exclude_patient is not None and not any(
-            (among(table["patient"], [exclude_patient]) & mask).any()
-            for table, mask in zip(self._sidecars, there, strict=True)
-        ):
+        if exclude_patient is not None and not any(self.holders.each(ShardGroup.has_patient, exclude_patient)):
             raise UserError(f"patient {exclude_patient!r} is not in this index: name a patient as the index knows them")
         left_out = [known.patient] if known and exclude_own else []
         left_out += [exclude_patient] if exclude_patient is not None else []
-        allowed = [
-            filters.mask(table) & ~among(table["patient"], left_out) & mask
-            for table, mask in zip(self._sidecars, there, strict=True)
-        ]
-        passing = sum(int(mask.sum()) for mask in allowed)
-        found = self._nearest(query.vector, min(skip + k, passing), allowed, passing)
+        asked = filters, tuple(left_out)
+        passing = sum(self.holders.each(ShardGroup.passing, *asked))
+        found = self._nearest(query.vector, min(skip + k, passing), asked, passing)
+        known_of: dict[tuple[int, int], Facts] = {}
+        for facts in self.holders.each(ShardGroup.facts, [(hit.shard, hit.row) for hit in found[skip:]]):
+            known_of |= facts
         findings = known.findings if known else ()
-        cases = tuple(self._case(hit, rank, findings) for rank, hit in enumerate(found, start=1))
-        return Answer(cases[skip:], self._warning(query, found, filters), known, passing)
+        cases = tuple(
+            _case(known_of[hit.shard, hit.row], hit.distance, rank, findings)
+            for rank, hit in enumerate(found[skip:], start=skip + 1)
+        )
+        return Answer(cases, self._warning(query, found, filters), known, passing)
 
     def why(self, query: Query, case: SimilarCase) -> Why:
         """Why a hit of `search` is near. The hit is seen by its thumbnail, so figures of large images are near ones."""
@@ -247,7 +243,7 @@ class Retriever:
 
     def thumbnail(self, case: SimilarCase) -> bytes:
         """JPEG of a hit's image."""
-        return self.shards.thumbnail(case.shard, case.row)
+        return self.holders.of(case.shard, ShardGroup.thumbnail, case.shard, case.row)
 
     def source_crop(self, query: Query) -> tuple[float, ...] | None:
         """What the network looked at in pixels of the image that was given; None for a stored image."""
@@ -258,16 +254,30 @@ class Retriever:
         left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
         return left, top, right - left, bottom - top
 
-    def _nearest(self, vector_D: np.ndarray, k: int, allowed: list[np.ndarray], passing: int) -> list[Found]:
+    def _find(self, image_id: str) -> Facts:
+        facts = _any(self.holders.each(ShardGroup.find, image_id))
+        if facts is None:
+            raise UnknownImage(f"image {image_id!r} is not in this index: name an image as the index knows it")
+        return facts
+
+    def _nearest(
+        self, vector_D: np.ndarray, k: int, asked: tuple[Filters, tuple[str, ...]], passing: int
+    ) -> list[Found]:
         if k < 1:
             return []
-        lists = self.shards.facts["lists"]
-        filtered = passing < self.shards.rows
-        masks = allowed if filtered else None
-        probes = lists if filtered and passing <= EXACT_BELOW else None
-        (found,) = self.shards.search(vector_D[None], k, masks, probes or None)
+        vector_D, share = np.ascontiguousarray(vector_D, np.float32), passing / self._rows
+        filtered = share < 1
+        wanted = k * self.facts["candidates"]
+
+        def first(probes: int | None) -> list[Found]:
+            nearest = self._lists.nearest(vector_D[None], share, probes)
+            parts = self.holders.each(ShardGroup.candidates, vector_D, wanted, nearest, asked if filtered else None)
+            return Candidates.joined(parts).first(wanted, k)
+
+        lists = self.facts["lists"]
+        found = first(lists if filtered and passing <= EXACT_BELOW else None)
         if len(found) < k and lists:  # the lists that were probed hold too few of the rows that pass
-            (found,) = self.shards.search(vector_D[None], k, masks, lists)
+            found = first(lists)
         return found
 
     def _warning(self, query: Query, found: list[Found], filters: Filters) -> str | None:
@@ -275,7 +285,7 @@ class Retriever:
             return NONE_PASSES
         if isinstance(query.pixels, np.ndarray) and self._likeness.unlike(query.pixels):
             return UNLIKE
-        if found[0].distance <= self.shards.facts["proof"]["far_distance"]:
+        if found[0].distance <= self.facts["proof"]["far_distance"]:
             return None
         return FAR if filters == EVERYTHING else FAR_FILTERED
 
@@ -284,7 +294,7 @@ class Retriever:
         x, y, w, h = region
         if not self.knows_regions:
             raise UserError(
-                f"this index holds {self.shards.facts['embedding']!r}, an embedding of whole images, which a region"
+                f"this index holds {self.facts['embedding']!r}, an embedding of whole images, which a region"
                 " does not change: index 'combined' or 'local' to search by region"
             )
         if not (x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= width and y + h <= height):
@@ -309,32 +319,29 @@ class Retriever:
         assert grey is not None, "a thumbnail is a JPEG that the build wrote"
         return cv2.resize(grey, (size, size), interpolation=cv2.INTER_LINEAR)
 
-    def _known(self, query: Query) -> SimilarCase | None:
-        for shard, table in enumerate(self._sidecars):
-            row = table["pixel_sha256"].index(query.pixel_sha256).as_py()
-            if row >= 0 and self._there[shard][row]:
-                return self._case(Found(shard, row, 0, 0.0))
-        return None
 
-    def _case(self, found: Found, rank: int = 0, findings: tuple[str, ...] = ()) -> SimilarCase:
-        facts: dict[str, Any] = self._sidecars[found.shard].slice(found.row, 1).to_pylist()[0]
-        x, y, w, h = facts["crop"]
-        return SimilarCase(
-            rank=rank,
-            distance=found.distance,
-            image_id=facts["image_id"],
-            patient=facts["patient"],
-            study_date=facts["study_date"].isoformat() if facts["study_date"] else None,
-            view=facts["view"],
-            sex=facts["sex"],
-            age_years=facts["age_years"],
-            findings=tuple(facts["findings"]),
-            crop=(x, y, w, h),
-            source=facts["source"],
-            shard=found.shard,
-            row=found.row,
-            shared=tuple(name for name in facts["findings"] if name in findings),
-        )
+def _any(answers: Iterable[Facts | None]) -> Facts | None:
+    return next((facts for facts in answers if facts is not None), None)
+
+
+def _case(facts: Facts, distance: float = 0.0, rank: int = 0, findings: tuple[str, ...] = ()) -> SimilarCase:
+    x, y, w, h = facts["crop"]
+    return SimilarCase(
+        rank=rank,
+        distance=distance,
+        image_id=facts["image_id"],
+        patient=facts["patient"],
+        study_date=facts["study_date"].isoformat() if facts["study_date"] else None,
+        view=facts["view"],
+        sex=facts["sex"],
+        age_years=facts["age_years"],
+        findings=tuple(facts["findings"]),
+        crop=(x, y, w, h),
+        source=facts["source"],
+        shard=facts["shard"],
+        row=facts["row"],
+        shared=tuple(name for name in facts["findings"] if name in findings),
+    )
 
 
 def _check_model(model: Model, facts: Any) -> None:

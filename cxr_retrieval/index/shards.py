@@ -11,8 +11,9 @@ Q queries, D dimensions, k hits.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.files import shard_files
-from cxr_retrieval.index.quantizer import QUANTIZER_FILE, nearest_lists, search_lists
+from cxr_retrieval.index.quantizer import Lists, NearestLists, search_lists
 
 INDEX_FILE = "index.json"
 SLACK = 16  # candidates beyond k that are asked for at first
@@ -48,25 +49,66 @@ class Shard:
     ids_N: np.ndarray
 
 
-class Shards:
-    """All shards of one index. `allowed` masks are boolean arrays, one a shard, over its rows."""
+@dataclass(frozen=True)
+class _Coded:
+    """Rows of one shard and the squared distances of their codes to a query, ascending."""
 
-    def __init__(self, facts: Mapping[str, Any], path: Callable[[str], Path]) -> None:
+    rows: np.ndarray
+    distances: np.ndarray
+
+
+class Candidates(NamedTuple):
+    """Rows that may be among the nearest of one query: their shards, rows there and stable ids, the squared distances
+    of their codes, and the distances of what is stored of them; an array each."""
+
+    shards: np.ndarray
+    rows: np.ndarray
+    ids: np.ndarray
+    codes: np.ndarray
+    distances: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence["Candidates"]) -> "Candidates":
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def first(self, wanted: int, k: int) -> list[Found]:
+        """Of the first `wanted` by their codes the k nearest, ties by id."""
+        kept = np.flatnonzero(self.codes <= _limit(self.codes, wanted))
+        order = kept[np.lexsort((self.ids[kept], self.distances[kept]))[:k]]
+        columns = (values[order].tolist() for values in (self.shards, self.rows, self.ids, self.distances))
+        return [Found(*hit) for hit in zip(*columns, strict=True)]
+
+
+def read_facts(path: Callable[[str], Path]) -> dict[str, Any]:
+    """What an index tells of itself, its `index.json`."""
+    facts: dict[str, Any] = json.loads(path(INDEX_FILE).read_text())
+    if "candidates" not in facts:
+        raise UserError("the index is of an earlier release: build and publish it again")
+    return facts
+
+
+class Shards:
+    """All shards of one index, or those with the `numbers` of a range. `allowed` masks are boolean arrays, one a shard,
+    over its rows."""
+
+    def __init__(self, facts: Mapping[str, Any], path: Callable[[str], Path], numbers: range | None = None) -> None:
         """Open the shards whose files `path` finds, memory-mapped. Their hashes must have been verified before."""
-        if "candidates" not in facts:
-            raise UserError("the index is of an earlier release: build and publish it again")
         self.facts, self._path = facts, path
-        self._quantizer = faiss.read_index(str(path(QUANTIZER_FILE))) if facts["lists"] else None
-        self.shards = [self._open(number) for number in range(facts["shards"])]
+        self.numbers = range(facts["shards"]) if numbers is None else numbers
+        self.shards = [self._open(number) for number in self.numbers]
 
     @classmethod
     def open(cls, path: Callable[[str], Path]) -> "Shards":
         """Open a finished index by its own `index.json`."""
-        return cls(json.loads(path(INDEX_FILE).read_text()), path)
+        return cls(read_facts(path), path)
 
     @property
     def rows(self) -> int:
         return sum(len(shard.ids_N) for shard in self.shards)
+
+    @cached_property
+    def lists(self) -> Lists:
+        return Lists(self.facts, self._path)
 
     def _open(self, number: int) -> Shard:
         files = shard_files(number)
@@ -90,35 +132,40 @@ class Shards:
         `probes` overrides what the proof recorded for the share of rows that pass (IVF only), `candidates` the plan's:
         so many for each hit are compared by the stored rows.
         """
-        query_QD = np.ascontiguousarray(query_QD, np.float32)
-        if query_QD.ndim != 2 or query_QD.shape[1] != self.facts["dimensions"]:
-            raise ValueError(f"queries must be [Q, {self.facts['dimensions']}], got {list(query_QD.shape)}")
-        if not np.isfinite(query_QD).all():
-            raise ValueError("a query vector is not finite")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        nearest = None
-        if self._quantizer:
-            nearest = nearest_lists(self._quantizer, query_QD, probes or self._probes(allowed))
+        query_QD = np.ascontiguousarray(query_QD, np.float32)
+        passing = sum(int(mask.sum()) for mask in allowed) / self.rows if allowed else 1.0
+        nearest = self.lists.nearest(query_QD, passing, probes)
         wanted = k * (candidates or self.facts["candidates"])
-        found: list[list[_Candidates]] = [[] for _ in query_QD]
-        for number, shard in enumerate(self.shards):
-            selector = _selector(allowed[number]) if allowed else None
+        return [found.first(wanted, k) for found in self.candidates(query_QD, wanted, nearest, allowed)]
+
+    def candidates(
+        self,
+        query_QD: np.ndarray,
+        wanted: int,
+        nearest: NearestLists | None,
+        allowed: Sequence[np.ndarray] | None = None,
+    ) -> list[Candidates]:
+        """Of every query the rows that are among the first `wanted` of these shards by their codes, compared by what is
+        stored of them: those of several groups of shards, joined, hold what one group of them all would find."""
+        found: list[list[_Coded]] = [[] for _ in query_QD]
+        for place, shard in enumerate(self.shards):
+            selector = _selector(allowed[place]) if allowed else None
             for query, rows in enumerate(_candidates(shard.index, query_QD, wanted, nearest, selector)):
                 found[query].append(rows)
-        return [
-            _first([hit for n, rows in _cut(shards, wanted) for hit in self._nearest(n, query_D, rows, k)], k)
-            for query_D, shards in zip(query_QD, found, strict=True)
-        ]
+        return [self._compared(query_D, coded, wanted) for query_D, coded in zip(query_QD, found, strict=True)]
 
-    def _probes(self, allowed: Sequence[np.ndarray] | None) -> int:
-        """Between the shares of passing rows that the proof measured, even in logarithms; below them, all lists."""
-        measured = [[1.0, self.facts["probes"]], *self.facts["filter_probes"]]
-        passing = sum(int(mask.sum()) for mask in allowed) / self.rows if allowed else 1.0
-        shares, probes = np.array(sorted(measured)).T
-        if passing < shares[0]:
-            return int(self.facts["lists"])
-        return round(float(np.exp(np.interp(np.log(passing), np.log(shares), np.log(probes)))))
+    def _compared(self, query_D: np.ndarray, found: list[_Coded], wanted: int) -> Candidates:
+        limit = _limit(np.concatenate([coded.distances for coded in found]), wanted)
+        parts = []
+        for number, shard, coded in zip(self.numbers, self.shards, found, strict=True):
+            near = coded.distances <= limit
+            rows = coded.rows[near]
+            distances = exact_distances(query_D, shard.rows_ND[rows])
+            shards = np.full(len(rows), number)
+            parts.append(Candidates(shards, rows, shard.ids_N[rows], coded.distances[near], distances))
+        return Candidates.joined(parts)
 
     def exact(self, query_QD: np.ndarray, k: int) -> list[list[Found]]:
         """What `search` approximates: every stored row compared, block by block."""
@@ -127,10 +174,6 @@ class Shards:
             found = exact_in_shard(number, shard.rows_ND, shard.ids_N, query_QD, k)
             best = [_first(before + hits, k) for before, hits in zip(best, found, strict=True)]
         return best
-
-    def _nearest(self, number: int, query_D: np.ndarray, rows: np.ndarray, k: int) -> list[Found]:
-        shard = self.shards[number]
-        return _nearest(number, shard.rows_ND, shard.ids_N, query_D, rows, k)
 
     def sidecar(self, number: int, columns: Sequence[str] | None = None) -> Any:
         """What is known of a shard's rows, as an Arrow table in the order of the rows."""
@@ -185,32 +228,18 @@ def _selector(allowed_N: np.ndarray) -> Any:
     return faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little"))
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """Rows of one shard and the squared distances of their codes to a query, ascending."""
-
-    rows: np.ndarray
-    distances: np.ndarray
+def _limit(codes: np.ndarray, wanted: int) -> float:
+    """The distance of the first `wanted` of some candidates, and with them of all that are too near to tell apart."""
+    return float(np.partition(codes, wanted - 1)[wanted - 1] + 2 * NEAR) if len(codes) > wanted else np.inf
 
 
-def _cut(shards: list[_Candidates], wanted: int) -> list[tuple[int, np.ndarray]]:
-    """Of the candidates of all shards the first `wanted`, and with them all that are too near to tell apart."""
-    distances = np.concatenate([found.distances for found in shards])
-    if len(distances) <= wanted:
-        return [(number, found.rows) for number, found in enumerate(shards)]
-    limit = np.partition(distances, wanted - 1)[wanted - 1] + 2 * NEAR
-    return [(number, found.rows[found.distances <= limit]) for number, found in enumerate(shards)]
-
-
-def _candidates(
-    index: Any, query_QD: np.ndarray, k: int, nearest: tuple[np.ndarray, np.ndarray] | None, selector: Any
-) -> list[_Candidates]:
+def _candidates(index: Any, query_QD: np.ndarray, k: int, nearest: NearestLists | None, selector: Any) -> list[_Coded]:
     """The k candidates of every query in one shard, and with them all that are too near to tell apart.
 
     `nearest` are the lists to search, for an index that has any.
     """
     wanted = min(k + SLACK, index.ntotal)
-    found = [_Candidates(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(query_QD)
+    found = [_Coded(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(query_QD)
     open_Q = np.arange(len(query_QD))
     while len(open_Q) and wanted:
         if nearest is None:
@@ -219,7 +248,7 @@ def _candidates(
             lists = nearest[0][open_Q], nearest[1][open_Q]
             distances, rows = search_lists(index, query_QD[open_Q], wanted, lists, selector)
         for query, far, places in zip(open_Q, distances, rows, strict=True):
-            found[query] = _Candidates(places[places >= 0], far[places >= 0])
+            found[query] = _Coded(places[places >= 0], far[places >= 0])
         last = min(k, wanted) - 1
         # Where rows run out, FAISS gives -1 and the largest float: nothing is left to ask for.
         unclear = (rows[:, -1] >= 0) & (distances[:, -1] <= distances[:, last] + 2 * NEAR)

@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +95,7 @@ class Version:
     @property
     def objects(self) -> list[FileEntry]:
         """One entry for each distinct object."""
-        return list({entry.sha256: entry for entry in self.files.values()}.values())
+        return distinct(self.files)
 
     @property
     def bytes(self) -> int:
@@ -120,7 +120,7 @@ class Published:
 
 @dataclass(frozen=True)
 class OpenVersion:
-    """A version whose files are on this machine and were verified."""
+    """A version of which files are on this machine and were verified: all, or those that were asked for."""
 
     version: Version
     paths: Mapping[str, Path]
@@ -220,15 +220,28 @@ def open_version(reference: str, cache: str | None = None, meter: Meter | None =
     else one in the home folder). `meter` counts bytes. Raises CorruptArtifact before anybody reads a damaged file.
     """
     version = resolve(*split_reference(reference))
+    return open_files(version, version.files, cache, meter)
+
+
+def open_files(
+    version: Version, names: Iterable[str], cache: str | None = None, meter: Meter | None = None
+) -> OpenVersion:
+    """As `open_version`, of some of a version's files only."""
     folder = cached.cache_folder(cache)
+    files = {name: version.files[name] for name in names if name in version.files}
     paths: dict[str, Path] = {}
     for entry, path in cached.in_parallel(
-        lambda entry: cached.verified(version.object_uri(entry), entry, folder, PUBLISH_AGAIN), version.objects
+        lambda entry: cached.verified(version.object_uri(entry), entry, folder, PUBLISH_AGAIN), distinct(files)
     ):
         paths[entry.sha256] = path
         if meter:
             meter.advance(entry.size)
-    return OpenVersion(version, {name: paths[entry.sha256] for name, entry in version.files.items()})
+    return OpenVersion(version, {name: paths[entry.sha256] for name, entry in files.items()})
+
+
+def distinct(files: Mapping[str, FileEntry]) -> list[FileEntry]:
+    """One entry for each object of some files."""
+    return list({entry.sha256: entry for entry in files.values()}.values())
 
 
 def read_file(version: Version, path: str) -> bytes:

@@ -18,6 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from cxr_retrieval.config import ServeSettings
 from cxr_retrieval.corpus.decoding import RejectedImage
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.groups import ShardsAway
 from cxr_retrieval.index.search import Query as Question
 from cxr_retrieval.index.search import Retriever, UnknownImage
 from cxr_retrieval.report.pages import render
@@ -34,7 +35,9 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     404: {"model": Problem},
     413: {"model": Problem},
     422: {"model": Problem},
+    503: {"model": Problem},
 }
+STATUS: dict[type[UserError], int] = {UnknownImage: 404, ShardsAway: 503}  # any other is 422
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -92,7 +95,8 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
 
     @app.exception_handler(UserError)
     async def mendable(_: Request, error: UserError) -> Response:
-        return JSONResponse({"detail": str(error)}, 404 if isinstance(error, UnknownImage) else 422)
+        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 422)
+        return JSONResponse({"detail": str(error)}, status)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:

@@ -1,6 +1,7 @@
 """The published index that a server answers from: opened once, and exchanged when its alias moves."""
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 from cxr_retrieval import console
@@ -21,10 +22,13 @@ class LiveIndex:
     ...     retriever = live.retriever
     """
 
-    def __init__(self, reference: str, poll_seconds: float) -> None:
-        """Open the version. Raises UserError, as `Retriever.open` does."""
+    def __init__(
+        self, reference: str, poll_seconds: float, opened: Callable[[str], Retriever] = Retriever.open
+    ) -> None:
+        """Open the version. Raises UserError, as `Retriever.open` does; `opened` may hold the shards elsewhere."""
         self.to, self.name = split_reference(reference)
-        self.retriever = Retriever.open(reference)
+        self.retriever = opened(reference)
+        self._opened = opened
         self.moves = 0
         self.failures = 0
         self.trouble: str | None = None
@@ -52,7 +56,7 @@ class LiveIndex:
         try:
             version = resolve(self.to, self.name)
             if version.id != self.retriever.version.version.id:
-                self.retriever = Retriever.open(f"{self.to}@{version.id}")
+                self.retriever = self._opened(f"{self.to}@{version.id}")
                 self.moves += 1
                 console.say(f"alias {self.name}: now version {version.id}")
             self.retriever.honour(Tombstones.at(self.to))

@@ -170,7 +170,7 @@ class IndexFacts(BaseModel):
             alias=live.name,
             version=retriever.version.version.id,
             images=retriever.images,
-            embedding=retriever.shards.facts["embedding"],
+            embedding=retriever.facts["embedding"],
             regions=retriever.knows_regions,
             views=list(known.views),
             sexes=list(known.sexes),

@@ -49,7 +49,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def index(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A published index by a model with fresh weights."""
     workspace = str(tmp_path_factory.mktemp("search") / "workspace")
-    corpus = Corpus(prepare(CorpusSettings(archive=str(phantom_archive), size=64, partition_images=96), workspace)[0])
+    corpus = Corpus(prepare(CorpusSettings(archive=str(phantom_archive), size=64, partition_images=48), workspace)[0])
     settings, recipe = NetworkSettings(dimensions=16), Recipe(64, "letterbox")
     torch.manual_seed(0)
     network = build_network(settings, len(FINDINGS)).eval()
@@ -176,7 +176,7 @@ def test_an_image_far_from_everything_is_answered_with_a_warning(
 
     def strict(reference: str) -> Retriever:
         retriever = opened(reference)
-        retriever.shards.facts["proof"]["far_distance"] = 0.0  # type: ignore[index]
+        retriever.facts["proof"]["far_distance"] = 0.0
         return retriever
 
     monkeypatch.setattr(Retriever, "open", strict)

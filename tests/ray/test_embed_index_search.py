@@ -329,7 +329,7 @@ def test_an_ivf_index_records_the_fewest_probes_that_reach_the_target(
     # All shards share one quantizer, which lies beside them: their distances compare.
     assert QUANTIZER_FILE in files_of(build)
     shards = opened(build)
-    assert shards._quantizer.ntotal == 8
+    assert shards.lists.quantizer.ntotal == 8
     assert all(shard.index.quantizer.ntotal == 0 for shard in shards.shards)
     held = [list_sizes(shard.index) for shard in shards.shards]
     assert sum(sizes.sum() for sizes in held) == 96

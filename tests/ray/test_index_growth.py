@@ -27,10 +27,12 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache, plan
 from cxr_retrieval.index.build import Source, build_index
 from cxr_retrieval.index.files import files_of
+from cxr_retrieval.index.groups import InProcess
 from cxr_retrieval.index.lifecycle import rollback
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE
 from cxr_retrieval.index.removal import published_holdings, purge, workspace_holdings
 from cxr_retrieval.index.search import Retriever, UnknownImage
+from cxr_retrieval.index.shards import Shards
 from cxr_retrieval.index.versions import Published, publish
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import RemovedPatients, remove
@@ -116,6 +118,11 @@ def parts_of(build: Artifact) -> list[str]:
     return [part["input_id"] for part in build.manifest["parts"]]
 
 
+def shards_of(retriever: Retriever) -> Shards:
+    assert isinstance(retriever.holders, InProcess)
+    return retriever.holders.group.shards
+
+
 def test_a_corpus_that_grew_builds_and_uploads_only_its_new_shards(hospital: Hospital, phantom_archive: Path) -> None:
     hospital.receive(phantom_archive, 64)
     first, _ = hospital.index()
@@ -136,8 +143,10 @@ def test_a_corpus_that_grew_builds_and_uploads_only_its_new_shards(hospital: Hos
     one, other = (Retriever.open(f"{each.to}@latest") for each in (hospital, at_once))
     assert one.images == other.images == 96
     assert parts_of(whole) != parts_of(second)  # lists trained on other rows
-    query = one.query_of(one.shards.sidecar(0)["image_id"][3].as_py())
-    exact = [[(hit.id, hit.distance) for hit in each.shards.exact(query.vector[None], 5)[0]] for each in (one, other)]
+    query = one.query_of(shards_of(one).sidecar(0)["image_id"][3].as_py())
+    exact = [
+        [(hit.id, hit.distance) for hit in shards_of(each).exact(query.vector[None], 5)[0]] for each in (one, other)
+    ]
     assert exact[0] == exact[1]
 
 
@@ -197,15 +206,15 @@ def test_nothing_of_a_removed_patient_stays(hospital: Hospital, phantom_archive:
     rows = [
         (shard, row)
         for shard in range(3)
-        for row, name in enumerate(retriever.shards.sidecar(shard)["patient"].to_pylist())
+        for row, name in enumerate(shards_of(retriever).sidecar(shard)["patient"].to_pylist())
         if name == patient
     ]
     assert 1 <= len(rows) <= 8
-    tables = [retriever.shards.sidecar(shard) for shard in range(3)]
+    tables = [shards_of(retriever).sidecar(shard) for shard in range(3)]
     images = [tables[shard]["image_id"][row].as_py() for shard, row in rows]
     secrets = {name.encode() for name in (patient, *images)}
-    secrets |= {np.asarray(retriever.shards.shards[shard].rows_ND[row]).tobytes() for shard, row in rows}
-    secrets |= {retriever.shards.thumbnail(shard, row) for shard, row in rows}
+    secrets |= {np.asarray(shards_of(retriever).shards[shard].rows_ND[row]).tobytes() for shard, row in rows}
+    secrets |= {shards_of(retriever).thumbnail(shard, row) for shard, row in rows}
     secrets |= {tables[shard]["pixel_sha256"][row].as_py() for shard, row in rows}
     prepared = Corpus.open(newest(hospital, "corpora/chest"))
     for uri in prepared.files:

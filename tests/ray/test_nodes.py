@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.privacy import row_id
 from cxr_retrieval.runtime import refuse_unshared
+from tests.indexes import build, films, model_files, published
 from tests.processes import ROOT, TIMEOUT_S, job, wait_until
 
 TINY = [
@@ -147,6 +149,24 @@ def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
     sidecars = sorted(path for path in workspace.rglob("*.parquet") if re.search(r"/shards/\d{5}\.parquet$", str(path)))
     ids = [row for path in sidecars for row in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     assert ids == [row_id(path.name) for path in sorted((large_archive / "images").iterdir())]
+
+
+def test_a_node_lost_with_the_shards_that_it_holds_costs_the_server_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    images = films(30)
+    index = build(tmp_path, images, model_files(tmp_path, images), shards=4)
+    words, log = ["--index", published(tmp_path, index), "serve.port=0"], tmp_path / "log"
+    with job("serve", *words, log=log, RAY_ADDRESS=cluster.address) as process:
+        wait_until(lambda: "search page: " in log.read_text(), process, log)
+        page = re.search(r"search page: (\S+)/", log.read_text())
+        assert page is not None
+        address = f"{page[1]}/v1/images/00000001_000.png/similar?k=30"
+        before = json.loads(urllib.request.urlopen(address).read())
+        assert len(before["hits"]) + 1 <= before["passing"] + 1 <= 30
+        holding = hosts(cluster, "ShardHolder")
+        assert holding == {raylet(node) for node in cluster.worker_nodes}
+        lose_one(cluster, holding)
+        assert json.loads(urllib.request.urlopen(address).read()) == before
+    cluster.add_node(num_cpus=1)
 
 
 def test_an_archive_that_another_node_does_not_see_is_named() -> None:

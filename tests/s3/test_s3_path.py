@@ -165,7 +165,7 @@ def test_a_server_that_is_killed_amid_embed_and_publish_loses_nothing(
     version = resolve(to, "latest")
     assert verify(to, version.id) == []
     retriever = Retriever.open(f"{to}@latest")
-    assert retriever.shards.rows == corpus.rows
+    assert retriever.holders.group.rows() == corpus.rows
 
 
 def test_a_step_that_is_cut_off_for_good_says_so_in_one_line_and_goes_on_later(

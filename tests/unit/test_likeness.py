@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cxr_retrieval.index.likeness import Likeness
+from cxr_retrieval.index.likeness import SAMPLE, Likeness, even, row_groups, sample
 
 SIZE, SHARDS = 128, 3
 
@@ -31,6 +31,12 @@ def chosen(patients: list[str]) -> np.ndarray:
     return np.isin(patients, sorted(set(patients))[::2])
 
 
+def likeness(thumbnails: list[Path], owners: list[pa.ChunkedArray]) -> Likeness:
+    places = even([row_groups(path) for path in thumbnails])
+    most = SAMPLE // len(places)
+    return Likeness.of([sample(thumbnails[shard], owners[shard], group, most) for shard, group in places])
+
+
 @pytest.fixture(scope="module")
 def indexed(xrays: tuple[list[np.ndarray], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Likeness:
     """Those of every other patient, in shards of several row groups."""
@@ -41,7 +47,7 @@ def indexed(xrays: tuple[list[np.ndarray], list[str]], tmp_path_factory: pytest.
         paths.append(folder / f"{number}.parquet")
         pq.write_table(pa.table({"jpeg": pictures}), paths[-1], row_group_size=64)
         owners.append(pa.chunked_array([[patients[n] for n in part]]))
-    return Likeness.of(paths, owners)
+    return likeness(paths, owners)
 
 
 def test_x_rays_of_other_patients_are_like_the_index_all_but_a_few(xrays, indexed: Likeness) -> None:
@@ -76,5 +82,5 @@ def ramp() -> np.ndarray:
 
 def test_an_index_of_one_patient_calls_nothing_unlike(tmp_path: Path) -> None:
     pq.write_table(pa.table({"jpeg": [bytes(cv2.imencode(".jpg", ramp())[1])] * 3}), tmp_path / "0.parquet")
-    alone = Likeness.of([tmp_path / "0.parquet"], [pa.chunked_array([["p"] * 3])])
+    alone = likeness([tmp_path / "0.parquet"], [pa.chunked_array([["p"] * 3])])
     assert not alone.unlike(255 - ramp())

@@ -100,7 +100,7 @@ def test_k_hits_come_wherever_k_images_pass_and_they_are_the_nearest_of_these(
     retriever: Retriever, images: list[Film], asked: Filters, k: int, skip: int, number: int
 ) -> None:
     query = retriever.query_of(images[number].facts["image_id"])
-    stored = np.concatenate([shard.rows_ND for shard in retriever.shards.shards])
+    stored = np.concatenate([shard.rows_ND for shard in retriever.holders.group.shards.shards])
     far_N = exact_distances(query.vector, stored)
     passing = [n for n, film in enumerate(images) if passes(film.facts, asked)]
     nearest = sorted(passing, key=lambda n: (far_N[n], images[n].facts["id"]))

@@ -22,7 +22,7 @@ from cxr_retrieval.index import plan
 from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.plan import Code, IndexPlan, plan_index
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, train
-from cxr_retrieval.index.shards import INDEX_FILE, SLACK, Found, Shards, exact_distances
+from cxr_retrieval.index.shards import INDEX_FILE, SLACK, Candidates, Found, Shards, exact_distances
 
 ROWS, DIMENSIONS, LISTS = 600, 24, 8
 TIES = 40  # more equal vectors than a search asks FAISS for beyond k
@@ -244,6 +244,11 @@ def test_candidates_of_short_codes_are_those_of_one_index_over_all_rows(
     for probes, candidates in ((1, 1), (2, 2), (LISTS, 1), (LISTS, 4)):
         expected = answers(one.search(queries_QD, K, probes=probes, candidates=candidates))
         assert answers(many.search(queries_QD, K, probes=probes, candidates=candidates)) == expected
+        # Groups of shards that are asked apart hold the same ones together.
+        nearest, wanted = many.lists.nearest(queries_QD, probes=probes), K * candidates
+        groups = [Shards(many.facts, many._path, numbers) for numbers in (range(1), range(1, shards))]
+        parts = zip(*(group.candidates(queries_QD, wanted, nearest) for group in groups), strict=True)
+        assert answers([Candidates.joined(pair).first(wanted, K) for pair in parts]) == expected
 
 
 def test_comparing_more_candidates_by_the_stored_rows_makes_up_for_short_codes(
@@ -264,7 +269,7 @@ def test_a_graph_of_lists_gives_the_same_answer_over_any_number_of_shards(
     monkeypatch.setattr(plan, "GRAPH_LISTS", 1)
     drawn = train(planned(ROWS, DIMENSIONS, 1, STORED), rows_ND)
     one, many = (write_index(tmp_path / str(count), rows_ND, ids_N, count, STORED, drawn) for count in (1, 4))
-    assert isinstance(many._quantizer, faiss.IndexHNSW)
+    assert isinstance(many.lists.quantizer, faiss.IndexHNSW)
     for probes in (1, 3):
         assert answers(many.search(queries_QD, K, probes=probes)) == answers(one.search(queries_QD, K, probes=probes))
     assert answers(many.search(queries_QD, K, probes=LISTS)) == answers(many.exact(queries_QD, K))
