@@ -29,7 +29,7 @@ from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from
 COMPANIONS = (PHANTOM_PLAN, "train_val_list")  # belong to an archive, and nothing in them is needed

@@ -12,20 +12,17 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cxr_retrieval.corpus.dicom import is_bare_dicom, is_dicom
+from cxr_retrieval.corpus.film import read_film
+from cxr_retrieval.corpus.limits import Limits, RejectedImage
+
 VERSION = 1  # raise it with every change that alters a prepared pixel
+WINDOW = "8-bit as it is, 16-bit from minimum to maximum, DICOM by its VOI LUT, its window or minimum to maximum"
 FORMATS = ("PNG", "JPEG")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 GREY_8, GREY_16 = ("L", "1", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"), ("I;16", "I;16B", "I;16L", "I")
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before a pixel is decoded
-
-
-class RejectedImage(Exception):
-    """An image that cannot be prepared: a reason (one word, counted) and the text of what was found."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(f"{reason}: {text}")
-        self.reason, self.text = reason, text
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Recipe:
     fit: str
     mean: float = 0.5
     std: float = 0.25
-    window: str = "8-bit as it is, 16-bit from minimum to maximum"
+    window: str = WINDOW
     resampling: str = "area"
     version: int = VERSION
 
@@ -56,34 +53,42 @@ class Recipe:
     def from_json(cls, value: dict[str, Any]) -> "Recipe":
         return cls(**value)
 
-    def placement(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Scale x, scale y, left, top: prepared x = source x * scale x + left (source of `width` x `height` pixels)."""
+    def placement(self, width: int, height: int, aspect: float = 1.0) -> tuple[float, float, float, float]:
+        """Scale x, scale y, left, top: prepared x = source x * scale x + left.
+
+        The source has `width` x `height` pixels, each `aspect` times as high as wide.
+        """
         if self.fit == "stretch":
             return self.size / width, self.size / height, 0.0, 0.0
-        scaled_width, scaled_height = self._scaled(width, height)
+        scaled_width, scaled_height = self._scaled(width, height, aspect)
         left, top = (self.size - scaled_width) // 2, (self.size - scaled_height) // 2
         return scaled_width / width, scaled_height / height, float(left), float(top)
 
-    def to_prepared(self, box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, ...]:
+    def to_prepared(
+        self, box: tuple[float, float, float, float], width: int, height: int, aspect: float = 1.0
+    ) -> tuple[float, ...]:
         """A box (x, y, w, h) of the source image in prepared pixels."""
-        scale_x, scale_y, left, top = self.placement(width, height)
+        scale_x, scale_y, left, top = self.placement(width, height, aspect)
         x, y, w, h = box
         return x * scale_x + left, y * scale_y + top, w * scale_x, h * scale_y
 
-    def to_source(self, box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, ...]:
+    def to_source(
+        self, box: tuple[float, float, float, float], width: int, height: int, aspect: float = 1.0
+    ) -> tuple[float, ...]:
         """A box (x, y, w, h) of the prepared image in source pixels."""
-        scale_x, scale_y, left, top = self.placement(width, height)
+        scale_x, scale_y, left, top = self.placement(width, height, aspect)
         x, y, w, h = box
         return (x - left) / scale_x, (y - top) / scale_y, w / scale_x, h / scale_y
 
-    def _scaled(self, width: int, height: int) -> tuple[int, int]:
-        scale = self.size / max(width, height)
-        return max(1, round(width * scale)), max(1, round(height * scale))
+    def _scaled(self, width: int, height: int, aspect: float) -> tuple[int, int]:
+        tall = height * aspect
+        scale = self.size / max(width, tall)
+        return max(1, round(width * scale)), max(1, round(tall * scale))
 
-    def resize(self, grey_HW: np.ndarray) -> np.ndarray:
-        """Prepared pixels `uint8 [size, size]` of an 8-bit grey image `[H, W]`."""
+    def resize(self, grey_HW: np.ndarray, aspect: float = 1.0) -> np.ndarray:
+        """Prepared pixels `uint8 [size, size]` of an 8-bit grey image `[H, W]` of pixels `aspect` as high as wide."""
         height, width = grey_HW.shape
-        target = (self.size, self.size) if self.fit == "stretch" else self._scaled(width, height)
+        target = (self.size, self.size) if self.fit == "stretch" else self._scaled(width, height, aspect)
         if target != (width, height):
             shrinks = target[0] < width or target[1] < height
             grey_HW = cv2.resize(grey_HW, target, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
@@ -96,38 +101,27 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What is refused before or after decoding: sides in pixels, area in pixels."""
-
-    min_side: int
-    max_pixels: int
-
-
-@dataclass(frozen=True)
 class DecodedImage:
-    """Prepared pixels `uint8 [size, size]` and the size of the source image in pixels."""
+    """Prepared pixels `uint8 [size, size]`, the size of the source image in pixels, and how high as wide these are."""
 
     pixels: np.ndarray
     width: int
     height: int
+    aspect: float = 1.0
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
-    """Decode a PNG or JPEG. Raises RejectedImage with the reason for whatever cannot be prepared."""
+    """Decode a PNG, JPEG or DICOM file, known by its first bytes. Raises RejectedImage for what cannot be prepared."""
+    if not data.startswith(MAGIC) and is_dicom(data):
+        return _decode_dicom(data, recipe, limits)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        if data.startswith(MAGIC):
-            raise RejectedImage("damaged", f"the header of a PNG or JPEG and no image: {len(data)} bytes") from None
-        found = "an empty file" if not data else f"{len(data)} bytes that begin with {data[:8]!r}"
-        raise RejectedImage("not_an_image", f"neither PNG nor JPEG: {found}") from None
+        raise _not_an_image(data) from None
     except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
         raise RejectedImage("damaged", str(error)) from None
     width, height = image.size
-    if width * height > limits.max_pixels:
-        raise RejectedImage("too_large", f"{width} x {height} pixels, more than {limits.max_pixels:,}")
-    if min(width, height) < limits.min_side:
-        raise RejectedImage("too_small", f"{width} x {height} pixels, a side under {limits.min_side}")
+    limits.check(width, height)
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise RejectedImage("unsupported", f"{frames} frames in one file")
@@ -137,6 +131,24 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
     except (OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError) as error:
         raise RejectedImage("damaged", f"{width} x {height} {image.format}: {error}") from None
     return DecodedImage(recipe.resize(grey_HW), width, height)
+
+
+def _decode_dicom(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
+    if recipe.window != WINDOW:
+        text = f"DICOM, which decode recipe {recipe.id} does not know: prepare and train again, or give a PNG or JPEG"
+        raise RejectedImage("unsupported", text)
+    film = read_film(data, limits)
+    height, width = film.grey_HW.shape
+    return DecodedImage(recipe.resize(film.grey_HW, film.aspect), width, height, film.aspect)
+
+
+def _not_an_image(data: bytes) -> RejectedImage:
+    if data.startswith(MAGIC):
+        return RejectedImage("damaged", f"the header of a PNG or JPEG and no image: {len(data)} bytes")
+    if is_bare_dicom(data):
+        return RejectedImage("not_an_image", "DICOM without preamble and file meta information, of unknown encoding")
+    found = "an empty file" if not data else f"{len(data)} bytes that begin with {data[:8]!r}"
+    return RejectedImage("not_an_image", f"neither PNG, JPEG nor DICOM: {found}")
 
 
 def _grey(image: Image.Image) -> np.ndarray:

@@ -269,7 +269,7 @@ def _prepared_row(row: dict[str, Any], data: bytes, recipe: Recipe, limits: Limi
             box["w"] * image.width / frame,
             box["h"] * image.height / frame,
         )
-        x, y, w, h = recipe.to_prepared(in_source, image.width, image.height)
+        x, y, w, h = recipe.to_prepared(in_source, image.width, image.height, image.aspect)
         boxes.append({"finding": box["finding"], "x": x, "y": y, "w": w, "h": h})
     return {
         "image_id": row["image_id"],
@@ -277,6 +277,7 @@ def _prepared_row(row: dict[str, Any], data: bytes, recipe: Recipe, limits: Limi
         "pixels": pixels,
         "original_width": image.width,
         "original_height": image.height,
+        "pixel_aspect": image.aspect,
         "source_uri": row["source_uri"],
         "source_sha256": hashlib.sha256(data).digest(),
         "pixel_sha256": hashlib.sha256(pixels).digest(),

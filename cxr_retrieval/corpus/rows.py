@@ -62,6 +62,7 @@ def corpus_schema(recipe: Recipe) -> pa.Schema:
         ("pixels", pa.binary(recipe.size * recipe.size)),
         ("original_width", pa.int32()),
         ("original_height", pa.int32()),
+        ("pixel_aspect", pa.float64()),  # height of a source pixel over its width
         ("source_uri", pa.string()),
         ("source_sha256", pa.binary(32)),
         ("pixel_sha256", pa.binary(32)),

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 
-from cxr_retrieval.corpus.decoding import Limits, decode
+from cxr_retrieval.corpus.decoding import DecodedImage, Limits, decode
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.files import SHARDS
 from cxr_retrieval.index.filters import EVERYTHING, Filters, Vocabulary
@@ -54,7 +54,7 @@ class Query:
     `pixels` are its prepared pixels uint8 [S, S], or a stored image's thumbnail, a JPEG; `vector` has unit length, [D];
     `crop` (x, y, w, h) is what the network looked at, in prepared pixels, or the region that it was told to look at.
     `scores` are finding probabilities, none for a stored image. `source_size` is (width, height) in pixels of the
-    image that was given.
+    image that was given, and each of them is `source_aspect` times as high as wide.
     """
 
     pixels: np.ndarray | bytes
@@ -63,6 +63,7 @@ class Query:
     scores: dict[str, float]
     pixel_sha256: bytes
     source_size: tuple[int, int] | None
+    source_aspect: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Retriever:
         where the index holds an embedding of whole images only.
         """
         image = decode(data, self.model.recipe, QUERY_LIMITS)
-        box = None if region is None else self._prepared_region(region, image.width, image.height)
+        box = None if region is None else self._prepared_region(region, image)
         output = self.model.forward(image.pixels[None].copy(), None if box is None else torch.tensor([box]))
         vector = embeddings(output, self.model.centring)[self.facts["embedding"]][0].numpy()
         scores = torch.sigmoid(output.joint_PBC.mean(0)[0]).tolist()
@@ -185,6 +186,7 @@ class Retriever:
             dict(zip(self.model.findings, scores, strict=True)),
             hashlib.sha256(image.pixels.tobytes()).digest(),
             (image.width, image.height),
+            image.aspect,
         )
 
     def query_of(self, image_id: str) -> Query:
@@ -250,7 +252,7 @@ class Retriever:
         if query.source_size is None:
             return None
         width, height = query.source_size
-        x, y, w, h = self.model.recipe.to_source(query.crop, width, height)
+        x, y, w, h = self.model.recipe.to_source(query.crop, width, height, query.source_aspect)
         left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
         return left, top, right - left, bottom - top
 
@@ -289,9 +291,10 @@ class Retriever:
             return None
         return FAR if filters == EVERYTHING else FAR_FILTERED
 
-    def _prepared_region(self, region: tuple[float, float, float, float], width: int, height: int) -> list[int]:
-        """A region in prepared pixels, whole ones, [x, y, w, h]."""
+    def _prepared_region(self, region: tuple[float, float, float, float], image: DecodedImage) -> list[int]:
+        """A region of an image in prepared pixels, whole ones, [x, y, w, h]."""
         x, y, w, h = region
+        width, height = image.width, image.height
         if not self.knows_regions:
             raise UserError(
                 f"this index holds {self.facts['embedding']!r}, an embedding of whole images, which a region"
@@ -300,7 +303,7 @@ class Retriever:
         if not (x >= 0 and y >= 0 and w > 0 and h > 0 and x + w <= width and y + h <= height):
             raise UserError(f"region {x:g},{y:g},{w:g},{h:g} does not lie in the image of {width} x {height} pixels")
         size = self.model.recipe.size
-        left, top, wide, high = self.model.recipe.to_prepared(region, width, height)
+        left, top, wide, high = self.model.recipe.to_prepared(region, width, height, image.aspect)
         first_x, first_y = max(0, int(left)), max(0, int(top))
         last_x, last_y = min(size, round(left + wide)), min(size, round(top + high))
         if min(last_x - first_x, last_y - first_y) < LEAST_REGION:

@@ -55,7 +55,7 @@ class Upload(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    image: UploadFile = Field(description="a PNG or JPEG file")
+    image: UploadFile = Field(description="a PNG, JPEG or DICOM file")
     region: Region | None = None
 
     @property

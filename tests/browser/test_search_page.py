@@ -192,7 +192,7 @@ def test_filters_hold_and_what_is_wrong_is_told_in_words(tmp_path: Path, address
         "passed": "true",
         "problem": "ages from 90 to 80 hold none: the first is after the last",
         "none": "No image of this index passes the filter: ask for less.",
-        "rotten": "the image cannot be searched with: neither PNG nor JPEG: 8 bytes that begin with b'no image'",
+        "rotten": "the image cannot be searched with: neither PNG, JPEG nor DICOM: 8 bytes that begin with b'no image'",
         "large": "This file is larger than 32 MB, the most that the server takes.",
     }
 

@@ -114,14 +114,14 @@ def test_rows_are_accounted_for_with_every_kind_of_bad_input(
     tail = "0,9001,50,F,PA,1,1,1,1"
     label(archive, f"flat.png,Gout,{tail}", f"flat2.png,Mass,{tail}", "side.png,Mass,0,9002,50,F,LL,1,1,1,1")
     label(archive, f"gone1.png,Mass,{tail}", f"gone2.png,Mass,{tail}")
-    (archive / "scan.dcm").write_bytes(b"of another kind")
+    (archive / "scan.tif").write_bytes(b"of another kind")
     settings = corpus_settings(archive, views=["PA", "AP"])
     made, worked = prepare(settings, str(tmp_path / "work"))
     assert worked
-    assert made.manifest["ignored_files"] == {".dcm": 1}
+    assert made.manifest["ignored_files"] == {".tif": 1}
     capsys.readouterr()
     job.run(Settings(workspace=str(tmp_path / "work"), corpus=settings), Namespace())
-    assert "left alone: 1 (.dcm 1)" in capsys.readouterr().err
+    assert "left alone: 1 (.tif 1)" in capsys.readouterr().err
     reasons = {
         "damaged": 1,
         "not_an_image": 2,
@@ -146,7 +146,7 @@ def test_rows_are_accounted_for_with_every_kind_of_bad_input(
     ]
     bad = quarantined(made)
     assert bad[cut.name][0] == "damaged"
-    assert bad[empty.name] == ("not_an_image", "neither PNG nor JPEG: an empty file")
+    assert bad[empty.name] == ("not_an_image", "neither PNG, JPEG nor DICOM: an empty file")
     assert bad["flat.png"] == ("unknown_finding", "finding 'Gout' is none of the 14")
     rows = rows_of(Corpus.open(made.uri), ["image_id"])
     assert len(rows) == made.counts["prepared"]

@@ -1,6 +1,7 @@
 """Promises of decoding: what prepared pixels are, what is refused and why, and boxes that find their way back."""
 
 import contextlib
+import hashlib
 import io
 import struct
 import warnings
@@ -98,7 +99,7 @@ def test_a_text_file_with_the_name_of_an_image_is_not_an_image() -> None:
 
 def test_an_empty_file_is_called_empty() -> None:
     error = rejected(b"")
-    assert (error.reason, error.text) == ("not_an_image", "neither PNG nor JPEG: an empty file")
+    assert (error.reason, error.text) == ("not_an_image", "neither PNG, JPEG nor DICOM: an empty file")
 
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "WEBP"])
@@ -237,6 +238,15 @@ def test_the_id_of_a_recipe_changes_with_every_field() -> None:
     assert set(others) == {field.name for field in fields(Recipe)}
     ids = [replace(LETTERBOX, **{name: value}).id for name, value in others.items()]
     assert len({LETTERBOX.id, *ids}) == 1 + len(others)
+
+
+def test_png_files_give_the_pixels_that_they_gave_before_dicom_was_read() -> None:
+    values = np.random.default_rng(5).integers(0, 256, (100, 140)).astype(np.uint8)
+    digest = hashlib.sha256()
+    for image in (values, values.astype(np.uint16) * 200 + 5, np.stack([values, 255 - values, values // 2], -1)):
+        for recipe in (LETTERBOX, STRETCH, Recipe(200, "letterbox")):
+            digest.update(decoded(encoded(image), recipe).pixels.tobytes())
+    assert digest.hexdigest()[:16] == "0d02981d31bb811a"
 
 
 def test_a_recipe_that_went_through_json_has_the_same_id() -> None:

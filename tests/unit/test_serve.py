@@ -132,8 +132,8 @@ def test_the_page_fetches_nothing_from_elsewhere(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"no image", "neither PNG nor JPEG: 8 bytes that begin with b'no image'"),
-        (b"", "neither PNG nor JPEG: an empty file"),
+        (b"no image", "neither PNG, JPEG nor DICOM: 8 bytes that begin with b'no image'"),
+        (b"", "neither PNG, JPEG nor DICOM: an empty file"),
         (b"\x89PNG\r\n\x1a\n", "the header of a PNG or JPEG and no image"),
         (bytes(cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1]), "8 x 8 pixels, a side under 32"),
         (bytes(cv2.imencode(".png", np.zeros((64, 64), np.uint8))[1])[:-30], "64 x 64 PNG: "),

@@ -1,0 +1,151 @@
+"""The stored values of a compressed DICOM frame: JPEG, JPEG-LS, JPEG 2000 and RLE.
+
+A frame has a header of its own, and a decoder allocates what that header asks for. It is read here first and must tell
+the size that the DICOM header tells, so that what is allocated stays within the limits that were checked there.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import imagecodecs
+import numpy as np
+
+from cxr_retrieval.corpus.limits import RejectedImage
+
+JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
+JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
+RLE = ("1.2.840.10008.1.2.5",)
+LOSSY = (JPEG[0], JPEG[1], JPEG_LS[1], JPEG_2000[1])
+SYNTAXES = (*JPEG, *JPEG_LS, *JPEG_2000, *RLE)
+
+START, END, SCAN, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, and SOF55 of JPEG-LS
+LOSSLESS = (0xC3, 0xF7)
+RGB_NAMES = (b"RGB", b"rgb")
+SIZ, COD, TILE = b"\xff\x4f\xff\x51", 0x52, 0x90
+MOST_TILES, MOST_PRECINCTS = 4096, 100_000  # the decoder keeps some KB for each before it sees a pixel
+ERRORS = (RuntimeError, ValueError, TypeError, MemoryError)  # what imagecodecs raises; its own are RuntimeErrors
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a frame's own header tells. `rgb` is what it says of its colours, None where it says nothing."""
+
+    width: int
+    height: int
+    samples: int
+    precision: int
+    lossless: bool = True
+    rgb: bool | None = None
+
+
+def decoded(
+    syntax: str, data: bytes, width: int, height: int, samples: int, bytes_each: int, rgb: bool
+) -> tuple[np.ndarray, int | None]:
+    """Stored values [H, W], or [H, W, 3] as they are stored, of a frame of `samples` values a pixel, and their bits as
+    the frame tells them (RLE tells none).
+
+    A JPEG whose colours were compressed with a loss comes as its luminance [H, W]; `rgb` says what its colours are
+    where the frame itself does not. Values of 9 bits and more come as 16-bit integers, sign and all as they are
+    stored. Raises RejectedImage.
+    """
+    if syntax in RLE:
+        return _runs(data, width, height, samples, bytes_each), None
+    frame = _jpeg_2000_header(data) if syntax in JPEG_2000 else _jpeg_header(data)
+    if (frame.width, frame.height, frame.samples) != (width, height, samples):
+        raise RejectedImage("damaged", f"a frame that tells another size or kind than its header: {width} x {height}")
+    try:
+        if syntax in JPEG_2000:
+            values = imagecodecs.jpeg2k_decode(data, numthreads=1)
+        elif syntax in JPEG_LS:
+            values = imagecodecs.jpegls_decode(data)
+        elif samples == 1 or frame.lossless:
+            values = imagecodecs.jpeg8_decode(data)
+        else:
+            stored = "RGB" if (rgb if frame.rgb is None else frame.rgb) else "YCBCR"
+            values = imagecodecs.jpeg8_decode(data, colorspace=stored, outcolorspace="GRAYSCALE")
+            samples = 1
+    except ERRORS as error:
+        raise RejectedImage("damaged", f"a compressed frame that cannot be decoded ({type(error).__name__})") from None
+    shape = (height, width) if samples == 1 else (height, width, samples)
+    if values.shape != shape or values.dtype.itemsize > 2:
+        raise RejectedImage("damaged", f"a compressed frame of {width} x {height} pixels that gives another size")
+    return values, frame.precision
+
+
+def _runs(data: bytes, width: int, height: int, samples: int, bytes_each: int) -> np.ndarray:
+    buffer = bytearray(width * height * samples * bytes_each)  # the decoder writes no further than this
+    try:
+        filled = len(imagecodecs.dicomrle_decode(data, np.dtype(f"<u{bytes_each}"), out=buffer))
+    except ERRORS as error:
+        raise RejectedImage("damaged", f"run lengths that cannot be decoded ({type(error).__name__})") from None
+    if filled != len(buffer):
+        raise RejectedImage("damaged", f"run lengths that end before {width} x {height} pixels are full")
+    values = np.frombuffer(buffer, f"<u{bytes_each}")
+    return values.reshape(height, width) if samples == 1 else values.reshape(samples, height, width).transpose(1, 2, 0)
+
+
+def _jpeg_header(data: bytes) -> Frame:
+    if not data.rstrip(b"\0").endswith(bytes((0xFF, END))):
+        raise RejectedImage("damaged", "a JPEG frame without its end mark")
+    rgb: bool | None = None
+    for marker, body in _jpeg_segments(data):
+        if marker == APP0 and body.startswith(b"JFIF"):
+            rgb = False
+        elif marker == APP14 and body.startswith(b"Adobe") and len(body) > 11:
+            rgb = body[11] == 0
+        elif marker in FRAMES and len(body) >= 6:
+            bits, height, width, samples = struct.unpack_from(">BHHB", body)
+            if bytes(body[6 : 6 + 3 * samples : 3]) in RGB_NAMES:
+                rgb = True
+            return Frame(width, height, samples, bits, marker in LOSSLESS, rgb)
+    raise RejectedImage("damaged", "a JPEG frame without its header")
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and body of each segment before the pixels."""
+    place = 2
+    while data[:2] == bytes((0xFF, START)) and place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # markers may be filled up with these
+            place += 1
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == SCAN or length < 2:
+            return
+        yield marker, data[place + 4 : place + 2 + length]
+        place += 2 + length
+
+
+def _jpeg_2000_header(data: bytes) -> Frame:
+    if not data.startswith(SIZ) or len(data) < 52:
+        raise RejectedImage("damaged", "a JPEG 2000 frame without its header")
+    right, bottom, left, top, tile_w, tile_h, tile_x, tile_y, samples = struct.unpack_from(">8IH", data, 8)
+    bits, step_x, step_y = data[42:45]
+    if not (tile_w and tile_h and left < right and top < bottom and tile_x <= left and tile_y <= top):
+        raise RejectedImage("damaged", "a JPEG 2000 frame whose header makes no sense")
+    tiles = -((tile_x - right) // tile_w) * -((tile_y - bottom) // tile_h)
+    if (
+        tiles > MOST_TILES
+        or _precincts(data, right - left, bottom - top) > MOST_PRECINCTS
+        or (step_x, step_y) != (1, 1)
+    ):
+        raise RejectedImage("unsupported", "JPEG 2000 of very many tiles or precincts, or of subsampled components")
+    return Frame(right - left, bottom - top, samples, (bits & 0x7F) + 1)
+
+
+def _precincts(data: bytes, width: int, height: int) -> int:
+    """How many precincts a JPEG 2000 frame is cut into by its main header; 0 where it says nothing of them."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] not in (COD, TILE):
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    style = data[place + 4 : place + 47] if data[place + 1 : place + 2] == bytes((COD,)) else b""
+    if len(style) < 11 or not style[0] & 1:
+        return 0
+    levels, count = style[5], 0
+    for resolution, size in enumerate(style[10 : 11 + levels]):
+        down = levels - resolution
+        count += -(-(width >> down) >> (size & 15)) * -(-(height >> down) >> (size >> 4))
+    return count

@@ -1,0 +1,196 @@
+"""The header of a DICOM file: which elements are read at all, and the few facts that may leave the file.
+
+Headers are full of names. Only the elements that a caller names are kept, and no text of a header is in what is raised,
+warned of or logged: numbers of the image, such as rows and columns, are.
+"""
+
+import datetime
+import io
+import logging
+import re
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pydicom
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag, Tag
+
+from cxr_retrieval.corpus import codestream
+from cxr_retrieval.corpus.limits import RejectedImage
+
+# pydicom tells of odd values by quoting them: nothing that it says is let out.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module=r"pydicom\b")
+
+PREAMBLE, MAGIC = 128, b"DICM"
+META = b"\x02\x00\x00\x00UL\x04\x00"  # what file meta information begins with: DICOM for certain, preamble or not
+BARE = re.compile(rb"\x08\x00[\x00-\x18]\x00(UI|CS|UL|SH|DA|TM|LO|[\x00-\x40]\x00\x00\x00)", re.DOTALL)
+
+FACTS = (
+    "PatientID",
+    "StudyInstanceUID",
+    "StudyDate",
+    "Modality",
+    "ViewPosition",
+    "PatientSex",
+    "PatientAge",
+    "BodyPartExamined",
+    "BurnedInAnnotation",
+    "ImageLaterality",
+    "Laterality",
+)
+NATIVE = (
+    uid.ImplicitVRLittleEndian,
+    uid.ExplicitVRLittleEndian,
+    uid.DeflatedExplicitVRLittleEndian,
+    uid.ExplicitVRBigEndian,
+)
+MOST = 1e12  # the largest number that is taken for one; infinity and no-number are neither
+HEADER_ROOM = 16 << 20  # bytes of a deflated file beside its pixels
+
+
+@dataclass(frozen=True)
+class DicomFacts:
+    """What may be told of a DICOM file. None is what the file does not say, or says in no form of the standard."""
+
+    patient_id: str | None
+    study_uid: str | None
+    study_date: datetime.date | None
+    modality: str | None
+    view: str | None
+    sex: str | None
+    age_years: int | None
+    body_part: str | None
+    laterality: str | None
+    burned_in: bool | None
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file is DICOM for certain: by its magic, or by file meta information that lost the preamble."""
+    return data[PREAMBLE : PREAMBLE + 4] == MAGIC or data.startswith(META)
+
+
+def is_bare_dicom(data: bytes) -> bool:
+    """Whether a file looks like a DICOM data set without file meta information, of whatever encoding."""
+    return BARE.match(data) is not None
+
+
+def read_facts(data: bytes) -> DicomFacts:
+    """The facts of a DICOM file's header that may be told; no pixel is read. Raises RejectedImage."""
+    with reading():
+        header, _ = read_header(data, FACTS, HEADER_ROOM, to_the_end=False)
+        found = {name: str(first(header, name) or "").strip(" \0") for name in FACTS}
+    date = re.fullmatch(r"(\d{4})\.?(\d\d)\.?(\d\d)", found["StudyDate"])
+    side = _code(found["ImageLaterality"]) or _code(found["Laterality"])
+    sex = _code(found["PatientSex"])
+    return DicomFacts(
+        patient_id=found["PatientID"] if found["PatientID"].isprintable() and found["PatientID"] else None,
+        study_uid=found["StudyInstanceUID"] if re.fullmatch(r"[0-9.]{1,64}", found["StudyInstanceUID"]) else None,
+        study_date=_date(*map(int, date.groups())) if date else None,
+        modality=_code(found["Modality"]),
+        view=_code(found["ViewPosition"]),
+        sex=sex if sex in ("M", "F", "O") else None,
+        age_years=age_years(found["PatientAge"]),
+        body_part=_code(found["BodyPartExamined"]),
+        laterality=side if side in ("R", "L", "U", "B") else None,
+        burned_in={"YES": True, "NO": False}.get(found["BurnedInAnnotation"].upper()),
+    )
+
+
+def age_years(text: str) -> int | None:
+    """Whole years of an age string (AS) such as 058Y, 018M, 003W or 012D."""
+    found = re.fullmatch(r"(\d{1,3})([DWMY])", text)
+    if found is None:
+        return None
+    in_a_year = {"Y": 1, "M": 12, "W": 365.25 / 7, "D": 365.25}
+    years = int(int(found[1]) / in_a_year[found[2]])
+    return years if years <= 120 else None
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Whatever a reader of foreign bytes raises is a damaged file. Its words are not told: they quote the header."""
+    try:
+        yield
+    except RejectedImage:
+        raise
+    except Exception as error:  # noqa: BLE001  # pydicom names none of what it raises for mangled bytes
+        raise RejectedImage("damaged", f"a DICOM header that cannot be read ({type(error).__name__})") from None
+
+
+def read_header(data: bytes, names: tuple[str, ...], room: int, to_the_end: bool = True) -> tuple[Dataset, uid.UID]:
+    """The named elements of a file, and its transfer syntax. Of a deflated file, `room` bytes are inflated."""
+    file: io.BytesIO = io.BytesIO(data)
+    file.seek(0 if data.startswith(META) else PREAMBLE + 4)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    if "TransferSyntaxUID" not in meta:
+        raise RejectedImage("damaged", "DICOM that names no transfer syntax")
+    syntax = uid.UID(str(meta.TransferSyntaxUID))
+    if syntax not in NATIVE and syntax not in codestream.SYNTAXES:
+        known = syntax.name if syntax in uid.UID_dictionary else "one that the standard does not list"
+        raise RejectedImage("unsupported", f"DICOM in a transfer syntax that is not read: {known}")
+    if syntax == uid.DeflatedExplicitVRLittleEndian:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        inflated = inflater.decompress(data[file.tell() :], room)
+        if inflater.unconsumed_tail and to_the_end:
+            raise RejectedImage("too_large", f"deflated DICOM of more than {room:,} bytes")
+        file = io.BytesIO(inflated)
+    tags: list[BaseTag | int] = [Tag(name) for name in names]
+    last = max(tags)
+    header = read_dataset(
+        file,
+        syntax == uid.ImplicitVRLittleEndian,
+        syntax != uid.ExplicitVRBigEndian,
+        stop_when=None if to_the_end else lambda tag, _vr, _length: tag > last,
+        specific_tags=tags,
+    )
+    return header, syntax
+
+
+def element(header: Dataset, name: str) -> Any:
+    return header[name].value if name in header else None
+
+
+def first(header: Dataset, name: str) -> Any:
+    """The only or the first value of an element; None where it is absent or empty."""
+    value = element(header, name)
+    if isinstance(value, str | bytes) or not hasattr(value, "__len__"):
+        return value
+    return value[0] if len(value) else None
+
+
+def whole(header: Dataset, name: str, default: int | None = None) -> int:
+    value = first(header, name)
+    if value is None or value == "":
+        if default is None:
+            raise RejectedImage("damaged", f"a DICOM image without {name}")
+        return default
+    return int(value)
+
+
+def number(header: Dataset, name: str) -> float | None:
+    """A number of sane size, or None where there is none."""
+    try:
+        value = float(first(header, name))
+    except (TypeError, ValueError):
+        return None
+    return value if abs(value) <= MOST else None
+
+
+def _code(text: str) -> str | None:
+    """A code string (CS). Anything else may be free text, and is not told."""
+    return text.upper() if re.fullmatch(r"[A-Za-z0-9_ ]{1,16}", text) else None
+
+
+def _date(year: int, month: int, day: int) -> datetime.date | None:
+    try:
+        return datetime.date(year, month, day)
+    except ValueError:
+        return None

@@ -1,0 +1,799 @@
+"""Promises of reading DICOM: what a viewer would show, what is refused and why, and what never leaves the header."""
+
+import contextlib
+import datetime
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import fields, replace
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom import uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.sequence import Sequence
+
+from cxr_retrieval.corpus.decoding import DecodedImage, Limits, Recipe, RejectedImage, decode
+from cxr_retrieval.corpus.dicom import DicomFacts, age_years, read_facts
+from cxr_retrieval.corpus.film import read_film
+
+SIZE = 64
+RECIPE = Recipe(SIZE, "letterbox")
+LIMITS = Limits(min_side=32, max_pixels=1 << 20)
+SECRET = "DOE^JANE"
+WIDTH, HEIGHT = 90, 70
+
+
+def ramp(bits: int = 12, signed: bool = False, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """Smooth bands with a little noise that use the whole range of `bits`."""
+    x, y = np.meshgrid(np.linspace(0, 7, width), np.linspace(0, 5, height))
+    wave = np.sin(x) * np.cos(y) + np.random.default_rng(0).normal(0, 0.01, (height, width))
+    values = np.rint((wave - wave.min()) / np.ptp(wave) * ((1 << bits) - 1)).astype(np.int64)
+    values -= (1 << bits - 1) if signed else 0
+    return values.astype(np.dtype(f"{'i' if signed else 'u'}{1 if bits <= 8 else 2}"))
+
+
+def dataset(pixels: np.ndarray, bits: int = 12, **elements: Any) -> FileDataset:
+    """An X-ray of these stored values, uncompressed."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = uid.generate_uid(entropy_srcs=["test"])
+    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    made = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    made.SOPClassUID, made.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    made.PatientName, made.PatientID, made.InstitutionName = SECRET, "4711", "General Hospital"
+    made.Rows, made.Columns = pixels.shape[:2]
+    made.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
+    made.PhotometricInterpretation = "MONOCHROME2" if pixels.ndim == 2 else "RGB"
+    if pixels.ndim == 3:
+        made.PlanarConfiguration = 0
+    made.BitsAllocated = 8 * pixels.dtype.itemsize
+    made.BitsStored, made.HighBit = bits, bits - 1
+    made.PixelRepresentation = int(pixels.dtype.kind == "i")
+    made.PixelData = pixels.tobytes()
+    made["PixelData"].VR = "OW" if made.BitsAllocated == 16 else "OB"
+    for name, value in elements.items():
+        setattr(made, name, value)
+    return made
+
+
+def written(made: FileDataset, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, made, enforce_file_format=True, **options)
+    return buffer.getvalue()
+
+
+def compressed(made: FileDataset, syntax: str, frame: bytes, fragments: int = 1) -> bytes:
+    made.file_meta.TransferSyntaxUID = uid.UID(syntax)
+    made.PixelData = encapsulate([frame], fragments_per_frame=fragments)
+    made["PixelData"].VR, made["PixelData"].is_undefined_length = "OB", True
+    return written(made)
+
+
+def decoded(data: bytes, recipe: Recipe = RECIPE) -> DecodedImage:
+    return decode(data, recipe, LIMITS)
+
+
+def shown(made: FileDataset | bytes) -> np.ndarray:
+    """Grey values at full resolution."""
+    return read_film(made if isinstance(made, bytes) else written(made), LIMITS).grey_HW.astype(int)
+
+
+def rejected(data: bytes | FileDataset, limits: Limits = LIMITS, recipe: Recipe = RECIPE) -> RejectedImage:
+    with pytest.raises(RejectedImage) as caught:
+        decode(data if isinstance(data, bytes) else written(data), recipe, limits)
+    assert caught.value.text.isascii()
+    assert "\n" not in caught.value.text
+    return caught.value
+
+
+def from_least_to_most(values: np.ndarray) -> np.ndarray:
+    wide = values.astype(np.float64)
+    return np.rint((wide - wide.min()) / np.ptp(wide) * 255).astype(int)
+
+
+def png(grey: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def look_up_table(entries: np.ndarray, start: int, depth: int) -> Sequence:
+    item = Dataset()
+    item.add_new("LUTDescriptor", "SS" if start < 0 else "US", [len(entries) % 65536, start, depth])
+    item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
+    return Sequence([item])
+
+
+# The export that a DICOM file is held against: the steps of the standard by pydicom's own functions on the whole image.
+def export(made: FileDataset, rounded: bool = True) -> np.ndarray:
+    values = apply_voi_lut(apply_modality_lut(made.pixel_array, made), made).astype(np.float64)
+    low, high = 0.0, float((1 << made.BitsStored) - 1)
+    if "RescaleSlope" in made and "VOILUTSequence" not in made:
+        low, high = (end * made.RescaleSlope + made.RescaleIntercept for end in (low, high))
+    if made.PixelRepresentation == 1:
+        half = float(1 << made.BitsStored - 1)
+        low, high = low - half, high - half
+    if "VOILUTSequence" in made:
+        low, high = 0.0, float((1 << made.VOILUTSequence[0].LUTDescriptor[2]) - 1)
+    grey = np.clip((values - low) / (high - low) * 255, 0, 255)
+    grey = np.rint(grey) if rounded else np.floor(grey)
+    return (255 - grey if made.PhotometricInterpretation == "MONOCHROME1" else grey).astype(np.uint8)
+
+
+windows = st.fixed_dictionaries(
+    {
+        "WindowCenter": st.integers(0, 4096),
+        "WindowWidth": st.integers(2, 6000),
+        "VOILUTFunction": st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID"]),
+        "PhotometricInterpretation": st.sampled_from(["MONOCHROME1", "MONOCHROME2"]),
+    }
+)
+
+
+@given(window=windows, signed=st.booleans(), rounded=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_png_that_was_exported_by_the_same_window_gives_the_same_pixels_within_one_grey_level(
+    window: dict[str, Any], signed: bool, rounded: bool
+) -> None:
+    made = dataset(ramp(12, signed), **window)
+    ours, theirs = decoded(written(made)).pixels, decoded(png(export(made, rounded))).pixels
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_the_first_of_several_windows_is_used() -> None:
+    pixels = ramp()
+    several = dataset(pixels, WindowCenter=[1000, 3000], WindowWidth=[600, 100], VOILUTFunction="LINEAR")
+    one = dataset(pixels, WindowCenter=1000, WindowWidth=600)
+    assert np.array_equal(shown(several), shown(one))
+
+
+@pytest.mark.parametrize(
+    ("function", "center", "width", "expected"),
+    [
+        # PS3.3 C.11.2.1.2.1: at or below c - 0.5 - (w - 1) / 2 black, above c - 0.5 + (w - 1) / 2 white.
+        ("LINEAR", 2048, 4096, {0: 0, 4095: 255, 2047: 127, 2048: 128}),
+        ("LINEAR", 2048, 1, {2047: 0, 2048: 255}),
+        ("LINEAR_EXACT", 2048, 4096, {0: 0, 2048: 128, 1024: 64}),
+        ("SIGMOID", 2048, 1024, {2048: 128, 2304: round(255 / (1 + np.exp(-1))), 0: round(255 / (1 + np.exp(8)))}),
+    ],
+)
+def test_a_window_function_has_the_values_of_its_formula(
+    function: str, center: float, width: float, expected: dict[int, int]
+) -> None:
+    pixels = np.tile(np.arange(4096, dtype=np.uint16), (32, 1))
+    grey = shown(dataset(pixels, WindowCenter=center, WindowWidth=width, VOILUTFunction=function))
+    assert {value: int(grey[0, value]) for value in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        {"WindowCenter": 2000},
+        {"WindowCenter": 0, "WindowWidth": 0},
+        {"WindowCenter": 2000, "WindowWidth": 100, "VOILUTFunction": "VENDOR"},
+    ],
+)
+def test_without_a_window_that_can_be_applied_the_values_run_from_their_least_to_their_most(window: Any) -> None:
+    pixels = ramp() // 2 + 900
+    assert np.array_equal(shown(dataset(pixels, **window)), from_least_to_most(pixels))
+
+
+def raw_element(data: bytes, name: str, vr: bytes, text: str) -> bytes:
+    """A file with one more element, put in its place by hand: pydicom would refuse to write it."""
+    tag = pydicom.tag.Tag(name)
+    value = (text + " " * (len(text) % 2)).encode()
+    later = [struct.pack("<HH", 0x28, element) for element in range(tag.element + 1, 0x1060)]
+    after = min((at for at in map(data.find, later) if at > 0), default=data.find(struct.pack("<HH", 0x7FE0, 0x10)))
+    return data[:after] + struct.pack("<HH2sH", tag.group, tag.element, vr, len(value)) + value + data[after:]
+
+
+def test_numbers_longer_than_the_standard_allows_are_read() -> None:
+    pixels = ramp()
+    data = written(dataset(pixels, WindowWidth=1000, RescaleIntercept=0))
+    longer = raw_element(data, "WindowCenter", b"DS", "2047.333333333333349")
+    assert np.array_equal(shown(longer), shown(dataset(pixels, WindowCenter=2047.33333333333, WindowWidth=1000)))
+
+
+@pytest.mark.parametrize("slope", ["inf", "nan", "1e300", "1e-320", "0", "x"])
+@pytest.mark.filterwarnings("error")
+def test_a_slope_that_is_no_number_of_sane_size_is_passed_over(slope: str) -> None:
+    data = raw_element(written(dataset(ramp(), RescaleIntercept=7, PixelPaddingValue=0)), "RescaleSlope", b"DS", slope)
+    with contextlib.suppress(RejectedImage):
+        assert shown(data).max() == 255
+
+
+def test_16_bits_without_a_window_are_what_a_16_bit_png_of_them_is() -> None:
+    pixels = ramp(16)
+    assert np.array_equal(decoded(written(dataset(pixels, 16))).pixels, decoded(png(pixels)).pixels)
+
+
+def test_monochrome1_is_inverted_once() -> None:
+    pixels = ramp()
+    window = {"WindowCenter": 2000, "WindowWidth": 1500}
+    inverted = dataset(pixels, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE", **window)
+    assert np.array_equal(shown(inverted), 255 - shown(dataset(pixels, **window)))
+
+
+@pytest.mark.parametrize("slope", [1, 0.5, 2.25, -1])
+def test_a_window_is_in_rescaled_values(slope: float) -> None:
+    pixels = ramp()
+    rescaled = dataset(pixels, RescaleSlope=slope, RescaleIntercept=-300)
+    rescaled.WindowCenter, rescaled.WindowWidth, rescaled.VOILUTFunction = 200, 1000, "LINEAR_EXACT"
+    values = pixels.astype(np.float64) * slope - 300
+    expected = np.clip((values - 200) / 1000 + 0.5, 0, 1) * 255
+    assert np.abs(shown(rescaled) - expected).max() <= 0.5 + 1e-9
+
+
+def test_a_modality_table_comes_before_the_window() -> None:
+    pixels = ramp()
+    entries = np.arange(4096)[::-1] * 16
+    made = dataset(pixels, ModalityLUTSequence=look_up_table(entries, 0, 16), WindowCenter=30000, WindowWidth=40000)
+    made.VOILUTFunction = "LINEAR_EXACT"
+    expected = np.clip((entries[pixels] - 30000.0) / 40000 + 0.5, 0, 1) * 255
+    assert np.abs(shown(made) - expected).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "depth"), [(0, 4096, 12), (700, 2000, 16), (100, 4000, 8), (3000, 4096, 10)]
+)
+def test_a_voi_table_maps_what_lies_outside_to_its_ends_and_goes_before_a_window(
+    start: int, count: int, depth: int
+) -> None:
+    pixels = ramp()
+    entries = np.rint(np.linspace(0, 1, count) ** 2 * ((1 << depth) - 1)).astype(int)
+    made = dataset(pixels, VOILUTSequence=look_up_table(entries, start, depth), WindowCenter=1, WindowWidth=2)
+    expected = entries[np.clip(pixels.astype(int) - start, 0, count - 1)] / ((1 << depth) - 1) * 255
+    assert np.abs(shown(made) - expected).max() <= 0.5 + 1e-9
+    if depth > 8:
+        assert np.abs(shown(made) - export(made)).max() <= 1
+
+
+def test_a_voi_table_may_begin_below_zero() -> None:
+    pixels = ramp(12, signed=True)
+    entries = np.arange(4096)
+    made = dataset(pixels, VOILUTSequence=look_up_table(entries, -2048, 12))
+    assert np.array_equal(shown(made), from_least_to_most(pixels))
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_a_table_is_read_in_the_byte_order_of_its_file(big_endian: bool) -> None:
+    pixels = ramp()
+    made = dataset(pixels, VOILUTSequence=look_up_table(np.arange(4096)[::-1], 0, 12))
+    grey = shown(made)
+    if big_endian:
+        swapped = np.frombuffer(made.VOILUTSequence[0].LUTData, "<u2").astype(">u2").tobytes()
+        made.VOILUTSequence[0].LUTData = swapped
+        made.PixelData = pixels.astype(">u2").tobytes()
+        made.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
+        assert np.array_equal(shown(written(made, little_endian=False, implicit_vr=False)), grey)
+    assert np.array_equal(grey, 255 - from_least_to_most(pixels))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("limit", [None, 4095])
+def test_padding_is_black_and_widens_no_window(photometric: str, limit: int | None) -> None:
+    pixels = ramp() // 4 + 500
+    padded = pixels.copy()
+    padded[:20] = 4095 if limit is None else 4090
+    made = dataset(padded, PhotometricInterpretation=photometric, PixelPaddingValue=4095 if limit is None else 4090)
+    if limit is not None:
+        padded[5] = 4093
+        made.PixelData, made.PixelPaddingRangeLimit = padded.tobytes(), limit
+    rest = from_least_to_most(pixels[20:])
+    grey = shown(made)
+    assert not grey[:20].any()
+    assert np.array_equal(grey[20:], 255 - rest if photometric == "MONOCHROME1" else rest)
+
+
+def test_padding_outside_the_stored_bits_and_signed_padding_written_as_unsigned_are_known() -> None:
+    pixels = ramp()
+    pixels[:20] = 65535
+    assert not shown(dataset(pixels, PixelPaddingValue=65535))[:20].any()
+    signed = ramp(16, signed=True) // 8
+    signed[:20] = -20000
+    made = dataset(signed, 16)
+    made.add_new("PixelPaddingValue", "US", 65536 - 20000)
+    grey = shown(made)
+    assert not grey[:20].any()
+    assert np.array_equal(grey[20:], from_least_to_most(signed[20:]))
+
+
+def test_an_image_of_padding_alone_is_black() -> None:
+    assert not shown(dataset(np.full((40, 40), 7, np.uint16), PixelPaddingValue=7)).any()
+
+
+def test_a_flat_image_is_black_and_no_division_by_zero() -> None:
+    assert not shown(dataset(np.full((40, 40), 4000, np.uint16))).any()
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("signed", [False, True])
+def test_stored_bits_and_their_sign_are_honoured(bits: int, signed: bool) -> None:
+    pixels = ramp(bits, signed)
+    made = dataset(pixels, bits, WindowCenter=0 if signed else 1 << bits - 1, WindowWidth=1 << bits)
+    assert np.abs(shown(made) - from_least_to_most(pixels)).max() <= 1
+
+
+def test_what_lies_in_unused_bits_is_not_shown() -> None:
+    pixels = ramp(12)
+    with_overlay = pixels | (np.arange(WIDTH, dtype=np.uint16) % 16 << 12)
+    assert np.array_equal(shown(dataset(with_overlay)), shown(dataset(pixels)))
+    signed = ramp(12, signed=True)
+    stripped = (signed.view(np.uint16) & 0x0FFF).view(np.int16)
+    assert np.array_equal(shown(dataset(stripped)), shown(dataset(signed)))
+    high = dataset(pixels << 4)
+    high.HighBit = 15
+    assert np.array_equal(shown(high), shown(dataset(pixels)))
+
+
+def test_implicit_deflated_and_big_endian_files_show_the_same() -> None:
+    pixels = ramp()
+    expected = shown(dataset(pixels))
+    for syntax, little, implicit in (
+        (uid.ImplicitVRLittleEndian, True, True),
+        (uid.DeflatedExplicitVRLittleEndian, True, False),
+        (uid.ExplicitVRBigEndian, False, False),
+    ):
+        made = dataset(pixels)
+        made.file_meta.TransferSyntaxUID = syntax
+        if not little:
+            made.PixelData = pixels.astype(">u2").tobytes()
+        assert np.array_equal(shown(written(made, little_endian=little, implicit_vr=implicit)), expected), syntax.name
+
+
+def test_bytes_in_big_endian_words_are_swapped_back() -> None:
+    pixels = ramp(8)
+    made = dataset(pixels, 8)
+    made.PixelData = np.frombuffer(pixels.tobytes(), "<u2").byteswap().tobytes()
+    made["PixelData"].VR = "OW"
+    made.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
+    assert np.array_equal(shown(written(made, little_endian=False, implicit_vr=False)), shown(dataset(pixels, 8)))
+
+
+def lossless_jpeg(predictor: int) -> Any:
+    return lambda values, bits: imagecodecs.jpeg8_encode(values, lossless=True, predictor=predictor, bitspersample=bits)
+
+
+def jpeg_2000(values: np.ndarray, mct: bool = True) -> bytes:
+    return imagecodecs.jpeg2k_encode(values, reversible=True, codecformat="j2k", mct=mct)
+
+
+LOSSLESS = [
+    (uid.JPEGLossless, lossless_jpeg(6)),
+    (uid.JPEGLosslessSV1, lossless_jpeg(1)),
+    (uid.JPEGLSLossless, lambda values, _: imagecodecs.jpegls_encode(values)),
+    (uid.JPEG2000Lossless, lambda values, _: jpeg_2000(values)),
+]
+
+
+@pytest.mark.parametrize(("syntax", "encode"), LOSSLESS, ids=[syntax.keyword for syntax, _ in LOSSLESS])
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_a_compression_without_loss_shows_every_value(
+    syntax: uid.UID, encode: Any, bits: int, signed: bool, fragments: int
+) -> None:
+    pixels = ramp(bits, signed)
+    stored = pixels
+    if signed and syntax != uid.JPEG2000Lossless:  # these know no sign: the stored bits are compressed as they are
+        stored = pixels.view(np.dtype(f"u{pixels.dtype.itemsize}")) & np.array((1 << bits) - 1, "u2").astype(
+            f"u{pixels.dtype.itemsize}"
+        )
+    data = compressed(dataset(pixels, bits), syntax, encode(stored, bits), fragments)
+    assert np.array_equal(shown(data), shown(dataset(pixels, bits)))
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_run_lengths_show_every_value(colour: bool) -> None:
+    pixels = np.stack([ramp(8), 255 - ramp(8), ramp(8) // 2], -1) if colour else ramp()
+    made = dataset(pixels, 8 if colour else 12)
+    expected = shown(made)
+    made.compress(uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+    assert np.array_equal(shown(made), expected)
+
+
+LOSSY = [
+    (uid.JPEGBaseline8Bit, 8, lambda values: imagecodecs.jpeg8_encode(values, level=95)),
+    (uid.JPEGExtended12Bit, 8, lambda values: imagecodecs.jpeg8_encode(values, level=95)),
+    (uid.JPEGExtended12Bit, 12, lambda values: imagecodecs.jpeg8_encode(values, level=95, bitspersample=12)),
+    (uid.JPEGLSNearLossless, 12, lambda values: imagecodecs.jpegls_encode(values, level=4)),
+    (uid.JPEG2000, 12, lambda values: imagecodecs.jpeg2k_encode(values, level=75, codecformat="j2k")),
+]
+
+
+@pytest.mark.parametrize(("syntax", "bits", "encode"), LOSSY, ids=[f"{s.keyword}-{bits}" for s, bits, _ in LOSSY])
+def test_a_compression_with_loss_shows_nearly_every_value(syntax: uid.UID, bits: int, encode: Any) -> None:
+    pixels = ramp(bits)
+    window = {"WindowCenter": 1 << bits - 1, "WindowWidth": 1 << bits}
+    grey = shown(compressed(dataset(pixels, bits, **window), syntax, encode(pixels)))
+    assert np.abs(grey - shown(dataset(pixels, bits, **window))).max() <= 8
+
+
+def test_a_loss_that_overshoots_the_stored_bits_is_cut_and_not_wrapped_around() -> None:
+    pixels = ramp()
+    overshot = np.where(pixels > 4000, pixels + 90, pixels).astype(np.uint16)
+    data = compressed(dataset(pixels), uid.JPEGLSNearLossless, imagecodecs.jpegls_encode(overshot))
+    assert np.array_equal(shown(data), from_least_to_most(np.minimum(overshot, 4095)))
+
+
+COLOURS = np.stack([ramp(8), 255 - ramp(8), ramp(8) // 2], -1)
+LUMINANCE = np.asarray(Image.fromarray(COLOURS).convert("L")).astype(int)
+IN_YBR = np.asarray(Image.fromarray(COLOURS).convert("YCbCr"))
+
+
+def test_colour_becomes_the_luminance_that_a_png_of_it_has() -> None:
+    assert np.array_equal(shown(dataset(COLOURS, 8)), LUMINANCE)
+    planes = dataset(COLOURS, 8, PlanarConfiguration=1)
+    planes.PixelData = COLOURS.transpose(2, 0, 1).tobytes()
+    assert np.array_equal(shown(planes), LUMINANCE)
+    assert np.abs(shown(dataset(IN_YBR, 8, PhotometricInterpretation="YBR_FULL")) - LUMINANCE).max() <= 1
+    halved = np.stack([IN_YBR[:, 0::2, 0], IN_YBR[:, 1::2, 0], IN_YBR[:, 0::2, 1], IN_YBR[:, 0::2, 2]], -1)
+    made = dataset(IN_YBR, 8, PhotometricInterpretation="YBR_FULL_422")
+    made.PixelData = halved.tobytes()
+    assert np.abs(shown(made) - LUMINANCE).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("syntax", "photometric", "frame"),
+    [
+        (uid.JPEGBaseline8Bit, "YBR_FULL_422", imagecodecs.jpeg8_encode(COLOURS, level=98)),
+        (uid.JPEGBaseline8Bit, "RGB", imagecodecs.jpeg8_encode(COLOURS, level=98)),  # JFIF says that it is YBR
+        (uid.JPEGBaseline8Bit, "RGB", imagecodecs.jpeg8_encode(COLOURS, level=98, outcolorspace="RGB")),
+        (uid.JPEGLosslessSV1, "RGB", imagecodecs.jpeg8_encode(COLOURS, lossless=True)),
+        (uid.JPEGLSLossless, "RGB", imagecodecs.jpegls_encode(COLOURS)),
+        (uid.JPEG2000Lossless, "YBR_RCT", jpeg_2000(COLOURS)),
+        (uid.JPEG2000Lossless, "RGB", jpeg_2000(COLOURS, mct=False)),
+        (uid.JPEG2000Lossless, "YBR_FULL", jpeg_2000(IN_YBR, mct=False)),
+    ],
+)  # fmt: skip
+def test_compressed_colour_becomes_its_luminance(syntax: uid.UID, photometric: str, frame: bytes) -> None:
+    data = compressed(dataset(COLOURS, 8, PhotometricInterpretation=photometric), syntax, frame)
+    assert np.abs(shown(data) - LUMINANCE).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("spacing", "aspect"),
+    [
+        ({"PixelSpacing": [0.4, 0.2]}, 2.0),
+        ({"ImagerPixelSpacing": [0.2, 0.4]}, 0.5),
+        ({"PixelAspectRatio": [3, 2]}, 1.5),
+        ({"PixelSpacing": [0.143, 0.143], "PixelAspectRatio": [3, 2]}, 1.0),
+        ({"PixelSpacing": [0.143, 0.14301]}, 1.0),
+        ({}, 1.0),
+    ],
+)
+def test_pixels_that_are_not_square_become_square_and_boxes_find_their_way_back(spacing: Any, aspect: float) -> None:
+    pixels = np.zeros((120, 150), np.uint16)
+    pixels[30:80, 40:110] = 4095
+    image = decoded(written(dataset(pixels, **spacing)))
+    assert (image.width, image.height, image.aspect) == (150, 120, pytest.approx(aspect))
+    box = (40.0, 30.0, 70.0, 50.0)
+    x, y, w, h = RECIPE.to_prepared(box, image.width, image.height, image.aspect)
+    assert h / w == pytest.approx(50 * aspect / 70, rel=0.03)
+    inside = np.zeros((SIZE, SIZE), bool)
+    inside[round(y) : round(y + h), round(x) : round(x + w)] = True
+    assert np.mean((image.pixels > 127) == inside) > 0.97
+    assert RECIPE.to_source((x, y, w, h), image.width, image.height, image.aspect) == pytest.approx(box)
+
+
+def test_pixels_of_absurd_sides_are_refused() -> None:
+    error = rejected(dataset(ramp(), PixelAspectRatio=[100, 1]))
+    assert (error.reason, error.text) == ("unsupported", "pixels 100 times as high as wide")
+
+
+@pytest.mark.parametrize("value", ["", "0\\0", "1", "nan\\1"])
+def test_a_spacing_that_is_none_is_passed_over(value: str) -> None:
+    assert decoded(raw_element(written(dataset(ramp())), "PixelSpacing", b"DS", value)).aspect == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "told"),
+    [
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "unsupported", "photometric interpretation: PALETTE COLOR"),
+        ({"PhotometricInterpretation": SECRET}, "unsupported", "photometric interpretation: none that"),
+        ({"NumberOfFrames": 7}, "unsupported", "7 frames in one file"),
+        ({"PresentationIntentType": "FOR PROCESSING"}, "unsupported", "FOR PROCESSING"),
+        ({"BitsAllocated": 32}, "unsupported", "12 of 32 bits"),
+        ({"BitsAllocated": 1}, "unsupported", "12 of 1 bits"),
+        ({"BitsStored": 0}, "damaged", "0 bits"),
+        ({"BitsStored": 17}, "damaged", "17 bits"),
+        ({"HighBit": 16}, "damaged", "bit 16"),
+        ({"SamplesPerPixel": 3}, "damaged", "MONOCHROME2 of 3 values"),
+        ({"Rows": HEIGHT + 1}, "damaged", f"{2 * WIDTH * HEIGHT:,} bytes for {WIDTH} x {HEIGHT + 1} pixels"),
+        ({"Rows": HEIGHT - 1}, "damaged", f"{2 * WIDTH * HEIGHT:,} bytes for {WIDTH} x {HEIGHT - 1} pixels"),
+        ({"Rows": 0}, "too_small", f"{WIDTH} x 0 pixels"),
+        ({"Rows": 60_000, "Columns": 60_000}, "too_large", "60000 x 60000 pixels"),
+        ({"PixelData": b""}, "damaged", f"DICOM of {WIDTH} x {HEIGHT} pixels without its pixel data"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shown_rightly_is_refused_by_name(change: dict[str, Any], reason: str, told: str) -> None:
+    error = rejected(dataset(ramp(), **change))
+    assert error.reason == reason
+    assert told in error.text
+
+
+@pytest.mark.parametrize("name", ["Rows", "Columns", "BitsAllocated", "PhotometricInterpretation", "PixelData"])
+def test_an_image_that_lacks_what_the_standard_wants_is_refused(name: str) -> None:
+    made = dataset(ramp())
+    delattr(made, name)
+    assert rejected(made).reason in {"damaged", "unsupported"}
+
+
+def test_a_report_is_no_image() -> None:
+    made = dataset(ramp())
+    for name in ("Rows", "Columns", "PixelData"):
+        delattr(made, name)
+    error = rejected(made)
+    assert (error.reason, error.text) == ("not_an_image", "a DICOM object without an image")
+
+
+def test_a_transfer_syntax_that_is_not_read_is_named_where_the_standard_names_it() -> None:
+    for syntax, told in ((uid.MPEG2MPML, "MPEG2"), (uid.UID("1.2.3.4.5"), "one that the standard does not list")):
+        made = dataset(ramp())
+        error = rejected(compressed(made, syntax, b"\0\0"))
+        assert error.reason == "unsupported"
+        assert told in error.text
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("syntax", ["native", *(syntax.keyword for syntax, _ in LOSSLESS)])
+def test_a_truncated_file_is_damaged(syntax: str, share: float) -> None:
+    pixels = ramp()
+    encode = {known.keyword: (known, function) for known, function in LOSSLESS}
+    if syntax == "native":
+        data = written(dataset(pixels))
+    else:
+        data = compressed(dataset(pixels), encode[syntax][0], encode[syntax][1](pixels, 12))
+    assert rejected(data[: int(len(data) * share)]).reason in {"damaged", "not_an_image"}
+
+
+def test_a_frame_that_tells_another_size_than_the_header_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def decoder(*_: Any, **__: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    frames = [(syntax, encode(ramp(12, width=200, height=300), 12)) for syntax, encode in LOSSLESS]
+    for name in ("jpeg8_decode", "jpegls_decode", "jpeg2k_decode"):
+        monkeypatch.setattr(imagecodecs, name, decoder)
+    for syntax, frame in frames:
+        error = rejected(compressed(dataset(ramp()), syntax, frame))
+        assert (error.reason, "another size" in error.text) == ("damaged", True), syntax.name
+
+
+def test_a_frame_of_very_many_tiles_is_refused_before_it_is_decoded() -> None:
+    frame = bytearray(jpeg_2000(ramp()))
+    frame[24:32] = struct.pack(">II", 1, 1)
+    assert rejected(compressed(dataset(ramp()), uid.JPEG2000Lossless, bytes(frame))).reason == "unsupported"
+
+
+def test_run_lengths_that_never_end_fill_the_image_and_no_more() -> None:
+    runs = bytes([129, 0]) * 100_000
+    frame = struct.pack("<16I", 2, 64, 64 + len(runs), *[0] * 13) + runs + runs
+    made = dataset(ramp())
+    with contextlib.suppress(RejectedImage):
+        decoded(compressed(made, uid.RLELossless, frame))
+    short = struct.pack("<16I", 2, 64, 70, *[0] * 13) + bytes([129, 0, 129, 0, 129, 0]) * 2
+    assert rejected(compressed(made, uid.RLELossless, short)).reason == "damaged"
+
+
+def test_a_deflated_bomb_is_refused_before_it_is_inflated() -> None:
+    made = dataset(ramp())
+    made.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    data = written(made)
+    body = data.index(b"1.2.840.10008.1.2.1.99") + 22
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    bomb = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(64)), packer.flush()])
+    error = rejected(data[:body] + bomb, Limits(32, 1000))
+    assert (error.reason, "deflated DICOM of more than" in error.text) == ("too_large", True)
+
+
+def test_a_file_is_known_by_its_magic_whatever_stands_before_it() -> None:
+    pixels = ramp()
+    data = written(dataset(pixels))
+    assert np.array_equal(shown(b"II*\0" + bytes(124) + data[128:]), from_least_to_most(pixels))
+    assert np.array_equal(shown(data[132:]), from_least_to_most(pixels))  # no preamble, but file meta information
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_data_set_without_file_meta_information_is_refused_by_name(implicit: bool) -> None:
+    buffer = io.BytesIO()
+    made = dataset(ramp())
+    made.preamble, made.file_meta = None, FileMetaDataset()
+    made.save_as(buffer, implicit_vr=implicit, little_endian=True)
+    error = rejected(buffer.getvalue())
+    assert (error.reason, error.text) == (
+        "not_an_image",
+        "DICOM without preamble and file meta information, of unknown encoding",
+    )
+
+
+def test_a_recipe_that_knows_no_dicom_refuses_it_and_says_what_to_do() -> None:
+    before = replace(RECIPE, window="8-bit as it is, 16-bit from minimum to maximum")
+    assert before.id != RECIPE.id
+    error = rejected(dataset(ramp()), recipe=before)
+    assert error.reason == "unsupported"
+    assert before.id in error.text
+    pixels = ramp(8)
+    assert np.array_equal(decode(png(pixels), before, LIMITS).pixels, decoded(png(pixels)).pixels)
+
+
+FACTS = {
+    "StudyInstanceUID": "1.2.3",
+    "StudyDate": "20240229",
+    "Modality": "DX",
+    "ViewPosition": "PA",
+    "PatientSex": "F",
+    "PatientAge": "058Y",
+    "BodyPartExamined": "CHEST",
+    "BurnedInAnnotation": "NO",
+    "ImageLaterality": "U",
+}
+
+
+def test_the_facts_of_a_header_are_these_and_no_others() -> None:
+    facts = read_facts(written(dataset(ramp(), **FACTS)))
+    assert facts == DicomFacts(
+        patient_id="4711",
+        study_uid="1.2.3",
+        study_date=datetime.date(2024, 2, 29),
+        modality="DX",
+        view="PA",
+        sex="F",
+        age_years=58,
+        body_part="CHEST",
+        laterality="U",
+        burned_in=False,
+    )
+    assert SECRET not in repr(facts)
+
+
+def test_the_facts_of_a_deflated_file_are_found_however_large_its_image_is() -> None:
+    made = dataset(np.zeros((4000, 4000), np.uint16), **FACTS)
+    made.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    assert read_facts(written(made)).age_years == 58
+
+
+def test_what_a_header_does_not_say_is_not_known() -> None:
+    made = dataset(ramp())
+    del made.PatientID
+    facts = read_facts(written(made))
+    assert all(getattr(facts, field.name) is None for field in fields(facts))
+
+
+@pytest.mark.parametrize("charset", ["ISO_IR 100", "ISO_IR 192", "ISO 2022 IR 87"])
+def test_a_patient_id_is_read_in_its_character_set(charset: str) -> None:
+    text = "山田" if charset == "ISO 2022 IR 87" else "Müller-7"
+    made = dataset(ramp(), SpecificCharacterSet=charset if "2022" not in charset else ["", charset], PatientID=text)
+    assert read_facts(written(made)).patient_id == text
+
+
+@pytest.mark.parametrize(
+    ("text", "years"),
+    [("058Y", 58), ("000Y", 0), ("023M", 1), ("024M", 2), ("051W", 0), ("053W", 1), ("364D", 0), ("366D", 1),
+     ("120Y", 120), ("121Y", None), ("999Y", None), ("", None), ("58", None), ("Y", None), ("058y", None),
+     ("-58Y", None)],
+)  # fmt: skip
+def test_an_age_string_is_told_in_whole_years(text: str, years: int | None) -> None:
+    assert age_years(text) == years
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fact"),
+    [
+        ("StudyDate", "20240230", "study_date"),
+        ("StudyDate", SECRET[:8], "study_date"),
+        ("PatientSex", "X", "sex"),
+        ("ViewPosition", "Jane^Doe", "view"),
+        ("BodyPartExamined", "see Dr. Mill", "body_part"),
+        ("BurnedInAnnotation", "MAYBE", "burned_in"),
+        ("StudyInstanceUID", "1.2.jane", "study_uid"),
+    ],
+)
+def test_free_text_in_a_coded_element_is_not_told(name: str, value: str, fact: str) -> None:
+    data = written(dataset(ramp(), **{**FACTS, name: FACTS[name]}))
+    old = FACTS[name].encode() + b"\0" * (name == "StudyInstanceUID")
+    padded = (value + " " * (len(value) % 2)).encode()
+    at = data.index(struct.pack("<HH", *divmod(pydicom.tag.Tag(name), 1 << 16)))
+    length = int.from_bytes(data[at + 6 : at + 8], "little")
+    assert data[at + 8 :].startswith(old.rstrip(b"\0"))
+    changed = data[: at + 6] + struct.pack("<H", len(padded)) + padded + data[at + 8 + length :]
+    assert getattr(read_facts(changed), fact) is None
+
+
+def test_nothing_of_a_header_is_warned_of_or_logged() -> None:
+    made = dataset(ramp(), SpecificCharacterSet="ISO_IR 192", **FACTS)
+    data = (
+        written(made)
+        .replace(b"ISO_IR 192", b"JANE^DOE99")
+        .replace(b"20240229", b"JANE DOE")
+        .replace(b"058Y", b"JANE")
+        .replace(b"1.2.3\0", b"JANEDO")
+    )
+    script = """
+import sys, logging
+logging.basicConfig(level=logging.DEBUG)
+logging.getLogger().setLevel(logging.DEBUG)
+from cxr_retrieval.corpus.decoding import Limits, Recipe, decode
+from cxr_retrieval.corpus.dicom import read_facts
+data = sys.stdin.buffer.read()
+read_facts(data)
+decode(data, Recipe(64, "letterbox"), Limits(32, 1 << 20))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
+    assert b"JAN" not in ran.stdout + ran.stderr
+    assert SECRET.encode() not in ran.stdout + ran.stderr
+
+
+def _seeds() -> list[bytes]:
+    pixels = ramp()
+    window = {"WindowCenter": [2000, 1], "WindowWidth": [900, 2], "RescaleSlope": 1, "RescaleIntercept": 0}
+    tables = {name: look_up_table(np.arange(64), 0, 16) for name in ("ModalityLUTSequence", "VOILUTSequence")}
+    seeds = [
+        written(dataset(pixels, **window, **FACTS)),
+        written(dataset(pixels, PixelSpacing=[0.2, 0.1], PixelPaddingValue=0, **tables)),
+        written(dataset(COLOURS, 8)),
+    ]
+    implicit = dataset(pixels)
+    implicit.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    deflated = dataset(pixels)
+    deflated.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    seeds += [written(implicit), written(deflated)]
+    seeds += [compressed(dataset(pixels), syntax, encode(pixels, 12)) for syntax, encode in LOSSLESS]
+    seeds += [compressed(dataset(ramp(bits), bits), syntax, encode(ramp(bits))) for syntax, bits, encode in LOSSY]
+    seeds.append(
+        compressed(
+            dataset(COLOURS, 8, PhotometricInterpretation="YBR_FULL_422"),
+            uid.JPEGBaseline8Bit,
+            imagecodecs.jpeg8_encode(COLOURS),
+        )
+    )
+    runs = dataset(pixels)
+    runs.compress(uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+    return [*seeds, written(runs)]
+
+
+SEEDS = _seeds()
+edits = st.tuples(
+    st.sampled_from(["set", "insert", "delete", "cut"]), st.floats(0, 1, exclude_max=True), st.binary(max_size=6)
+)
+
+
+@given(seed=st.sampled_from(SEEDS), edits=st.lists(edits, min_size=1, max_size=6))
+@settings(max_examples=600, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files_are_decoded_or_rejected_and_nothing_else(
+    seed: bytes, edits: list[tuple[str, float, bytes]]
+) -> None:
+    data = seed
+    for kind, share, new in edits:
+        place = 128 + int(share * share * (len(data) - 128))  # headers are near the beginning
+        if kind == "cut":
+            data = data[: int(len(data) * (1 - share / 4))]
+        else:
+            removed = {"set": len(new), "insert": 0, "delete": len(new)}[kind]
+            data = data[:place] + (b"" if kind == "delete" else new) + data[place + removed :]
+    with contextlib.suppress(RejectedImage):
+        assert decoded(data).pixels.shape == (SIZE, SIZE)
+    with contextlib.suppress(RejectedImage):
+        assert SECRET not in repr(read_facts(data))
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_random_bytes_are_rejected(data: bytes) -> None:
+    for start in (bytes(128) + b"DICM", SEEDS[0][:340], b"\x02\x00\x00\x00UL\x04\x00"):
+        assert rejected(start + data).reason in {"not_an_image", "damaged", "unsupported", "too_small", "too_large"}
