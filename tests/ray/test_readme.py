@@ -84,7 +84,7 @@ def test_every_job_command_of_the_readme_runs_as_it_stands(
             assert "Recall@2" in capsys.readouterr().out
     assert Path("similar.html").stat().st_size > 0
     retriever = Retriever.open("workspace/indexes/chest@latest")
-    assert 0 < retriever.images == retriever.shards.rows < len(list((phantom_archive / "images").iterdir()))
+    assert 0 < retriever.images == retriever.facts["rows"] < len(list((phantom_archive / "images").iterdir()))
     capsys.readouterr()
     shutil.copy(image, "film.png")
     (script,) = blocks("python")
