@@ -125,7 +125,7 @@ BAD = {
     "gif": (b"GIF89a" + bytes(64), "not_an_image"),
     "signature only": (b"\x89PNG\r\n\x1a\n", "damaged|not_an_image"),
     "jpeg start only": (b"\xff\xd8\xff\xe0", "damaged|not_an_image"),
-    "dicom": (bytes(128) + b"DICM" + bytes(64), "not_an_image"),
+    "dicom without an image": (bytes(128) + b"DICM" + bytes(64), "damaged"),
 }
 
 
