@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cxr_retrieval import storage
+from cxr_retrieval import artifacts, storage
 from cxr_retrieval.index import cache
+from cxr_retrieval.index.files import files_of, shard_files
 from cxr_retrieval.index.versions import resolve, verify
 from cxr_retrieval.privacy import row_id
 from tests import proxy
@@ -128,11 +128,10 @@ def test_a_demo_on_object_storage_killed_after_its_model_ends_with_every_row_and
     # The ids are those of the archive's images, whatever happened on the way; each image is there once.
     (table,) = [uri for uri in stored(archive, ".csv") if "Data_Entry" in uri]
     names = [row["Image Index"] for row in csv.DictReader(storage.read_bytes(table).decode().splitlines())]
-    ids: list[int] = []
-    for uri in stored(f"{workspace}/indexes/phantoms/builds"):
-        if not re.search(r"/shards/\d{5}\.parquet$", uri):
-            continue
-        with storage.arrow_reader(uri) as file:
+    (made,) = [uri for uri in stored(f"{workspace}/indexes/phantoms/builds") if uri.endswith("/index.json")]
+    files, ids = files_of(artifacts.load(storage.parent(made), "index")), []
+    for number in range(summary["shards"]):
+        with storage.arrow_reader(files[shard_files(number)["sidecar"]].uri) as file:
             ids += pq.read_table(file, columns=["id"])["id"].to_pylist()
     assert ids == [row_id(name) for name in sorted(names)]
     to = f"{workspace}/indexes/phantoms"

@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.files import files_of, shard_files
 from cxr_retrieval.privacy import row_id
 from cxr_retrieval.runtime import refuse_unshared
 from tests.indexes import build, films, model_files, published
@@ -117,7 +118,7 @@ def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
         "Map(_PartTask)": "corpora/*/parts/*/manifest.json",
         "RayTrainWorker": "runs/*/checkpoint_*",
         "MapWorker(Map(_Embedder))": "embeddings/parts/*/manifest.json",
-        "_build_shard": "indexes/*/builds/*/shards/*",
+        "_build_shard": "indexes/*/builds/parts/*/rows.npy",
     }
     seen: dict[str, set[int]] = {title: set() for title in begun}
 
@@ -146,7 +147,8 @@ def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
     (index,) = manifests(workspace / "indexes", "index")
     assert index.counts == {"embedded": 96, "indexed": 96, "id_collisions": 0}
     assert index.manifest["recall"] == 1.0
-    sidecars = sorted(path for path in workspace.rglob("*.parquet") if re.search(r"/shards/\d{5}\.parquet$", str(path)))
+    files = files_of(index)
+    sidecars = [files[shard_files(number)["sidecar"]].uri for number in range(index.manifest["shards"])]
     ids = [row for path in sidecars for row in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     assert ids == [row_id(path.name) for path in sorted((large_archive / "images").iterdir())]
 

@@ -14,7 +14,7 @@ import pytest
 from cluster.object_store import ObjectStore
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact
-from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, IndexSettings
+from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, IndexSettings, NetworkSettings
 from cxr_retrieval.corpus.preparation import ROWS_FILE, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed, read_part
@@ -27,6 +27,7 @@ from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.training.model import Model
 from tests import proxy
 from tests.commands import done, job
+from tests.indexes import untrained_model
 from tests.proxy import FaultProxy
 
 SIZE = 64
@@ -119,10 +120,8 @@ def stored(faults: FaultProxy, what: str) -> Callable[[], bool]:
 
 @pytest.fixture
 def model(phantom_archive: Path, tmp_path: Path) -> tuple[Corpus, Artifact]:
-    from tests.ray.test_embed_index_search import untrained_model
-
     corpus = Corpus(prepare(settings(str(phantom_archive)), str(tmp_path / "local"))[0])
-    return corpus, untrained_model(str(tmp_path / "local"), corpus)
+    return corpus, untrained_model(str(tmp_path / "local"), corpus, NetworkSettings(dimensions=16))
 
 
 def test_a_server_that_is_killed_amid_prepare_loses_no_row(
