@@ -30,8 +30,10 @@ class Recipe:
     """How an image becomes prepared pixels. Two images are comparable only under one recipe.
 
     An 8-bit image keeps its grey values, colour becomes luminance, and a 16-bit image is windowed from its lowest to
-    its highest value. It is then reduced by pixel area (enlarged linearly) to `size` x `size`: `letterbox` keeps the
-    aspect and pads with black, `stretch` does not. The network sees (value / 255 - mean) / std.
+    its highest value. DICOM gets the grey values that a viewer shows: those of an 8-bit export by the same window, to
+    one grey level where pixels are square. The image is then reduced by pixel area (enlarged linearly) to `size` x
+    `size`: `letterbox` keeps the aspect and pads with black, `stretch` does not. The network sees
+    (value / 255 - mean) / std.
     """
 
     size: int

@@ -4,8 +4,9 @@ A build has files of its own (what it is, its model, its quantizer), and shards 
 other builds may share. A version names them all in one list, shards by their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, FileEntry
@@ -42,6 +43,11 @@ def shard_files(number: int) -> dict[str, str]:
             "thumbnails": "thumbnails.parquet",
         }.items()
     }
+
+
+def sidecars(names: Container[str]) -> Iterator[str]:
+    """Those of an index's file names that are sidecars, in the order of their shards."""
+    return takewhile(names.__contains__, (shard_files(number)["sidecar"] for number in count()))
 
 
 def located(uri: str, files: Sequence[FileEntry], shards: Sequence[Artifact]) -> dict[str, Located]:

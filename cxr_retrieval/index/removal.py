@@ -19,7 +19,7 @@ from cxr_retrieval.corpus.preparation import MANIFEST_FILE, QUARANTINE_FILE, ROW
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.build import QUANTIZER_KIND
-from cxr_retrieval.index.files import SHARD_PART_FILES, SHARDS
+from cxr_retrieval.index.files import sidecars
 from cxr_retrieval.index.versions import GONE_REMEDY, OBJECTS, VERSIONS, Version, list_versions, resolve
 from cxr_retrieval.tombstones import RemovedPatients, Tombstones
 from cxr_retrieval.training.model import KIND as MODEL_KIND
@@ -49,6 +49,9 @@ class Holdings:
         return sum(file.size for file in self.files)
 
 
+NOTHING = Holdings((), (), (), (), ())
+
+
 def published_holdings(to: str) -> Holdings:
     """Versions at `to` whose rows are of patients with a tombstone there, and all objects that no other version names.
 
@@ -58,7 +61,7 @@ def published_holdings(to: str) -> Holdings:
     to = storage.canonical(to)
     tombstones = Tombstones.at(to)
     if not tombstones:
-        return Holdings((), (), (), (), ())
+        return NOTHING
     holding: dict[str, bool] = {}  # by sidecar object: versions share them
     held: list[Version] = []
     kept: list[Version] = []
@@ -76,7 +79,7 @@ def published_holdings(to: str) -> Holdings:
 def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
     """Artifacts of a workspace that hold patients with a tombstone there, and pages and runs that may show them."""
     if not removed.tombstones:
-        return Holdings((), (), (), (), ())
+        return NOTHING
     workspace = storage.canonical(workspace)
     found = {folder: list(_files(storage.join(workspace, folder))) for folder in FOLDERS}
     every = [file for folder in FOLDERS for file in sorted(found[folder], key=_turn)]
@@ -116,13 +119,8 @@ def _turn(file: storage.StoredFile) -> tuple[bool, int]:
 
 
 def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -> bool:
-    for name, entry in version.files.items():
-        if (
-            not name.startswith(SHARDS)
-            or not name.endswith(".parquet")
-            or name.endswith(SHARD_PART_FILES["thumbnails"])
-        ):
-            continue
+    for name in sidecars(version.files):
+        entry = version.files[name]
         if entry.sha256 not in holding:
             uri = version.object_uri(entry)
             try:
