@@ -28,17 +28,20 @@ class Section(BaseModel):
 
 class CorpusSettings(Section):
     archive: str | None = Field(None, description="folder or s3:// prefix that holds the archive")
+    format: Literal["nih"] = Field("nih", description="layout of the archive: its folders and label tables")
     name: str = Field("chest", pattern=NAME, description="name of the prepared corpus in the workspace")
     size: int = Field(256, ge=32, le=1024, description="side of a prepared image in pixels")
     fit: Literal["letterbox", "stretch"] = Field("letterbox", description="how an image that is not square is fitted")
-    box_frame: int = Field(1024, ge=1, description="side in pixels of the frame that the archive's boxes are given in")
+    box_frame: int | None = Field(
+        None, ge=1, description="side in pixels of the frame that boxes are given in; null: as the format says"
+    )
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are quarantined before they are decoded")
     min_side: int = Field(32, ge=1, description="images with a shorter side in pixels are quarantined")
     max_quarantined: float = Field(0.02, ge=0, le=1, description="share of quarantined images that fails the job")
     views: list[str] | None = Field(None, description="keep only these views, e.g. [PA, AP]; null keeps all")
-    split: Literal["hash", "nih_lists", "all_test"] = Field(
+    split: Literal["hash", "official", "all_test"] = Field(
         "hash",
-        description="hash: patients by salted hash; nih_lists: NIH's official lists; all_test: everything is test",
+        description="hash: patients by salted hash; official: the test list of the archive; all_test: all is test",
     )
     split_seed: int = Field(0, ge=0, description="salt of the patient hash")
     validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of patients held out for choosing")

@@ -1,21 +1,19 @@
 """Reading an archive's listing and label tables: one row per image object, nothing decoded yet.
 
-NIH ChestX-ray14: `images*/**.png`, `Data_Entry_2017*.csv`, optionally `BBox_List_2017.csv` and the official lists.
 Listing and tables are streamed into a private SQLite database on disk and joined there: an archive of a hundred million
-images needs no more memory than one of a thousand, and about 250 bytes an image of the temporary folder (TMPDIR).
+images needs no more memory than one of a thousand, and about 500 bytes an image of the temporary folder (TMPDIR). How
+archives are laid out, `formats` knows.
 """
 
 import contextlib
-import csv
-import gzip
+import datetime
 import hashlib
 import json
-import math
 import re
 import sqlite3
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, astuple
 from itertools import groupby, islice
 from typing import Any
 
@@ -23,61 +21,45 @@ import pyarrow as pa
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
+from cxr_retrieval.corpus.formats import FORMATS, format_of
+from cxr_retrieval.corpus.formats.labels import Tables
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
-TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
-PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from
-COMPANIONS = (PHANTOM_PLAN, "train_val_list")  # belong to an archive, and nothing in them is needed
+PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
 REMOVED = "removed"  # what is told of an image whose patient was removed
-AGES = range(0, 121)  # NIH's table has a few impossible ages, such as 414: unknown, the image stays
-LABEL_COLUMNS = (
-    "Image Index",
-    "Finding Labels",
-    "Follow-up #",
-    "Patient ID",
-    "Patient Age",
-    "Patient Gender",
-    "View Position",
-)
-BOX_SPELLING = {"Infiltrate": "Infiltration"}  # NIH's box table spells one finding in its own way
-
 
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA cache_size = -65536;  -- 64 MiB; the rest is on disk
-CREATE TABLE listing (path TEXT PRIMARY KEY, name TEXT, size INTEGER) WITHOUT ROWID;
-CREATE TABLE labels (
-    name TEXT PRIMARY KEY, findings TEXT, follow_up TEXT, patient TEXT, age TEXT, sex TEXT, view TEXT,
-    twice INTEGER DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE boxes (name TEXT, finding TEXT, x REAL, y REAL, w REAL, h REAL);
-CREATE TABLE tested (name TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE listing (path TEXT PRIMARY KEY, image TEXT, size INTEGER) WITHOUT ROWID;
+CREATE TABLE labels (image TEXT PRIMARY KEY, patient TEXT, facts TEXT, twice INTEGER DEFAULT 0) WITHOUT ROWID;
+CREATE TABLE boxes (image TEXT, finding TEXT, x REAL, y REAL, w REAL, h REAL);
+CREATE TABLE tested (image TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE placed (key TEXT PRIMARY KEY, place INTEGER) WITHOUT ROWID;  -- a path, or the mark of a removed image
 """
 INDEXES = """
-CREATE INDEX listing_name ON listing (name);
-CREATE INDEX boxes_name ON boxes (name);
+CREATE INDEX listing_image ON listing (image);
+CREATE INDEX boxes_image ON boxes (image);
 """
 JOINED = """
-SELECT path, name, size, patient, findings, follow_up, age, sex, view, twice,
-    labels.name IS NOT NULL AS labelled,
-    (SELECT count(*) FROM listing AS other WHERE other.name = listing.name) AS namesakes,
-    EXISTS (SELECT 1 FROM tested WHERE tested.name = listing.name) AS tested, place
-FROM listing LEFT JOIN labels USING (name) LEFT JOIN placed ON key = path ORDER BY place IS NULL, place, path
+SELECT path, image, size, patient, facts, twice,
+    labels.image IS NOT NULL AS labelled,
+    (SELECT count(*) FROM listing AS other WHERE other.image = listing.image) AS namesakes,
+    EXISTS (SELECT 1 FROM tested WHERE tested.image = listing.image) AS tested, place
+FROM listing LEFT JOIN labels USING (image) LEFT JOIN placed ON key = path ORDER BY place IS NULL, place, path
 """
 THEIRS = """
-SELECT path FROM listing JOIN labels USING (name) WHERE patient IN (SELECT value FROM json_each(?))
+SELECT path FROM listing JOIN labels USING (image) WHERE patient IN (SELECT value FROM json_each(?))
 """
 TORN_PATIENTS = """
 SELECT count(*) FROM (
-    SELECT 1 FROM listing JOIN labels USING (name) LEFT JOIN tested USING (name)
-    WHERE NOT twice AND patient != '' GROUP BY patient HAVING count(tested.name) NOT IN (0, count(*))
+    SELECT 1 FROM listing JOIN labels USING (image) LEFT JOIN tested USING (image)
+    WHERE NOT twice AND patient != '' GROUP BY patient HAVING count(tested.image) NOT IN (0, count(*))
 )
 """
 
@@ -104,25 +86,22 @@ class Archive:
         self.ignored: Counter[str] = Counter()
         self._database = sqlite3.connect("")  # a file that has no name: it is gone with this process, killed or not
         self._database.row_factory = sqlite3.Row
+        self._format = format_of(settings)
         with _room(self.uri):
             self._database.executescript(TABLES)
             tables = self._list()
-            self.label_rows = self._read_labels(tables[TABLE])
-            if BOXES in tables:
-                self._read_boxes(tables[BOXES])
-            if settings.split == "nih_lists":
-                self._read_test_list(tables.get(TEST_LIST))
+            self.label_rows = self._read_labels(tables)
+            self._database.executemany(
+                "INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", map(astuple, self._format.boxes(tables))
+            )
+            if settings.split == "official":
+                self._read_tested(tables)
             self._database.executescript(INDEXES)
             self._place(before)
             self.rows = self._count("SELECT count(*) FROM listing")
             self.labels_without_image = self._count(
-                "SELECT count(*) FROM labels WHERE name NOT IN (SELECT name FROM listing)"
+                "SELECT count(*) FROM labels WHERE image NOT IN (SELECT image FROM listing)"
             )
-            if settings.split == "nih_lists" and (torn := self._count(TORN_PATIENTS)):
-                raise UserError(
-                    f"{self.uri}: patients with images both in {TEST_LIST} and outside it: {torn:,};"
-                    " mend the list or use corpus.split=hash"
-                )
         self.table_hashes = {file.path: storage.content_hash(file.uri) for file in tables.values()}
 
     def partitions(self) -> Iterator[pa.Table]:
@@ -154,20 +133,21 @@ class Archive:
     def _count(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])
 
-    def _list(self) -> dict[str, storage.StoredFile]:
+    def _list(self) -> Tables:
         """The archive's tables by their kind; its images go into the listing."""
         tables: dict[str, storage.StoredFile] = {}
+        companions = (PHANTOM_PLAN, *self._format.companions)
 
         def images() -> Iterator[tuple[str, str, int]]:
             for file in storage.list_files(self.uri):
                 name = file.path.rpartition("/")[2]
                 if name.lower().endswith(IMAGE_ENDINGS):
-                    yield file.path, name, file.size
-                elif kind := _table_kind(file.path):
+                    yield file.path, self._format.image_of(file.path), file.size
+                elif kind := self._format.table_kind(file.path):
                     if kind in tables:
                         raise UserError(f"{self.uri}: two tables of one kind, {tables[kind].path} and {name}: keep one")
                     tables[kind] = file
-                elif not name.startswith(COMPANIONS):
+                elif not name.startswith(companions):
                     self.ignored[_ending(name)] += 1
 
         try:
@@ -181,64 +161,51 @@ class Archive:
         if not self._count("SELECT EXISTS (SELECT 1 FROM listing)"):
             others = f"; {ignored_text(self.ignored)}" if self.ignored else ""
             raise UserError(f"{self.uri}: the archive is empty, no {', '.join(IMAGE_ENDINGS)} file in it{others}")
-        if TABLE not in tables:
-            raise UserError(f"{self.uri}: no label table {TABLE}*.csv in it; the archive must be in NIH's layout")
+        for kind, what in self._format.needs.items():
+            if kind not in tables:
+                raise UserError(
+                    f"{self.uri}: no {what} in it; the archive must be in {self._format.name}'s layout, or set"
+                    f" corpus.format to one of {', '.join(FORMATS)}"
+                )
         return tables
 
-    def _read_labels(self, file: storage.StoredFile) -> int:
-        """Read the label table; how many rows it has."""
+    def _read_labels(self, tables: Tables) -> int:
+        """Read the label tables; how many rows they have."""
         count = 0
 
-        def rows() -> Iterator[tuple[str, ...]]:
+        def rows() -> Iterator[tuple[str, str, str]]:
             nonlocal count
-            with _readable(file), storage.open_text(file.uri) as text:
-                reader = csv.DictReader(text)
-                missing = [name for name in LABEL_COLUMNS if name not in (reader.fieldnames or ())]
-                if missing:
-                    raise UserError(f"{file.uri}: column {missing[0]!r} is missing; the table must have NIH's columns")
-                for row in reader:
-                    count += 1
-                    yield tuple((row[name] or "").strip() for name in LABEL_COLUMNS)
+            for label in self._format.labels(tables):
+                count += 1
+                yield label.image, label.patient, json.dumps(asdict(label), default=str)
 
         self._database.executemany(
-            "INSERT INTO labels (name, findings, follow_up, patient, age, sex, view) VALUES (?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (name) DO UPDATE SET twice = 1",
+            "INSERT INTO labels (image, patient, facts) VALUES (?, ?, ?) ON CONFLICT (image) DO UPDATE SET twice = 1",
             rows(),
         )
         return count
 
-    def _read_boxes(self, file: storage.StoredFile) -> None:
-        def boxes() -> Iterator[tuple[str, str, float, float, float, float]]:
-            for number, row in enumerate(_csv_rows(file)):
-                if number == 0 or not row:
-                    continue  # NIH's header is `Bbox [x,y,w,h],,,`: the columns are known by their places
-                try:
-                    x, y, w, h = (float(value) for value in row[2:6])
-                    if not (math.isfinite(x + y + w + h) and w > 0 and h > 0):
-                        raise ValueError("a box without area")
-                except ValueError:
-                    raise UserError(
-                        f"{file.uri}: line {number + 1} is no box: four numbers x, y, w, h with w and h above 0"
-                    ) from None
-                yield row[0], BOX_SPELLING.get(row[1], row[1]), x, y, w, h
-
-        self._database.executemany("INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", boxes())
-
-    def _read_test_list(self, file: storage.StoredFile | None) -> None:
-        if file is None:
-            raise UserError(
-                f"{self.uri}: corpus.split=nih_lists needs NIH's {TEST_LIST}.txt in the archive;"
-                " or use corpus.split=hash"
-            )
-        names = ((row[0].strip(),) for row in _csv_rows(file) if row)
+    def _read_tested(self, tables: Tables) -> None:
+        """Read which images are held out for testing. Raises UserError where that tears a patient apart."""
+        for kind, what in self._format.lists.items():
+            if kind not in tables:
+                raise UserError(
+                    f"{self.uri}: corpus.split=official needs {what} in the archive; or use corpus.split=hash"
+                )
+        names = ((name,) for name in self._format.tested(tables))
         self._database.executemany("INSERT OR IGNORE INTO tested VALUES (?)", names)
+        if torn := self._count(TORN_PATIENTS):
+            raise UserError(
+                f"{self.uri}: patients with images both held out for testing and not: {torn:,};"
+                " mend the archive's lists or use corpus.split=hash"
+            )
 
     def _row(self, found: sqlite3.Row) -> dict[str, Any]:
-        settings, name = self._settings, found["name"]
+        settings = self._settings
         if found["patient"] in self._removed:
             return {"image_id": self._removed.mark(found["path"]), "excluded": REMOVED}
         row: dict[str, Any] = {
-            "image_id": name,
+            "image_id": found["image"],
             "source_uri": storage.join(self.uri, found["path"]),
             "size": found["size"],
         }
@@ -248,37 +215,31 @@ class Archive:
             return {**row, "reason": "no_label_row", "text": "the label table has no row for this image"}
         if found["twice"]:
             return {**row, "reason": "labels_twice", "text": "the label table has two rows for this image"}
-        findings = [finding for finding in found["findings"].split("|") if finding != NO_FINDING]
-        strange = [finding for finding in findings if finding not in FINDINGS]
-        if strange:
-            text = f"finding {strange[0]!r} is none of the {len(FINDINGS)}"
-            return {**row, "reason": "unknown_finding", "text": text}
-        patient = found["patient"]
-        if not patient:
+        label = json.loads(found["facts"])
+        if label["reason"]:
+            return {**row, "reason": label["reason"], "text": label["text"]}
+        if not label["patient"]:
             return {**row, "reason": "no_patient", "text": "the label row names no patient"}
-        age = _number(found["age"])
-        view = found["view"] or None
-        boxes = self._database.execute("SELECT finding, x, y, w, h FROM boxes WHERE name = ? ORDER BY rowid", (name,))
+        boxes = self._database.execute(
+            "SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (found["image"],)
+        )
+        date, view = label["study_date"], label["view"]
         return {
             **row,
             "excluded": "view" if settings.views is not None and view not in settings.views else None,
-            "patient_id": patient,
-            "study_id": f"{patient}_{found['follow_up']}",
-            "follow_up": _number(found["follow_up"]),
-            "age_years": age if age in AGES else None,
-            "sex": found["sex"] or None,
-            "view": view,
-            "findings": [finding for finding in FINDINGS if finding in findings],
-            "unknown": [],
+            "patient_id": label["patient"],
+            "study_id": label["study"],
+            "study_date": datetime.date.fromisoformat(date) if date else None,
+            **{name: label[name] for name in ("follow_up", "age_years", "sex", "view", "findings", "unknown", "other")},
             "boxes": [dict(box) for box in boxes],
-            "split": self._split(patient, bool(found["tested"])),
+            "split": self._split(label["patient"], bool(found["tested"])),
         }
 
     def _split(self, patient: str, tested: bool) -> str:
         settings = self._settings
         if settings.split == "all_test":
             return TEST
-        if settings.split == "nih_lists":
+        if settings.split == "official":
             return listed_split(tested, patient, settings.split_seed, settings.validation_share)
         return hash_split(patient, settings.split_seed, settings.validation_share, settings.test_share)
 
@@ -289,15 +250,6 @@ def rows_digest(rows: pa.Table) -> str:
     for batch in rows.combine_chunks().to_batches(max_chunksize=4096):
         digest.update(repr(batch.to_pylist()).encode())
     return digest.hexdigest()[:20]
-
-
-def _table_kind(path: str) -> str | None:
-    """Which of the archive's tables a file is, if it is one; they lie at its root."""
-    if "/" in path:
-        return None
-    if path.startswith(TABLE):
-        return TABLE if path.endswith((".csv", ".csv.gz")) else None
-    return next((kind for kind in (BOXES, TEST_LIST) if path.startswith(kind)), None)
 
 
 def _ending(name: str) -> str:
@@ -312,19 +264,6 @@ def ignored_text(ignored: Mapping[str, int]) -> str:
     return f"files of other kinds that were left alone: {sum(ignored.values()):,} ({counted})"
 
 
-def _csv_rows(file: storage.StoredFile) -> Iterator[list[str]]:
-    with _readable(file), storage.open_text(file.uri) as text:
-        yield from csv.reader(text)
-
-
-@contextlib.contextmanager
-def _readable(file: storage.StoredFile) -> Iterator[None]:
-    try:
-        yield
-    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file.uri} cannot be read as a table: {error}; copy it again") from None
-
-
 @contextlib.contextmanager
 def _room(uri: str) -> Iterator[None]:
     try:
@@ -336,8 +275,3 @@ def _room(uri: str) -> Iterator[None]:
             f"{uri}: listing and label tables do not fit into the temporary folder: {error};"
             " set TMPDIR to a folder with room"
         ) from None
-
-
-def _number(text: str) -> int | None:
-    digits = text.removesuffix("Y")  # the table's first edition writes 058Y
-    return int(digits) if digits.isdecimal() and len(digits) < 10 else None

@@ -24,6 +24,7 @@ from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, rows_digest
 from cxr_retrieval.corpus.decoding import Limits, Recipe, RejectedImage, decode
 from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS, LABELS, QUARANTINE, corpus_schema
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
@@ -41,7 +42,7 @@ KEYED = PrivacySettings()  # removed patients are told by a key, unless an archi
 LATEST = "latest"  # beside the corpora of a name
 READS_AHEAD = 8  # files fetched while one is decoded: hides the latency of object storage
 # Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
-SHAPING = ("size", "fit", "box_frame", "max_pixels", "min_side", "row_group_images")
+SHAPING = ("size", "fit", "max_pixels", "min_side", "row_group_images")
 
 PARTS_ADD_UP = Equation("archive", ("prepared", "quarantined", "excluded"))
 CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "duplicates"))
@@ -49,6 +50,11 @@ CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "du
 
 def recipe_of(settings: CorpusSettings) -> Recipe:
     return Recipe(size=settings.size, fit=settings.fit)
+
+
+def box_frame(settings: CorpusSettings) -> int | None:
+    """Side in pixels of the frame that the archive's boxes are given in; None: each image's own."""
+    return settings.box_frame or format_of(settings).frame
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ def plan_corpus(settings: CorpusSettings, workspace: str, privacy: PrivacySettin
     """
     folder = storage.join(workspace, "corpora", settings.name)
     archive = Archive(settings, RemovedPatients.of(workspace, privacy), _partitions_before(folder, settings))
-    shaping = {name: getattr(settings, name) for name in SHAPING} | {"recipe": recipe_of(settings).id}
+    shaping = {name: getattr(settings, name) for name in SHAPING}
+    shaping |= {"recipe": recipe_of(settings).id, "box_frame": box_frame(settings)}
     parts = [
         Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),))
         for rows in archive.partitions()
@@ -207,7 +214,7 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
                 continue
             if isinstance(data, Exception):
                 raise RejectedImage("unreadable", str(data))
-            prepared.append(_prepared_row(row, data or b"", recipe, limits, settings.box_frame))
+            prepared.append(_prepared_row(row, data or b"", recipe, limits, box_frame(settings)))
         except RejectedImage as rejected:
             bad.append({**row, "reason": rejected.reason, "text": rejected.text})
     with part.staged(ROWS_FILE) as (local, rows_entry):
@@ -258,17 +265,15 @@ def _fetched(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes
             yield from zip(batch, pool.map(fetch, batch), strict=True)
 
 
-def _prepared_row(row: dict[str, Any], data: bytes, recipe: Recipe, limits: Limits, frame: int) -> dict[str, Any]:
+def _prepared_row(
+    row: dict[str, Any], data: bytes, recipe: Recipe, limits: Limits, frame: int | None
+) -> dict[str, Any]:
     image = decode(data, recipe, limits)
     pixels = image.pixels.tobytes()
+    scale_x, scale_y = (image.width / frame, image.height / frame) if frame else (1.0, 1.0)
     boxes = []
     for box in row["boxes"]:
-        in_source = (
-            box["x"] * image.width / frame,
-            box["y"] * image.height / frame,
-            box["w"] * image.width / frame,
-            box["h"] * image.height / frame,
-        )
+        in_source = box["x"] * scale_x, box["y"] * scale_y, box["w"] * scale_x, box["h"] * scale_y
         x, y, w, h = recipe.to_prepared(in_source, image.width, image.height, image.aspect)
         boxes.append({"finding": box["finding"], "x": x, "y": y, "w": w, "h": h})
     return {

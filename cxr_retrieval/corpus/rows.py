@@ -20,6 +20,7 @@ LABELS = [
     ("view", pa.string()),
     ("findings", pa.list_(pa.string())),
     ("unknown", pa.list_(pa.string())),
+    ("other", pa.list_(pa.string())),  # findings in the archive's own words, which are none of the 14
     ("report_text", pa.string()),
 ]
 

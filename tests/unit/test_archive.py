@@ -277,20 +277,20 @@ def test_nihs_lists_decide_the_split(folder: Folder) -> None:
     names = [f"{n:03d}.png" for n in range(60)]
     folder.images(*names).table(*(line(name, patient=str(n // 2)) for n, name in enumerate(names)))
     (folder.path / "test_list.txt").write_text("\n".join(names[40:]) + "\n")
-    rows = folder.rows(split="nih_lists", validation_share=0.3)
+    rows = folder.rows(split="official", validation_share=0.3)
     assert all((rows[name]["split"] == "test") == (n >= 40) for n, name in enumerate(names))
     assert {rows[name]["split"] for name in names[:40]} == {"train", "validation"}
 
 
 def test_nihs_lists_are_needed_where_they_are_asked_for(folder: Folder) -> None:
     folder.images("a.png").table(line("a.png"))
-    assert "corpus.split=nih_lists needs NIH's test_list.txt" in folder.refused(split="nih_lists")
+    assert "corpus.split=official needs NIH's test_list.txt" in folder.refused(split="official")
 
 
 def test_a_list_that_tears_a_patient_apart_is_refused_before_any_work(folder: Folder) -> None:
     folder.images("a.png", "b.png", "c.png").table(line("a.png"), line("b.png"), line("c.png", patient="2"))
     (folder.path / "test_list.txt").write_text("a.png\nc.png\n")
-    assert "both in test_list and outside it: 1;" in folder.refused(split="nih_lists")
+    assert "both held out for testing and not: 1;" in folder.refused(split="official")
 
 
 def test_everything_can_be_test(folder: Folder) -> None:

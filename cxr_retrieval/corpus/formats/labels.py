@@ -1,0 +1,127 @@
+"""What the label tables of an archive tell of its images, and how such tables are read."""
+
+import contextlib
+import csv
+import datetime
+import gzip
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cxr_retrieval import storage
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.storage import StoredFile
+
+AGES = range(0, 121)  # tables have a few impossible ages, such as 414: unknown, the image stays
+
+
+@dataclass(frozen=True)
+class Label:
+    """What an archive tells of one image, in the words of this project.
+
+    `image` is what the tables call the image, see `Format.image_of`. `findings` and `unknown` (uncertain, or never
+    labelled by this archive) are of FINDINGS; all others are absent. `other` are findings in the archive's own words
+    that are none of FINDINGS. Where `reason` is set, the image cannot be used, and `text` says why.
+    """
+
+    image: str
+    patient: str = ""
+    study: str = ""
+    findings: Sequence[str] = ()
+    unknown: Sequence[str] = ()
+    other: Sequence[str] = ()
+    study_date: datetime.date | None = None
+    follow_up: int | None = None
+    age_years: int | None = None
+    sex: str | None = None
+    view: str | None = None
+    reason: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Box:
+    """A finding's box on an image, in pixels of the frame that `Format.frame` tells."""
+
+    image: str
+    finding: str
+    x: float
+    y: float
+    w: float
+    h: float
+
+
+Tables = Mapping[str, StoredFile]
+
+
+class Format(Protocol):
+    """The layout of an archive: which files are its tables, and what they tell.
+
+    `needs` are the kinds of tables without which it cannot be read, each by the name that a person knows, and `lists`
+    those that say in addition what is held out for testing. `companions` are beginnings of names of files that belong
+    to an archive and are not needed. `frame` is the side in pixels of the frame that boxes are given in; None: the
+    image's own.
+    """
+
+    name: str
+    needs: Mapping[str, str]
+    lists: Mapping[str, str]
+    companions: Sequence[str]
+    frame: int | None
+
+    def __init__(self, settings: CorpusSettings) -> None: ...
+
+    def table_kind(self, path: str) -> str | None:
+        """Which of the archive's tables a file is, if it is one."""
+
+    def image_of(self, path: str) -> str:
+        """What the tables call the image that lies at a path of the archive."""
+
+    def labels(self, tables: Tables) -> Iterator[Label]:
+        """Every row of the label tables. Raises UserError for a table that cannot be read."""
+
+    def boxes(self, tables: Tables) -> Iterator[Box]:
+        """Every box. Raises UserError."""
+
+    def tested(self, tables: Tables) -> Iterator[str]:
+        """The images that the archive itself holds out for testing. Raises UserError."""
+
+
+def records(file: StoredFile, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The named columns of a table with a header, row by row, without blanks around them; missing cells are empty.
+
+    Raises UserError for a table that lacks one of the columns or cannot be read.
+    """
+    with readable(file), storage.open_text(file.uri) as text:
+        reader = csv.DictReader(text)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise UserError(f"{file.uri}: column {missing[0]!r} is missing; the table must have the archive's columns")
+        for row in reader:
+            yield tuple((row[name] or "").strip() for name in columns)
+
+
+def lines(file: StoredFile) -> Iterator[list[str]]:
+    """The rows of a table whose columns are known by their places."""
+    with readable(file), storage.open_text(file.uri) as text:
+        yield from csv.reader(text)
+
+
+@contextlib.contextmanager
+def readable(file: StoredFile) -> Iterator[None]:
+    try:
+        yield
+    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{file.uri} cannot be read as a table: {error}; copy it again") from None
+
+
+def whole_number(text: str) -> int | None:
+    """A number of under 10 digits, or None where a cell holds no such."""
+    return int(text) if text.isdecimal() and len(text) < 10 else None
+
+
+def age(years: int | None) -> int | None:
+    """An age in years that a person can have, or None."""
+    return years if years in AGES else None

@@ -1,0 +1,77 @@
+"""NIH ChestX-ray14: images by name, `Data_Entry_2017*.csv`, optionally `BBox_List_2017.csv` and the official lists."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
+from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, lines, records, whole_number
+from cxr_retrieval.errors import UserError
+
+TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
+COLUMNS = (
+    "Image Index",
+    "Finding Labels",
+    "Follow-up #",
+    "Patient ID",
+    "Patient Age",
+    "Patient Gender",
+    "View Position",
+)
+BOX_SPELLING = {"Infiltrate": "Infiltration"}  # NIH's box table spells one finding in its own way
+
+
+class Nih:
+    name = "NIH"
+    needs: Mapping[str, str] = {TABLE: f"label table {TABLE}*.csv"}
+    lists: Mapping[str, str] = {TEST_LIST: f"NIH's {TEST_LIST}.txt"}
+    companions: Sequence[str] = ("train_val_list",)
+    frame: int | None = 1024
+
+    def __init__(self, _: CorpusSettings) -> None: ...
+
+    def table_kind(self, path: str) -> str | None:
+        if "/" in path:
+            return None
+        if path.startswith(TABLE):
+            return TABLE if path.endswith((".csv", ".csv.gz")) else None
+        return next((kind for kind in (BOXES, TEST_LIST) if path.startswith(kind)), None)
+
+    def image_of(self, path: str) -> str:
+        return path.rpartition("/")[2]
+
+    def labels(self, tables: Tables) -> Iterator[Label]:
+        for image, found, follow_up, patient, years, sex, view in records(tables[TABLE], COLUMNS):
+            findings = [finding for finding in found.split("|") if finding != NO_FINDING]
+            strange = next((finding for finding in findings if finding not in FINDINGS), None)
+            yield Label(
+                image,
+                patient,
+                study=f"{patient}_{follow_up}",
+                findings=[finding for finding in FINDINGS if finding in findings],
+                follow_up=whole_number(follow_up),
+                age_years=age(whole_number(years.removesuffix("Y"))),  # the table's first edition writes 058Y
+                sex=sex or None,
+                view=view or None,
+                reason=None if strange is None else "unknown_finding",
+                text=None if strange is None else f"finding {strange!r} is none of the {len(FINDINGS)}",
+            )
+
+    def boxes(self, tables: Tables) -> Iterator[Box]:
+        if BOXES not in tables:
+            return
+        for number, row in enumerate(lines(tables[BOXES]), start=1):
+            if number == 1 or not row:
+                continue  # NIH's header is `Bbox [x,y,w,h],,,`: the columns are known by their places
+            try:
+                x, y, w, h = (float(value) for value in row[2:6])
+                if not (math.isfinite(x + y + w + h) and w > 0 and h > 0):
+                    raise ValueError("a box without area")
+            except ValueError:
+                raise UserError(
+                    f"{tables[BOXES].uri}: line {number} is no box: four numbers x, y, w, h with w and h above 0"
+                ) from None
+            yield Box(row[0], BOX_SPELLING.get(row[1], row[1]), x, y, w, h)
+
+    def tested(self, tables: Tables) -> Iterator[str]:
+        return (row[0].strip() for row in lines(tables[TEST_LIST]) if row)
