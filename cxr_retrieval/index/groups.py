@@ -5,6 +5,7 @@ is known of a row. Who searches asks every group and joins the answers, which do
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -38,7 +39,9 @@ class ShardGroup:
         opened = open_files(version, [INDEX_FILE, *names])
         self.shards = Shards(read_facts(opened.path), opened.path, numbers)
         self._thumbnails = [opened.path(shard_files(number)["thumbnails"]) for number in numbers]
-        self._sidecars = [self.shards.sidecar(number) for number in numbers]
+        # In one piece: taking a few rows of many pieces would copy them all.
+        self._sidecars = [self.shards.sidecar(number).combine_chunks() for number in numbers]
+        self._pixels = [_Hashes.of(table["pixel_sha256"]) for table in self._sidecars]
         self._removed: Tombstones | None = None
         self.honour(Tombstones.at(version.to))
 
@@ -81,23 +84,27 @@ class ShardGroup:
         """The image with this id."""
         wanted = row_id(image_id)
         for number, shard, there in zip(self.shards.numbers, self.shards.shards, self._there, strict=True):
-            for row in np.flatnonzero((shard.ids_N == wanted) & there).tolist():
-                facts = self._facts(number, row)
+            for facts in self._facts(number, np.flatnonzero((shard.ids_N == wanted) & there)):
                 if facts["image_id"] == image_id:
                     return facts
         return None
 
     def find_pixels(self, pixel_sha256: bytes) -> Facts | None:
         """The image whose prepared pixels have this hash."""
-        for number, table, there in zip(self.shards.numbers, self._sidecars, self._there, strict=True):
-            row = table["pixel_sha256"].index(pixel_sha256).as_py()
-            if row >= 0 and there[row]:
-                return self._facts(number, row)
+        for number, hashes, there in zip(self.shards.numbers, self._pixels, self._there, strict=True):
+            rows = hashes.rows(pixel_sha256)
+            for facts in self._facts(number, rows[there[rows]]):
+                if facts["pixel_sha256"] == pixel_sha256:
+                    return facts
         return None
 
     def facts(self, places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Facts]:
         """What is known of the rows (shard, row) among these that are the group's own."""
-        return {place: self._facts(*place) for place in places if place[0] in self.shards.numbers}
+        rows: dict[int, list[int]] = {}
+        for shard, row in places:
+            if shard in self.shards.numbers:
+                rows.setdefault(shard, []).append(row)
+        return {(shard, facts["row"]): facts for shard in rows for facts in self._facts(shard, rows[shard])}
 
     def vector(self, shard: int, row: int) -> np.ndarray:
         """The stored vector of one row, float32 [D]."""
@@ -119,10 +126,36 @@ class ShardGroup:
             if shard in self.shards.numbers
         ]
 
-    def _facts(self, number: int, row: int) -> Facts:
+    def _facts(self, number: int, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        if len(rows) == 0:
+            return []
         table = self._sidecars[number - self.shards.numbers.start]
-        facts: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
-        return facts | {"shard": number, "row": row}
+        found: list[dict[str, Any]] = table.take(pa.array(rows, pa.int64())).to_pylist()
+        return [facts | {"shard": number, "row": int(row)} for facts, row in zip(found, rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Hashes:
+    """The first 8 bytes of the hash of every row, sorted, and the rows in that order: 12 bytes a row."""
+
+    sorted_N: np.ndarray
+    rows_N: np.ndarray
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "_Hashes":
+        beginnings = np.fromiter((_beginning(value) for value in column.to_pylist()), np.uint64, len(column))
+        order = np.argsort(beginnings, kind="stable")
+        return cls(beginnings[order], order.astype(np.int32))
+
+    def rows(self, value: bytes) -> np.ndarray:
+        """Rows whose hash begins like this one, ascending."""
+        wanted = np.uint64(_beginning(value))
+        first, last = np.searchsorted(self.sorted_N, wanted), np.searchsorted(self.sorted_N, wanted, side="right")
+        return self.rows_N[first:last]
+
+
+def _beginning(value: bytes) -> int:
+    return int.from_bytes(value[:8], "big")
 
 
 class ShardsAway(UserError):

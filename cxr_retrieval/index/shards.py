@@ -49,14 +49,6 @@ class Shard:
     ids_N: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Coded:
-    """Rows of one shard and the squared distances of their codes to a query, ascending."""
-
-    rows: np.ndarray
-    distances: np.ndarray
-
-
 class Candidates(NamedTuple):
     """Rows that may be among the nearest of one query: their shards, rows there and stable ids, the squared distances
     of their codes, and the distances of what is stored of them; an array each."""
@@ -149,23 +141,28 @@ class Shards:
     ) -> list[Candidates]:
         """Of every query the rows that are among the first `wanted` of these shards by their codes, compared by what is
         stored of them: those of several groups of shards, joined, hold what one group of them all would find."""
-        found: list[list[_Coded]] = [[] for _ in query_QD]
+        found = []
         for place, shard in enumerate(self.shards):
             selector = _selector(allowed[place]) if allowed else None
-            for query, rows in enumerate(_candidates(shard.index, query_QD, wanted, nearest, selector)):
-                found[query].append(rows)
-        return [self._compared(query_D, coded, wanted) for query_D, coded in zip(query_QD, found, strict=True)]
+            found.append(_coded(shard.index, query_QD, wanted, nearest, selector))
+        codes_QM = np.concatenate([codes_QW for codes_QW, _ in found], axis=1)
+        rows_QM = np.concatenate([rows_QW for _, rows_QW in found], axis=1)
+        places_M = np.repeat(np.arange(len(found)), [rows_QW.shape[1] for _, rows_QW in found])
+        return [self._compared(*each, places_M, wanted) for each in zip(query_QD, codes_QM, rows_QM, strict=True)]
 
-    def _compared(self, query_D: np.ndarray, found: list[_Coded], wanted: int) -> Candidates:
-        limit = _limit(np.concatenate([coded.distances for coded in found]), wanted)
-        parts = []
-        for number, shard, coded in zip(self.numbers, self.shards, found, strict=True):
-            near = coded.distances <= limit
-            rows = coded.rows[near]
-            distances = exact_distances(query_D, shard.rows_ND[rows])
-            shards = np.full(len(rows), number)
-            parts.append(Candidates(shards, rows, shard.ids_N[rows], coded.distances[near], distances))
-        return Candidates.joined(parts)
+    def _compared(
+        self, query_D: np.ndarray, codes_M: np.ndarray, rows_M: np.ndarray, places_M: np.ndarray, wanted: int
+    ) -> Candidates:
+        near = np.flatnonzero((codes_M <= _limit(codes_M, wanted)) & (rows_M >= 0))
+        rows, places = rows_M[near], places_M[near]
+        stored = np.empty((len(near), len(query_D)), np.float16)
+        ids = np.empty(len(near), np.int64)
+        edges = np.searchsorted(places, np.arange(len(self.shards) + 1))
+        for shard, first, last in zip(self.shards, edges, edges[1:], strict=False):
+            if first < last:
+                stored[first:last] = shard.rows_ND[rows[first:last]]
+                ids[first:last] = shard.ids_N[rows[first:last]]
+        return Candidates(self.numbers.start + places, rows, ids, codes_M[near], exact_distances(query_D, stored))
 
     def exact(self, query_QD: np.ndarray, k: int) -> list[list[Found]]:
         """What `search` approximates: every stored row compared, block by block."""
@@ -233,29 +230,26 @@ def _limit(codes: np.ndarray, wanted: int) -> float:
     return float(np.partition(codes, wanted - 1)[wanted - 1] + 2 * NEAR) if len(codes) > wanted else np.inf
 
 
-def _candidates(index: Any, query_QD: np.ndarray, k: int, nearest: NearestLists | None, selector: Any) -> list[_Coded]:
-    """The k candidates of every query in one shard, and with them all that are too near to tell apart.
+def _coded(
+    index: Any, query_QD: np.ndarray, k: int, nearest: NearestLists | None, selector: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances of codes and rows [Q, W] of the k candidates of every query in one shard, ascending, and with
+    them all that are too near to tell apart. Where rows run out, FAISS gives -1 and the largest float.
 
     `nearest` are the lists to search, for an index that has any.
     """
     wanted = min(k + SLACK, index.ntotal)
-    found = [_Coded(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(query_QD)
-    open_Q = np.arange(len(query_QD))
-    while len(open_Q) and wanted:
+    while True:
         if nearest is None:
-            distances, rows = index.search(query_QD[open_Q], wanted, params=faiss.SearchParameters(sel=selector))
+            codes, rows = index.search(query_QD, wanted, params=faiss.SearchParameters(sel=selector))
         else:
-            lists = nearest[0][open_Q], nearest[1][open_Q]
-            distances, rows = search_lists(index, query_QD[open_Q], wanted, lists, selector)
-        for query, far, places in zip(open_Q, distances, rows, strict=True):
-            found[query] = _Coded(places[places >= 0], far[places >= 0])
-        last = min(k, wanted) - 1
-        # Where rows run out, FAISS gives -1 and the largest float: nothing is left to ask for.
-        unclear = (rows[:, -1] >= 0) & (distances[:, -1] <= distances[:, last] + 2 * NEAR)
+            codes, rows = search_lists(index, query_QD, wanted, nearest, selector)
         if wanted == index.ntotal:
-            break
-        open_Q, wanted = open_Q[unclear], min(4 * wanted, index.ntotal)
-    return found
+            return codes, rows
+        unclear = (rows[:, -1] >= 0) & (codes[:, -1] <= codes[:, min(k, wanted) - 1] + 2 * NEAR)
+        if not unclear.any():
+            return codes, rows
+        wanted = min(4 * wanted, index.ntotal)
 
 
 def exact_distances(query_D: np.ndarray, rows_ND: np.ndarray) -> np.ndarray:

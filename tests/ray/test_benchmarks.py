@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import archive, claim, losses
+from benchmarks import archive, claim, index_peers, losses
 from benchmarks.contest import CURVE_POINTS, EVALUATED
 from cxr_retrieval.config import LossSettings
 
@@ -31,6 +31,7 @@ SMALL = {
         "LATENCY_MS": 0.01,
         "ROUNDS": 1,
     },
+    "search": {"ROUNDS": 1},
     "open_version": {
         "SHARDS": 2,
         "SIZES": {"faiss": 1000, "rows": 1000, "sidecar": 1000, "thumbnails": 100_000},
@@ -47,6 +48,9 @@ def test_a_benchmark_writes_its_claim_with_what_it_was_measured_against(
     module = importlib.import_module(f"benchmarks.{name}")
     for constant, value in SMALL[name].items():
         monkeypatch.setattr(module, constant, value)
+    if name == "search":
+        for constant, value in SMALL["index_peers"].items():
+            monkeypatch.setattr(index_peers, constant, value)
     if name == "object_storage":  # the server of this session, which its Ray's workers know
         request.getfixturevalue("faults")
         monkeypatch.setattr(module, "running", lambda _: contextlib.nullcontext(SimpleNamespace(variables={})))
