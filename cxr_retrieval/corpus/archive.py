@@ -60,6 +60,7 @@ SELECT path FROM listing JOIN labels USING (image) WHERE patient IN (SELECT valu
 BARE_NAMES = """
 UPDATE listing SET image = file_name(path)
 WHERE image NOT IN (SELECT image FROM labels) AND file_name(path) IN (SELECT image FROM labels)
+    AND file_name(path) NOT IN (SELECT path FROM listing)
 """  # tables may call an image by its file's name alone, wherever it lies
 TORN_PATIENTS = """
 SELECT count(*) FROM (
