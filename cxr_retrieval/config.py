@@ -26,9 +26,37 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
+class ColumnSettings(Section):
+    """The columns of a plain table (`corpus.format=csv`), each by the name in its header."""
+
+    image: str | None = Field(None, description="column of the image's path below the archive, or its file's name")
+    patient: str | None = Field(None, description="column of the patient")
+    findings: str | None = Field(None, description="column of all findings of the image; a blank cell tells nothing")
+    unknown: str | None = Field(None, description="column of the findings that are uncertain")
+    study: str | None = Field(None, description="column of the study")
+    date: str | None = Field(None, description="column of the study's date, as 2014-09-15 or 20140915")
+    age: str | None = Field(None, description="column of the age in years")
+    sex: str | None = Field(None, description="column of the sex")
+    view: str | None = Field(None, description="column of the view, e.g. PA")
+    follow_up: str | None = Field(None, description="column of the number of the follow-up")
+
+
 class CorpusSettings(Section):
     archive: str | None = Field(None, description="folder or s3:// prefix that holds the archive")
-    format: Literal["nih"] = Field("nih", description="layout of the archive: its folders and label tables")
+    format: Literal["nih", "chexpert", "mimic", "padchest", "csv"] = Field(
+        "nih",
+        description="layout of the archive: its folders and label tables; csv: a table that corpus.columns tells of",
+    )
+    columns: ColumnSettings = ColumnSettings()
+    separator: str = Field("|", min_length=1, description="what stands between findings of one cell (format = csv)")
+    uncertain: Literal["unknown", "present", "absent"] = Field(
+        "unknown", description="what an uncertain finding is taken for (format = chexpert, mimic)"
+    )
+    unmentioned: Literal["unknown", "absent"] = Field(
+        "unknown",
+        description="what a finding is taken for that a row neither mentions nor rules out by No Finding"
+        " (format = chexpert, mimic, csv)",
+    )
     name: str = Field("chest", pattern=NAME, description="name of the prepared corpus in the workspace")
     size: int = Field(256, ge=32, le=1024, description="side of a prepared image in pixels")
     fit: Literal["letterbox", "stretch"] = Field("letterbox", description="how an image that is not square is fitted")
@@ -41,13 +69,23 @@ class CorpusSettings(Section):
     views: list[str] | None = Field(None, description="keep only these views, e.g. [PA, AP]; null keeps all")
     split: Literal["hash", "official", "all_test"] = Field(
         "hash",
-        description="hash: patients by salted hash; official: the test list of the archive; all_test: all is test",
+        description="hash: patients by salted hash; official: as the archive itself says; all_test: all is test",
     )
     split_seed: int = Field(0, ge=0, description="salt of the patient hash")
     validation_share: float = Field(0.1, gt=0, lt=0.5, description="share of patients held out for choosing")
     test_share: float = Field(0.2, gt=0, lt=0.8, description="share of patients held out for testing (split = hash)")
     partition_images: int = Field(1024, ge=8, le=65536, description="images of one partition, and so of one shard")
     row_group_images: int = Field(128, ge=8, le=256, description="images of one Parquet row group")
+
+    @model_validator(mode="after")
+    def _columns_fit_the_format(self) -> "CorpusSettings":
+        if self.format == "csv":
+            for name in ("image", "patient"):
+                if not getattr(self.columns, name):
+                    raise ValueError(f"corpus.format=csv needs corpus.columns.{name}: the name of that column")
+        elif self.columns != ColumnSettings():
+            raise ValueError(f"corpus.columns needs corpus.format=csv: {self.format} knows the columns of its tables")
+        return self
 
 
 class PhantomSettings(Section):
@@ -302,7 +340,7 @@ def load_settings(
         key, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"cannot read {word!r} from {COMMAND_LINE}: write section.key=value")
-        values[key.strip()] = (_parse(text, word), COMMAND_LINE)
+        values.update({name: (value, COMMAND_LINE) for name, value in flat({key.strip(): _parse(text, word)})})
     return validate(values)
 
 
@@ -333,11 +371,15 @@ def validate(values: Mapping[str, tuple[Any, str]]) -> Settings:
 
 def settings_fields() -> Iterator[tuple[str, Any]]:
     """Every dotted key with its pydantic field, in the order of the schema."""
-    for name, field in Settings.model_fields.items():
+    return _fields(Settings, "")
+
+
+def _fields(section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from ((f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items())
+            yield from _fields(field.annotation, f"{prefix}{name}.")
         else:
-            yield name, field
+            yield f"{prefix}{name}", field
 
 
 def with_values(settings: Settings, values: Mapping[str, Any], origin: str) -> Settings:
@@ -411,12 +453,12 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
-        elif not (isinstance(value, Mapping) or (value is None and not prefix and key in _sections())):
+        elif not (isinstance(value, Mapping) or (value is None and f"{prefix}{key}" in _sections())):
             yield f"{prefix}{key}", value
 
 
 def _sections() -> set[str]:
-    return {key.split(".")[0] for key, _ in settings_fields() if "." in key}
+    return {key.rpartition(".")[0] for key, _ in settings_fields()}
 
 
 def _parse(text: str, word: str) -> Any:

@@ -9,13 +9,17 @@ quarantined with its reason. Run again, it does only what is missing.
 
 import argparse
 import math
+from collections.abc import Mapping
 
 from cxr_retrieval import command, console
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.archive import Archive, ignored_text
+from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.runtime import start_ray
+
+SHOWN = 10  # of findings in the archive's own words; the manifest has all
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
@@ -35,7 +39,17 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     )
     for reason, count in sorted(corpus.manifest["quarantine_reasons"].items()):
         console.say(f"quarantined {count:,}: {reason}")
+    say_other_findings(corpus.manifest["other_findings"])
     say_what_was_left_alone(corpus)
+
+
+def say_other_findings(counts: Mapping[str, int]) -> None:
+    """One line about findings in the archive's own words, if there are any: the most frequent, and how many more."""
+    if counts:
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        told = ", ".join(f"{name} {count:,}" for name, count in ordered[:SHOWN])
+        more = f", and {len(ordered) - SHOWN} more in the corpus's manifest" if len(ordered) > SHOWN else ""
+        console.say(f"images with findings that are none of the {len(FINDINGS)}: {told}{more}")
 
 
 def say_what_was_left_alone(corpus: Artifact) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.formats import FORMATS, format_of
+from cxr_retrieval.corpus.formats import format_of, formats_with
 from cxr_retrieval.corpus.formats.labels import Tables
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
@@ -39,7 +39,7 @@ PRAGMA cache_size = -65536;  -- 64 MiB; the rest is on disk
 CREATE TABLE listing (path TEXT PRIMARY KEY, image TEXT, size INTEGER) WITHOUT ROWID;
 CREATE TABLE labels (image TEXT PRIMARY KEY, patient TEXT, facts TEXT, twice INTEGER DEFAULT 0) WITHOUT ROWID;
 CREATE TABLE boxes (image TEXT, finding TEXT, x REAL, y REAL, w REAL, h REAL);
-CREATE TABLE tested (image TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE listed (image TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID;
 CREATE TABLE placed (key TEXT PRIMARY KEY, place INTEGER) WITHOUT ROWID;  -- a path, or the mark of a removed image
 """
 INDEXES = """
@@ -50,16 +50,22 @@ JOINED = """
 SELECT path, image, size, patient, facts, twice,
     labels.image IS NOT NULL AS labelled,
     (SELECT count(*) FROM listing AS other WHERE other.image = listing.image) AS namesakes,
-    EXISTS (SELECT 1 FROM tested WHERE tested.image = listing.image) AS tested, place
-FROM listing LEFT JOIN labels USING (image) LEFT JOIN placed ON key = path ORDER BY place IS NULL, place, path
+    listed.split AS listed, place
+FROM listing LEFT JOIN labels USING (image) LEFT JOIN listed USING (image) LEFT JOIN placed ON key = path
+ORDER BY place IS NULL, place, path
 """
 THEIRS = """
 SELECT path FROM listing JOIN labels USING (image) WHERE patient IN (SELECT value FROM json_each(?))
 """
+BARE_NAMES = """
+UPDATE listing SET image = file_name(path)
+WHERE image NOT IN (SELECT image FROM labels) AND file_name(path) IN (SELECT image FROM labels)
+    AND file_name(path) NOT IN (SELECT path FROM listing)
+"""  # tables may call an image by its file's name alone, wherever it lies
 TORN_PATIENTS = """
 SELECT count(*) FROM (
-    SELECT 1 FROM listing JOIN labels USING (image) LEFT JOIN tested USING (image)
-    WHERE NOT twice AND patient != '' GROUP BY patient HAVING count(tested.image) NOT IN (0, count(*))
+    SELECT 1 FROM listing JOIN labels USING (image) LEFT JOIN listed USING (image)
+    WHERE NOT twice AND patient != '' GROUP BY patient HAVING count(DISTINCT ifnull(split, '')) > 1
 )
 """
 
@@ -86,6 +92,7 @@ class Archive:
         self.ignored: Counter[str] = Counter()
         self._database = sqlite3.connect("")  # a file that has no name: it is gone with this process, killed or not
         self._database.row_factory = sqlite3.Row
+        self._database.create_function("file_name", 1, lambda path: path.rpartition("/")[2], deterministic=True)
         self._format = format_of(settings)
         with _room(self.uri):
             self._database.executescript(TABLES)
@@ -95,7 +102,8 @@ class Archive:
                 "INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", map(astuple, self._format.boxes(tables))
             )
             if settings.split == "official":
-                self._read_tested(tables)
+                self._read_listed(tables)
+            self._database.execute(BARE_NAMES)
             self._database.executescript(INDEXES)
             self._place(before)
             self.rows = self._count("SELECT count(*) FROM listing")
@@ -136,6 +144,7 @@ class Archive:
     def _list(self) -> Tables:
         """The archive's tables by their kind; its images go into the listing."""
         tables: dict[str, storage.StoredFile] = {}
+        others: dict[str, str] = {}  # tables of other formats, by the format
         companions = (PHANTOM_PLAN, *self._format.companions)
 
         def images() -> Iterator[tuple[str, str, int]]:
@@ -149,6 +158,8 @@ class Archive:
                     tables[kind] = file
                 elif not name.startswith(companions):
                     self.ignored[_ending(name)] += 1
+                    for other in formats_with(file.path):
+                        others.setdefault(other, name)
 
         try:
             self._database.executemany("INSERT INTO listing VALUES (?, ?, ?)", images())
@@ -159,13 +170,14 @@ class Archive:
         except UnicodeEncodeError as error:
             raise UserError(f"{self.uri}: the name of a file is not UTF-8: {error.object!a}; rename it") from None
         if not self._count("SELECT EXISTS (SELECT 1 FROM listing)"):
-            others = f"; {ignored_text(self.ignored)}" if self.ignored else ""
-            raise UserError(f"{self.uri}: the archive is empty, no {', '.join(IMAGE_ENDINGS)} file in it{others}")
+            left = f"; {ignored_text(self.ignored)}" if self.ignored else ""
+            raise UserError(f"{self.uri}: the archive is empty, no {', '.join(IMAGE_ENDINGS)} file in it{left}")
         for kind, what in self._format.needs.items():
             if kind not in tables:
+                found = "".join(f"; {name} is a table of corpus.format={other}" for other, name in others.items())
                 raise UserError(
-                    f"{self.uri}: no {what} in it; the archive must be in {self._format.name}'s layout, or set"
-                    f" corpus.format to one of {', '.join(FORMATS)}"
+                    f"{self.uri}: no {what} in it, which corpus.format={self._settings.format} needs"
+                    f"{found or '; set corpus.format to the layout that the archive has'}"
                 )
         return tables
 
@@ -185,18 +197,20 @@ class Archive:
         )
         return count
 
-    def _read_tested(self, tables: Tables) -> None:
-        """Read which images are held out for testing. Raises UserError where that tears a patient apart."""
+    def _read_listed(self, tables: Tables) -> None:
+        """Read the archive's own split. Raises UserError where it has none, and where it tears a patient apart."""
+        if self._format.lists is None:
+            raise UserError(f"{self.uri}: {self._format.name} has no split of its own; use corpus.split=hash")
         for kind, what in self._format.lists.items():
             if kind not in tables:
                 raise UserError(
                     f"{self.uri}: corpus.split=official needs {what} in the archive; or use corpus.split=hash"
                 )
-        names = ((name,) for name in self._format.tested(tables))
-        self._database.executemany("INSERT OR IGNORE INTO tested VALUES (?)", names)
+        listed = self._format.listed(tables)
+        self._database.executemany("INSERT OR IGNORE INTO listed VALUES (?, ?)", listed)
         if torn := self._count(TORN_PATIENTS):
             raise UserError(
-                f"{self.uri}: patients with images both held out for testing and not: {torn:,};"
+                f"{self.uri}: patients whose images the archive puts into more than one split: {torn:,};"
                 " mend the archive's lists or use corpus.split=hash"
             )
 
@@ -232,15 +246,15 @@ class Archive:
             "study_date": datetime.date.fromisoformat(date) if date else None,
             **{name: label[name] for name in ("follow_up", "age_years", "sex", "view", "findings", "unknown", "other")},
             "boxes": [dict(box) for box in boxes],
-            "split": self._split(label["patient"], bool(found["tested"])),
+            "split": self._split(label["patient"], found["listed"]),
         }
 
-    def _split(self, patient: str, tested: bool) -> str:
+    def _split(self, patient: str, listed: str | None) -> str:
         settings = self._settings
         if settings.split == "all_test":
             return TEST
         if settings.split == "official":
-            return listed_split(tested, patient, settings.split_seed, settings.validation_share)
+            return listed_split(listed, patient, settings.split_seed, settings.validation_share)
         return hash_split(patient, settings.split_seed, settings.validation_share, settings.test_share)
 
 

@@ -322,7 +322,7 @@ def _finish(
         quarantine_reasons=dict(reasons),
         exclusion_rules=dict(rules),
         duplicates_across_patients=pc.sum(pc.invert(exclusions["same_patient"])).as_py() or 0,
-        splits=_split_facts(parts, exclusions),
+        **_row_facts(parts, exclusions),
     )
 
 
@@ -368,21 +368,24 @@ def _hash_beginnings(uri: str) -> np.ndarray:
     return np.frombuffer(b"".join(value[:8] for value in hashes.to_pylist()), np.uint64)
 
 
-def _split_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, Any]:
-    """Images, patients and findings of each split, and the proof that no patient is in two."""
+def _row_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, Any]:
+    """Images, patients and findings of each split, and the proof that no patient is in two; how many images have each
+    finding that is none of FINDINGS."""
+    other: Counter[str] = Counter()
     images = dict.fromkeys(SPLITS, 0)
     findings = {split: dict.fromkeys(FINDINGS, 0) for split in SPLITS}
     hashed: dict[str, list[np.ndarray]] = {split: [np.empty(0, np.uint64)] for split in SPLITS}
     left_out = {(row["part"], row["row"]) for row in exclusions.to_pylist()}
     for number, part in enumerate(parts):
         with storage.arrow_reader(storage.join(part.uri, ROWS_FILE)) as file:
-            rows = pq.read_table(file, columns=["patient_id", "split", "findings"]).to_pylist()
+            rows = pq.read_table(file, columns=["patient_id", "split", "findings", "other"]).to_pylist()
         seen: dict[str, set[str]] = {split: set() for split in SPLITS}
         for index, row in enumerate(rows):
             if (number, index) in left_out:
                 continue
             images[row["split"]] += 1
             seen[row["split"]].add(row["patient_id"])
+            other.update(row["other"])
             for name in row["findings"]:
                 findings[row["split"]][name] += 1
         for split, names in seen.items():
@@ -392,10 +395,11 @@ def _split_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, A
     shared = [(a, b) for a in SPLITS for b in SPLITS if a < b and len(np.intersect1d(patients[a], patients[b]))]
     if shared:
         raise artifacts.AccountingError(f"patients in two splits: {shared}")
-    return {
+    facts = {
         split: {"images": images[split], "patients": len(patients[split]), "findings": findings[split]}
         for split in SPLITS
     }
+    return {"splits": facts, "other_findings": dict(other)}
 
 
 def schema_recipe(schema: pa.Schema) -> Recipe:

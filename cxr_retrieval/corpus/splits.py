@@ -20,8 +20,8 @@ def hash_split(patient_id: str, seed: int, validation_share: float, test_share: 
     return VALIDATION if position < test_share + validation_share else TRAIN
 
 
-def listed_split(in_test_list: bool, patient_id: str, seed: int, validation_share: float) -> str:
-    """Split by an official test list; validation patients are taken from the others by salted hash."""
-    if in_test_list:
-        return TEST
+def listed_split(listed: str | None, patient_id: str, seed: int, validation_share: float) -> str:
+    """The split that an archive lists; of patients whom it lists nowhere, some validate, taken by salted hash."""
+    if listed is not None:
+        return listed
     return VALIDATION if patient_position(patient_id, seed) < validation_share else TRAIN

@@ -19,7 +19,7 @@ import ray
 
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact, Draft
-from cxr_retrieval.config import CorpusSettings, Settings
+from cxr_retrieval.config import ColumnSettings, CorpusSettings, Settings
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.decoding import Limits, decode
 from cxr_retrieval.corpus.preparation import (
@@ -93,6 +93,30 @@ def refused(settings: CorpusSettings, workspace: Path) -> str:
     assert error is not None
     assert "\n" not in str(error)
     return str(error)
+
+
+def test_findings_that_are_none_of_ours_are_counted_and_told(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for table in archive.glob("*.csv"):
+        table.unlink()
+    found = names(archive)
+    words = ["Gout|Mass", "Gout", *(f"word {n:02d}" for n in range(11)), *["No Finding"] * (len(found) - 13)]
+    rows = [f"{name},{name},{word}" for name, word in zip(found, words, strict=True)]
+    (archive / "list.csv").write_text("\n".join(["file,who,seen", *rows]) + "\n")
+    shutil.copy(archive / "images" / found[1], archive / "images" / "twice.png")
+    with (archive / "list.csv").open("a") as table:
+        table.write("twice.png,x,Gout\n")
+    columns = ColumnSettings(image="file", patient="who", findings="seen")
+    corpus = corpus_settings(archive, format="csv", columns=columns)
+    job.run(Settings(workspace=str(tmp_path / "work"), corpus=corpus), Namespace())
+    told = "none of the 14: Gout 2, word 00 1, word 01 1"
+    text = " ".join(capsys.readouterr().err.split())
+    assert told in text
+    assert "word 08 1, and 2 more in the corpus's manifest" in text
+    made, worked = prepare(corpus, str(tmp_path / "work"))
+    assert not worked
+    assert made.manifest["other_findings"]["Gout"] == 2, "a duplicate is not counted"
 
 
 def test_rows_are_accounted_for_with_every_kind_of_bad_input(

@@ -290,7 +290,7 @@ def test_nihs_lists_are_needed_where_they_are_asked_for(folder: Folder) -> None:
 def test_a_list_that_tears_a_patient_apart_is_refused_before_any_work(folder: Folder) -> None:
     folder.images("a.png", "b.png", "c.png").table(line("a.png"), line("b.png"), line("c.png", patient="2"))
     (folder.path / "test_list.txt").write_text("a.png\nc.png\n")
-    assert "both held out for testing and not: 1;" in folder.refused(split="official")
+    assert "puts into more than one split: 1;" in folder.refused(split="official")
 
 
 def test_everything_can_be_test(folder: Folder) -> None:

@@ -62,7 +62,7 @@ def test_the_place_of_a_patient_is_what_it_has_always_been() -> None:
 
 
 def test_the_official_list_is_test_and_validation_comes_from_the_others() -> None:
-    others = Counter(listed_split(False, str(patient), 0, 0.1) for patient in range(5000))
-    assert {listed_split(True, str(patient), 0, 0.1) for patient in range(100)} == {TEST}
+    others = Counter(listed_split(None, str(patient), 0, 0.1) for patient in range(5000))
+    assert {listed_split(TEST, str(patient), 0, 0.1) for patient in range(100)} == {TEST}
     assert set(others) == {TRAIN, VALIDATION}
     assert abs(others[VALIDATION] / 5000 - 0.1) < 0.02

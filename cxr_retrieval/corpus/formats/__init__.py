@@ -1,14 +1,31 @@
 """The layouts of archives that can be prepared, by the name that `corpus.format` takes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.formats.chexpert import CheXpert
+from cxr_retrieval.corpus.formats.column_map import ColumnMap
 from cxr_retrieval.corpus.formats.labels import Format
+from cxr_retrieval.corpus.formats.mimic import Mimic
 from cxr_retrieval.corpus.formats.nih import Nih
+from cxr_retrieval.corpus.formats.padchest import PadChest
 
-FORMATS: Mapping[str, Callable[[CorpusSettings], Format]] = {"nih": Nih}
+FORMATS: Mapping[str, type[Format]] = {
+    "nih": Nih,
+    "chexpert": CheXpert,
+    "mimic": Mimic,
+    "padchest": PadChest,
+    "csv": ColumnMap,
+}
 
 
 def format_of(settings: CorpusSettings) -> Format:
     """The layout that the settings tell the archive to have."""
     return FORMATS[settings.format](settings)
+
+
+def formats_with(path: str) -> Iterator[str]:
+    """The formats that know a file of this path for a table that they need; csv, which takes any table, is none."""
+    for name, layout in FORMATS.items():
+        if name != "csv" and layout.table_kind(path) in layout.needs:
+            yield name

@@ -15,6 +15,19 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile
 
 AGES = range(0, 121)  # tables have a few impossible ages, such as 414: unknown, the image stays
+SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
+VIEWS = {
+    "PA": "PA",
+    "POSTEROANTERIOR": "PA",
+    "AP": "AP",
+    "AP_HORIZONTAL": "AP",  # PadChest's: the patient lies
+    "ANTEROPOSTERIOR": "AP",
+    "L": "LATERAL",
+    "LL": "LATERAL",  # left and right lateral, as DICOM's View Position has them
+    "RL": "LATERAL",
+    "LAT": "LATERAL",
+    "LATERAL": "LATERAL",
+}
 
 
 @dataclass(frozen=True)
@@ -60,20 +73,21 @@ class Format(Protocol):
     """The layout of an archive: which files are its tables, and what they tell.
 
     `needs` are the kinds of tables without which it cannot be read, each by the name that a person knows, and `lists`
-    those that say in addition what is held out for testing. `companions` are beginnings of names of files that belong
-    to an archive and are not needed. `frame` is the side in pixels of the frame that boxes are given in; None: the
-    image's own.
+    those that in addition the archive's own split needs; None: it has no split of its own. `companions` are beginnings
+    of names of files that belong to an archive and are not needed. `frame` is the side in pixels of the frame that
+    boxes are given in; None: the image's own.
     """
 
     name: str
     needs: Mapping[str, str]
-    lists: Mapping[str, str]
+    lists: Mapping[str, str] | None
     companions: Sequence[str]
     frame: int | None
 
     def __init__(self, settings: CorpusSettings) -> None: ...
 
-    def table_kind(self, path: str) -> str | None:
+    @staticmethod
+    def table_kind(path: str) -> str | None:
         """Which of the archive's tables a file is, if it is one."""
 
     def image_of(self, path: str) -> str:
@@ -85,12 +99,13 @@ class Format(Protocol):
     def boxes(self, tables: Tables) -> Iterator[Box]:
         """Every box. Raises UserError."""
 
-    def tested(self, tables: Tables) -> Iterator[str]:
-        """The images that the archive itself holds out for testing. Raises UserError."""
+    def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
+        """Images with the split, one of SPLITS, that the archive itself puts them into. Raises UserError."""
 
 
-def records(file: StoredFile, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The named columns of a table with a header, row by row, without blanks around them; missing cells are empty.
+def records(file: StoredFile, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, ...]]:
+    """The named columns of a table with a header, row by row, without blanks around them; missing cells are empty, and
+    so are `optional` columns that the table lacks.
 
     Raises UserError for a table that lacks one of the columns or cannot be read.
     """
@@ -100,7 +115,7 @@ def records(file: StoredFile, columns: Sequence[str]) -> Iterator[tuple[str, ...
         if missing:
             raise UserError(f"{file.uri}: column {missing[0]!r} is missing; the table must have the archive's columns")
         for row in reader:
-            yield tuple((row[name] or "").strip() for name in columns)
+            yield tuple((row.get(name) or "").strip() for name in (*columns, *optional))
 
 
 def lines(file: StoredFile) -> Iterator[list[str]]:
@@ -125,3 +140,21 @@ def whole_number(text: str) -> int | None:
 def age(years: int | None) -> int | None:
     """An age in years that a person can have, or None."""
     return years if years in AGES else None
+
+
+def date(text: str) -> datetime.date | None:
+    """A date written as 2014-09-15 or 20140915, whatever time follows it, or None where a cell holds no such."""
+    try:
+        return datetime.date.fromisoformat(text[:10])
+    except ValueError:
+        return None
+
+
+def sex(text: str) -> str | None:
+    """M, F or O, or None where a cell names no sex."""
+    return SEXES.get(text.casefold())
+
+
+def view(text: str) -> str | None:
+    """PA, AP or LATERAL where a cell surely means one of them, else what it holds; None for an empty one."""
+    return VIEWS.get(text.upper(), text) or None

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, lines, records, whole_number
+from cxr_retrieval.corpus.formats.vocabulary import NIH
+from cxr_retrieval.corpus.splits import TEST
 from cxr_retrieval.errors import UserError
 
 TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
@@ -18,19 +20,19 @@ COLUMNS = (
     "Patient Gender",
     "View Position",
 )
-BOX_SPELLING = {"Infiltrate": "Infiltration"}  # NIH's box table spells one finding in its own way
 
 
 class Nih:
     name = "NIH"
     needs: Mapping[str, str] = {TABLE: f"label table {TABLE}*.csv"}
-    lists: Mapping[str, str] = {TEST_LIST: f"NIH's {TEST_LIST}.txt"}
+    lists: Mapping[str, str] | None = {TEST_LIST: f"NIH's {TEST_LIST}.txt"}
     companions: Sequence[str] = ("train_val_list",)
     frame: int | None = 1024
 
     def __init__(self, _: CorpusSettings) -> None: ...
 
-    def table_kind(self, path: str) -> str | None:
+    @staticmethod
+    def table_kind(path: str) -> str | None:
         if "/" in path:
             return None
         if path.startswith(TABLE):
@@ -71,7 +73,7 @@ class Nih:
                 raise UserError(
                     f"{tables[BOXES].uri}: line {number} is no box: four numbers x, y, w, h with w and h above 0"
                 ) from None
-            yield Box(row[0], BOX_SPELLING.get(row[1], row[1]), x, y, w, h)
+            yield Box(row[0], NIH.meanings.get(row[1], row[1]), x, y, w, h)
 
-    def tested(self, tables: Tables) -> Iterator[str]:
-        return (row[0].strip() for row in lines(tables[TEST_LIST]) if row)
+    def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
+        return ((row[0].strip(), TEST) for row in lines(tables[TEST_LIST]) if row)

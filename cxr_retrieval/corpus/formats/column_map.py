@@ -1,0 +1,80 @@
+"""Any one table with a header beside the images, whose columns `corpus.columns` tells (`corpus.format=csv`).
+
+Findings are those of FINDINGS, in any case and with blanks or underscores, and `No Finding`. A finding that no row of
+the table names is taken for one that was never labelled: unknown in all.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, NO_FINDING, PRESENT, UNKNOWN
+from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, date, records, sex, view, whole_number
+from cxr_retrieval.corpus.formats.vocabulary import Vocabulary
+from cxr_retrieval.storage import StoredFile
+
+TABLE = "table"
+SPELLINGS = {name.replace("_", " ").casefold(): name for name in (*FINDINGS, NO_FINDING)}
+
+
+class ColumnMap:
+    name = "a plain table"
+    needs: Mapping[str, str] = {TABLE: "table *.csv at its top"}
+    lists: Mapping[str, str] | None = None
+    companions: Sequence[str] = ()
+    frame: int | None = None
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._columns = {key: column for key, column in settings.columns.model_dump().items() if column}
+        self._separator = settings.separator
+        self._blank = ABSENT if settings.unmentioned == "absent" else UNKNOWN
+
+    @staticmethod
+    def table_kind(path: str) -> str | None:
+        return TABLE if "/" not in path and path.endswith((".csv", ".csv.gz")) else None
+
+    def image_of(self, path: str) -> str:
+        return path
+
+    def labels(self, tables: Tables) -> Iterator[Label]:
+        named = {
+            name
+            for row in self._rows(tables[TABLE])
+            for key in ("findings", "unknown")
+            for name in self._names(row, key)
+        }
+        vocabulary = Vocabulary({finding: finding for finding in FINDINGS if finding in named})
+        for row in self._rows(tables[TABLE]):
+            follow_up = row.get("follow_up", "")
+            image = row["image"].replace("\\", "/").removeprefix("./")
+            yield Label(
+                image,
+                row["patient"],
+                study=row.get("study") or (f"{row['patient']}_{follow_up}" if follow_up else image),
+                study_date=date(row.get("date", "")),
+                follow_up=whole_number(follow_up),
+                age_years=age(whole_number(row.get("age", "").removesuffix("Y").partition(".")[0])),
+                sex=sex(row.get("sex", "")),
+                view=view(row.get("view", "")),
+                **self._facts(row, vocabulary),
+            )
+
+    def boxes(self, _: Tables) -> Iterator[Box]:
+        return iter(())
+
+    def listed(self, _: Tables) -> Iterator[tuple[str, str]]:
+        return iter(())
+
+    def _rows(self, file: StoredFile) -> Iterator[dict[str, str]]:
+        for cells in records(file, list(self._columns.values())):
+            yield dict(zip(self._columns, cells, strict=True))
+
+    def _names(self, row: Mapping[str, str], key: str) -> list[str]:
+        words = (word.strip() for word in row.get(key, "").split(self._separator))
+        return [SPELLINGS.get(word.replace("_", " ").casefold(), word) for word in words if word]
+
+    def _facts(self, row: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, Any]:
+        found = self._names(row, "findings")
+        states = dict.fromkeys(self._names(row, "unknown"), UNKNOWN) | dict.fromkeys(found, PRESENT)
+        states.pop(NO_FINDING, None)
+        return vocabulary.read(states, ABSENT if found else self._blank)._asdict()
