@@ -67,6 +67,15 @@ class CorpusSettings(Section):
     min_side: int = Field(32, ge=1, description="images with a shorter side in pixels are quarantined")
     max_quarantined: float = Field(0.02, ge=0, le=1, description="share of quarantined images that fails the job")
     views: list[str] | None = Field(None, description="keep only these views, e.g. [PA, AP]; null keeps all")
+    ages: list[int] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="keep only ages from the first to the second, in years, e.g. [18, 120]; null keeps all",
+    )
+    source_side: int | None = Field(
+        None, ge=1, description="keep only images with so many pixels or more on the shorter side; null keeps all"
+    )
     split: Literal["hash", "official", "all_test"] = Field(
         "hash",
         description="hash: patients by salted hash; official: as the archive itself says; all_test: all is test",
@@ -268,6 +277,8 @@ class Settings(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         corpus, training = self.corpus, self.training
+        if corpus.ages is not None and not 0 <= corpus.ages[0] <= corpus.ages[1]:
+            raise ValueError(f"corpus.ages={corpus.ages} must be two ages in years, the lower one first")
         if corpus.split == "hash" and corpus.validation_share + corpus.test_share >= 0.9:
             raise ValueError(
                 "corpus.validation_share + corpus.test_share leave under a tenth of the patients to train on"

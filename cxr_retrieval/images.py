@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cxr_retrieval.artifacts import Artifact
+from cxr_retrieval.corpus.census import age_band
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import patient_position
 from cxr_retrieval.embedding.stream import read_part
@@ -29,7 +30,6 @@ FILM_SIDE = 320  # of a case to look at
 COLUMNS = ["patient_id", "view", "sex", "age_years", "findings", "unknown", "boxes", "pixels", "split"]
 CASE_COLUMNS = ["image_id", "patient_id", "view", "sex", "age_years", "findings", "pixels"]
 METADATA = {"view": ("PA", "AP"), "sex": ("M", "F")}
-AGE_BANDS = (("0 to 17", 17), ("18 to 39", 39), ("40 to 64", 64), ("65 and over", 999))
 MIDDLE_AGE_YEARS, AGE_STEP_YEARS = 50.0, 20.0
 
 
@@ -144,10 +144,7 @@ def _reduced(pixels_NHW: np.ndarray) -> np.ndarray:
 
 def _groups(facts: pa.Table) -> dict[str, list[str | None]]:
     """View, sex and age band of every image; None where unknown."""
-    bands = [
-        None if age is None else next(name for name, last in AGE_BANDS if age <= last)
-        for age in facts["age_years"].to_pylist()
-    ]
+    bands = [age_band(years) for years in facts["age_years"].to_pylist()]
     return {"view": facts["view"].to_pylist(), "sex": facts["sex"].to_pylist(), "age": bands}
 
 

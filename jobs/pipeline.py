@@ -32,7 +32,7 @@ from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, model_of, train
 from jobs.evaluate import show_evaluation, warn_of_overlap
 from jobs.index import index_report
-from jobs.prepare import say_what_was_left_alone
+from jobs.prepare import corpus_report, warn_of_corpus
 from jobs.publish import destination, published_build
 from jobs.search import gallery, read_query
 from jobs.train import training_report
@@ -72,7 +72,8 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
     corpus = Corpus(prepared)
     if given:
         warn_of_overlap(settings, given, corpus)
-    say_what_was_left_alone(prepared)
+    warn_of_corpus(prepared)
+    corpus_report(settings, prepared)
     steps.done("prepare", prepared.counts["archive"], corpus.rows, prepared.uri, worked)
 
     model, worked = (given, False) if given else train(settings, corpus)

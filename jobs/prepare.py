@@ -4,27 +4,45 @@
   ray job submit --working-dir . -- python -m jobs.prepare --config FILE workspace=s3://bucket/prefix
 
 Every image is checked and decoded once and written to Parquet shards in WORKSPACE/corpora. What cannot be used is
-quarantined with its reason. Run again, it does only what is missing.
+quarantined with its reason. Run again, it does only what is missing. Writes a page of the corpus to
+WORKSPACE/reports/corpus.
 """
 
 import argparse
-import math
+from collections import Counter
 from collections.abc import Mapping
 
-from cxr_retrieval import command, console
+import pyarrow.compute as pc
+
+from cxr_retrieval import command, console, storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.archive import Archive, ignored_text
+from cxr_retrieval.corpus.archive import ignored_text
+from cxr_retrieval.corpus.census import Example
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.preparation import prepare
+from cxr_retrieval.corpus.preparation import plan_corpus, prepare
+from cxr_retrieval.corpus.reading import Corpus, pixels_of
+from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.report.corpus import Film, left_out, write_corpus
+from cxr_retrieval.report.gallery import Case
 from cxr_retrieval.runtime import start_ray
 
+FILM_COLUMNS = ["image_id", "patient_id", "view", "sex", "age_years", "findings", "boxes", "pixels"]
 SHOWN = 10  # of findings in the archive's own words; the manifest has all
+LOOKED_AT = 5  # images in quarantine for each reason that the page tells
+DUPLICATES_LOOKED_AT = 20
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
     start_ray(settings)
     corpus, worked = prepare(settings.corpus, settings.workspace, settings.privacy)
+    show_corpus(corpus, worked)
+    warn_of_corpus(corpus)
+    console.say(f"report: {corpus_report(settings, corpus)}")
+
+
+def show_corpus(corpus: Artifact, worked: bool) -> None:
+    """Print how every image of the archive is accounted for, and who is in which split."""
     counts = corpus.counts
     console.show_table(
         "Prepared corpus" if worked else "Prepared corpus (finished before, nothing to do)",
@@ -37,10 +55,14 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
             ]
         ],
     )
-    for reason, count in sorted(corpus.manifest["quarantine_reasons"].items()):
-        console.say(f"quarantined {count:,}: {reason}")
+    if rows := left_out(corpus.manifest):
+        console.show_table("Images that are not prepared", ["what", "why", "images"], rows)
+    console.show_table(
+        "Splits: no patient is in two",
+        ["split", "patients", "images"],
+        [[split, *(corpus.manifest["splits"][split][what] for what in ("patients", "images"))] for split in SPLITS],
+    )
     say_other_findings(corpus.manifest["other_findings"])
-    say_what_was_left_alone(corpus)
 
 
 def say_other_findings(counts: Mapping[str, int]) -> None:
@@ -52,21 +74,79 @@ def say_other_findings(counts: Mapping[str, int]) -> None:
         console.say(f"images with findings that are none of the {len(FINDINGS)}: {told}{more}")
 
 
-def say_what_was_left_alone(corpus: Artifact) -> None:
-    """One line about the archive's files of other kinds, if there are any."""
-    if ignored := corpus.manifest.get("ignored_files"):
+def warn_of_corpus(corpus: Artifact) -> None:
+    """A line about files of other kinds in the archive, and one about images of two patients, if there are any."""
+    if ignored := corpus.manifest["ignored_files"]:
         console.say(ignored_text(ignored))
+    if across := corpus.manifest["duplicates_across_patients"]:
+        console.say(
+            f"warning: images whose pixels another patient's image has too: {across:,}; one of each is kept, and one"
+            " person under two names may be in two splits"
+        )
+
+
+def corpus_report(settings: Settings, prepared: Artifact) -> str:
+    """Write the page of a corpus where there is none yet; returns where it is. A page with names is another page."""
+    names = not settings.privacy.pseudonymise
+    file = f"{prepared.input_id}{'.named' if names else ''}.html"
+    page = storage.join(settings.workspace, "reports", "corpus", file)
+    if storage.exists(page):
+        return page
+    corpus = Corpus(prepared)
+    census = corpus.census()
+    films = {
+        finding: [_film(corpus, finding, example, names) for example in examples]
+        for finding, examples in census.examples.items()
+    }
+    quarantined = corpus.quarantined(LOOKED_AT) if names else []
+    duplicates = corpus.across_patients(DUPLICATES_LOOKED_AT) if names else []
+    html = write_corpus(settings.corpus.name, prepared.manifest, census, films, quarantined, duplicates, names)
+    storage.write_bytes(page, html.encode())
+    return page
+
+
+def _film(corpus: Corpus, finding: str, example: Example, names: bool) -> Film:
+    """An example with its boxes. One row group is read, and given back before the next."""
+    size = corpus.recipe.size
+    table = corpus.take(corpus.places_of(example.part, [example.place]), FILM_COLUMNS)
+    (known,) = table.drop_columns("pixels").to_pylist()
+    case = Case(
+        image_id=known["image_id"] if names else None,
+        findings=tuple(known["findings"]),
+        view=known["view"],
+        age_years=known["age_years"],
+        sex=known["sex"],
+        patient=known["patient_id"] if names else None,
+        study_date=None,
+        pixels=pixels_of(table, size)[0],
+        crop=None,
+        image_size=size,
+    )
+    return Film(case, [(box["x"], box["y"], box["w"], box["h"]) for box in known["boxes"] if box["finding"] == finding])
 
 
 def plan(settings: Settings, _: argparse.Namespace) -> None:
-    corpus = settings.corpus
-    rows = Archive(corpus).rows
-    pixels = corpus.size**2
+    planned = plan_corpus(settings.corpus, settings.workspace, settings.privacy)
+    corpus, pixels = settings.corpus, settings.corpus.size**2
+    known: Counter[tuple[str, str]] = Counter()
+    for rows in planned.archive.partitions():
+        for what, column in (("quarantined", "reason"), ("excluded", "excluded")):
+            known.update((what, why) for why in pc.drop_null(rows[column]).to_pylist())
+    images = planned.archive.rows
+    to_read = images - known.total()
     console.show_table(
         "Plan of prepare",
-        ["images", "shards", "bytes of pixels", "memory of a task (bytes)"],
-        [[rows, math.ceil(rows / corpus.partition_images), rows * pixels, 2 * corpus.partition_images * pixels]],
+        ["images", "shards", "images to read", "bytes of pixels", "memory of a task (bytes)"],
+        [[images, len(planned.parts), to_read, to_read * pixels, 2 * corpus.partition_images * pixels]],
     )
+    if known:
+        console.show_table(
+            "Known before an image is read",
+            ["what", "why", "images"],
+            [[what, why.replace("_", " "), count] for (what, why), count in sorted(known.items())],
+        )
+    if corpus.source_side is not None:
+        console.say(f"corpus.source_side={corpus.source_side} is told by each image's header, when it is read")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.formats import format_of, formats_with
 from cxr_retrieval.corpus.formats.labels import Tables
+from cxr_retrieval.corpus.limits import exclusion
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
@@ -237,10 +238,10 @@ class Archive:
         boxes = self._database.execute(
             "SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (found["image"],)
         )
-        date, view = label["study_date"], label["view"]
+        date = label["study_date"]
         return {
             **row,
-            "excluded": "view" if settings.views is not None and view not in settings.views else None,
+            "excluded": exclusion(settings, label["view"], label["age_years"]),
             "patient_id": label["patient"],
             "study_id": label["study"],
             "study_date": datetime.date.fromisoformat(date) if date else None,

@@ -22,9 +22,10 @@ from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, rows_digest
-from cxr_retrieval.corpus.decoding import Limits, Recipe, RejectedImage, decode
+from cxr_retrieval.corpus.decoding import Recipe, decode
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of
+from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS, LABELS, QUARANTINE, corpus_schema
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
@@ -42,10 +43,11 @@ KEYED = PrivacySettings()  # removed patients are told by a key, unless an archi
 LATEST = "latest"  # beside the corpora of a name
 READS_AHEAD = 8  # files fetched while one is decoded: hides the latency of object storage
 # Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
-SHAPING = ("size", "fit", "max_pixels", "min_side", "row_group_images")
+SHAPING = ("size", "fit", "max_pixels", "min_side", "source_side", "row_group_images")
 
 PARTS_ADD_UP = Equation("archive", ("prepared", "quarantined", "excluded"))
 CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "duplicates"))
+PATIENTS_ADD_UP = Equation("patients", SPLITS)  # of all splits together, against those of each: nobody is in two
 
 
 def recipe_of(settings: CorpusSettings) -> Recipe:
@@ -200,7 +202,7 @@ class _PartTask:
 def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artifact:
     """Decode one partition and write it whole: prepared rows, quarantined rows, counts."""
     recipe = recipe_of(settings)
-    limits = Limits(settings.min_side, settings.max_pixels)
+    limits = Limits(settings.min_side, settings.max_pixels, settings.source_side or 0)
     schema = corpus_schema(recipe)
     prepared: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
@@ -210,13 +212,14 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
             if row["reason"]:
                 raise RejectedImage(row["reason"], row["text"])
             if row["excluded"]:
-                excluded[row["excluded"]] += 1
-                continue
+                raise ExcludedImage(row["excluded"])
             if isinstance(data, Exception):
                 raise RejectedImage("unreadable", str(data))
             prepared.append(_prepared_row(row, data or b"", recipe, limits, box_frame(settings)))
         except RejectedImage as rejected:
             bad.append({**row, "reason": rejected.reason, "text": rejected.text})
+        except ExcludedImage as left_out:
+            excluded[left_out.rule] += 1
     with part.staged(ROWS_FILE) as (local, rows_entry):
         pq.write_table(
             pa.Table.from_pylist(prepared, schema=schema),
@@ -322,7 +325,7 @@ def _finish(
         quarantine_reasons=dict(reasons),
         exclusion_rules=dict(rules),
         duplicates_across_patients=pc.sum(pc.invert(exclusions["same_patient"])).as_py() or 0,
-        **_row_facts(parts, exclusions),
+        **row_facts(parts, exclusions),
     )
 
 
@@ -368,9 +371,12 @@ def _hash_beginnings(uri: str) -> np.ndarray:
     return np.frombuffer(b"".join(value[:8] for value in hashes.to_pylist()), np.uint64)
 
 
-def _row_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, Any]:
-    """Images, patients and findings of each split, and the proof that no patient is in two; how many images have each
-    finding that is none of FINDINGS."""
+def row_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, Any]:
+    """Images, patients and findings of each split, and the proof that no patient is in two: their numbers add up. And
+    how many images have each finding that is none of FINDINGS.
+
+    Raises AccountingError where patients do not add up. Holds 8 bytes a patient of each part.
+    """
     other: Counter[str] = Counter()
     images = dict.fromkeys(SPLITS, 0)
     findings = {split: dict.fromkeys(FINDINGS, 0) for split in SPLITS}
@@ -392,14 +398,12 @@ def _row_facts(parts: Sequence[Artifact], exclusions: pa.Table) -> dict[str, Any
             beginnings = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
             hashed[split].append(np.frombuffer(beginnings, np.uint64))
     patients = {split: np.unique(np.concatenate(found)) for split, found in hashed.items()}
-    shared = [(a, b) for a in SPLITS for b in SPLITS if a < b and len(np.intersect1d(patients[a], patients[b]))]
-    if shared:
-        raise artifacts.AccountingError(f"patients in two splits: {shared}")
+    numbers = {split: len(found) for split, found in patients.items()}
+    proof = PATIENTS_ADD_UP.check(numbers | {"patients": len(np.unique(np.concatenate(list(patients.values()))))})
     facts = {
-        split: {"images": images[split], "patients": len(patients[split]), "findings": findings[split]}
-        for split in SPLITS
+        split: {"images": images[split], "patients": numbers[split], "findings": findings[split]} for split in SPLITS
     }
-    return {"splits": facts, "other_findings": dict(other)}
+    return {"splits": facts, "split_equation": proof, "other_findings": dict(other)}
 
 
 def schema_recipe(schema: pa.Schema) -> Recipe:

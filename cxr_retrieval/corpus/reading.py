@@ -1,20 +1,25 @@
 """Reading a prepared corpus: rows by split, by place, without what was excluded after it was prepared."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact
+from cxr_retrieval.corpus.census import COLUMNS, Census
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import label_vector
-from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, KIND, ROWS_FILE
+from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, KIND, QUARANTINE_FILE, ROWS_FILE
 from cxr_retrieval.errors import UserError
 
+CENSUS_ROWS = 4096  # that are counted at a time
 # A row's place: its part, the row group in the part's file, the row in the file. 12 bytes a row.
 PLACE = np.dtype([("part", np.int32), ("group", np.int32), ("row", np.int32)])
 
@@ -63,12 +68,9 @@ class Corpus:
         for part, uri in enumerate(self.files):
             with storage.arrow_reader(uri) as file:
                 parquet = pq.ParquetFile(file)
-                sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+                place = _places(part, parquet)
                 facts = parquet.read(["split", "findings", "unknown"] if without else ["split"])
             splits = np.asarray(facts["split"].to_pylist(), dtype=object)
-            place = np.zeros(len(splits), PLACE)
-            place["part"], place["row"] = part, np.arange(len(splits))
-            place["group"] = np.repeat(np.arange(len(sizes)), sizes)
             keep = splits == split
             keep[list(self.excluded.get(part, ()))] = False
             if without:
@@ -81,6 +83,13 @@ class Corpus:
                 f"{self.artifact.uri} has no image in its {split} split: the archive is too small for the shares"
             )
         return places
+
+    def places_of(self, part: int, numbers: Sequence[int]) -> np.ndarray:
+        """Where rows of a part are by their numbers among those that `batches` gives: an array of PLACE."""
+        with storage.arrow_reader(self.files[part]) as file:
+            place = _places(part, pq.ParquetFile(file))
+        seen = np.delete(place, list(self.excluded.get(part, ())))
+        return seen[list(numbers)]
 
     def take(self, places: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """The rows at `places` (an array of PLACE), in that order; only the row groups that hold them are read."""
@@ -113,6 +122,46 @@ class Corpus:
                 if keep:
                     table = pa.Table.from_batches([batch])
                     yield table if len(keep) == batch.num_rows else table.take(pa.array(keep))
+
+    def census(self) -> Census:
+        """Counts of all rows; pixels are not read."""
+        census = Census()
+        for part in range(len(self.files)):
+            first = 0
+            for table in self.batches(part, CENSUS_ROWS, COLUMNS):
+                census.add(table, part, first)
+                first += table.num_rows
+        return census
+
+    def quarantined(self, most: int) -> list[dict[str, Any]]:
+        """The first images in quarantine for each reason, at most so many: `image_id`, `reason`, `text`."""
+        found: list[dict[str, Any]] = []
+        kept: Counter[str] = Counter()
+        for uri, part in zip(self.artifact.part_uris, self.artifact.manifest["parts"], strict=True):
+            if not part["counts"]["quarantined"]:
+                continue
+            with storage.arrow_reader(storage.join(uri, QUARANTINE_FILE)) as file:
+                rows = pq.read_table(file, columns=["image_id", "reason", "text"]).to_pylist()
+            for row in rows:
+                kept[row["reason"]] += 1
+                if kept[row["reason"]] <= most:
+                    found.append(row)
+        return sorted(found, key=lambda row: str(row["reason"]))
+
+    def across_patients(self, most: int) -> list[dict[str, Any]]:
+        """The first images that are left out for an image of another patient: `image_id`, `kept_image_id`."""
+        with storage.arrow_reader(storage.join(self.artifact.uri, EXCLUSIONS_FILE)) as file:
+            table = pq.read_table(file, columns=["image_id", "kept_image_id", "same_patient"])
+        return table.filter(pc.invert(table["same_patient"])).slice(0, most).drop_columns("same_patient").to_pylist()
+
+
+def _places(part: int, parquet: pq.ParquetFile) -> np.ndarray:
+    """The place of every row of a part, those that no reader sees too: an array of PLACE."""
+    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    place = np.zeros(sum(sizes), PLACE)
+    place["part"], place["row"] = part, np.arange(len(place))
+    place["group"] = np.repeat(np.arange(len(sizes)), sizes)
+    return place
 
 
 def pixels_of(table: pa.Table, size: int) -> np.ndarray:

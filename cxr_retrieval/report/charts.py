@@ -1,7 +1,7 @@
 """Where the marks of a plot go: values in, coordinates out; the templates draw them as inline SVG."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 WIDTH = 1120
@@ -18,6 +18,7 @@ _MOST_TICKS = 7
 _INSET = 16
 _GLYPH = 6.6
 _BAR_STEPS = 32
+_MATRIX_SIZE = (760.0, 620.0)
 # Nine even samples of matplotlib's viridis: its lightness rises steadily, so it survives colour blindness and print.
 _VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
 
@@ -275,6 +276,53 @@ def _strips(top: float, bottom: float) -> tuple[tuple[float, float, str], ...]:
         (round(top + tall * i, 2), round(tall + 0.5, 2), viridis(1 - (i + 0.5) / _BAR_STEPS))
         for i in range(_BAR_STEPS)
     )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A coloured cell of a matrix, by its middle in pixels, and what it says."""
+
+    x: float
+    y: float
+    colour: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A square of cells, `wide` x `tall` pixels each, whose rows and columns have the same names."""
+
+    label: str
+    plane: Plane
+    bar: ColourBar
+    cells: tuple[Cell, ...]
+    wide: float
+    tall: float
+
+
+def matrix(
+    label: str,
+    names: Sequence[str],
+    colours: Dimension,
+    values: Sequence[Sequence[float]],
+    say: Callable[[float], str],
+) -> Matrix:
+    """Lay out a value for every row and column of `names` (at least two), the first row at the top; `say` tells a value
+    in words."""
+    x, y = choice_axis("", "", names), choice_axis("", "", list(reversed(names)))
+    area = plane(x, y, *_MATRIX_SIZE, beside=88)
+    # Written aslant, or there is no room for a word.
+    area = replace(
+        area, columns=tuple(Tick(tick.x, _shorten(name, 16)) for tick, name in zip(area.columns, names, strict=True))
+    )
+    last = len(names) - 1
+    cells = tuple(
+        Cell(area.at_x(column), area.at_y(last - row), viridis(colours.share(value)), f"{name}, {other}: {say(value)}")
+        for row, (name, across) in enumerate(zip(names, values, strict=True))
+        for column, (other, value) in enumerate(zip(names, across, strict=True))
+    )
+    wide, tall = area.at_x(1) - area.at_x(0), area.at_y(0) - area.at_y(1)
+    return Matrix(label, area, colour_bar(colours, area), cells, round(wide, 2), round(tall, 2))
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from cxr_retrieval.report.charts import (
-    ColourBar,
     Dimension,
+    Matrix,
     Plane,
-    choice_axis,
-    colour_bar,
     epoch_axis,
+    matrix,
     number_axis,
     percent_axis,
     plane,
@@ -26,7 +25,6 @@ from cxr_retrieval.report.films import data_uri
 from cxr_retrieval.report.pages import finding_label, render
 
 _SIZE = (640.0, 380.0)
-_MATRIX_SIZE = (760.0, 620.0)
 _SHOWN = 4  # looks at one example, from the first epoch to the last
 _PASSES = ("whole image", "crop")
 CHANCE = "chance"
@@ -58,24 +56,6 @@ class _Chart:
     note: str
     plane: Plane
     lines: tuple[_Line, ...]
-
-
-@dataclass(frozen=True)
-class _Cell:
-    x: float
-    y: float
-    colour: str
-    text: str
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    label: str
-    plane: Plane
-    bar: ColourBar
-    cells: tuple[_Cell, ...]
-    wide: float
-    tall: float
 
 
 def write_training(
@@ -172,28 +152,14 @@ def _apart(cosine: float) -> str:
     )
 
 
-def _geometry(centres_KD: np.ndarray, classes: Sequence[str], label: str) -> _Matrix:
+def _geometry(centres_KD: np.ndarray, classes: Sequence[str], label: str) -> Matrix:
     """Cosines between the centres of every two classes, as colour; their angle and distance in a cell's title."""
     cosines_KK = np.clip(centres_KD.astype(float) @ centres_KD.astype(float).T, -1.0, 1.0)
     labels = [finding_label(name) for name in classes]
-    x, y = choice_axis("", "", labels), choice_axis("", "", list(reversed(labels)))
-    area = plane(x, y, *_MATRIX_SIZE, beside=72)
     colours = Dimension(
         "cosine", "of two centres", -1.0, 1.0, tuple((c, f"{c:g}") for c in (-1.0, -0.5, 0.0, 0.5, 1.0))
     )
-    last = len(labels) - 1
-    cells = tuple(
-        _Cell(
-            area.at_x(column),
-            area.at_y(last - row),
-            viridis(colours.share(float(cosines_KK[row, column]))),
-            f"{labels[row]}, {labels[column]}: {_apart(float(cosines_KK[row, column]))}",
-        )
-        for row in range(len(labels))
-        for column in range(len(labels))
-    )
-    wide, tall = area.at_x(1) - area.at_x(0), area.at_y(0) - area.at_y(1)
-    return _Matrix(label, area, colour_bar(colours, area), cells, round(wide, 2), round(tall, 2))
+    return matrix(label, labels, colours, cosines_KK.tolist(), _apart)
 
 
 def _film(example: Example) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cxr_retrieval.config import (
     IndexSettings,
     NetworkSettings,
     PrivacySettings,
+    Settings,
 )
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
@@ -36,6 +37,7 @@ from cxr_retrieval.index.shards import Shards
 from cxr_retrieval.index.versions import Published, publish
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import RemovedPatients, remove
+from jobs.prepare import corpus_report
 from tests.indexes import untrained_model, values_of
 
 SIZE, PARTITION, SHARD = 64, 16, 32
@@ -220,6 +222,8 @@ def test_nothing_of_a_removed_patient_stays(hospital: Hospital, phantom_archive:
     for uri in prepared.files:
         table = pq.read_table(uri)
         secrets |= {row["pixels"] for row in table.to_pylist() if row["patient_id"] == patient}
+    settings = Settings(workspace=hospital.workspace, privacy=PUBLIC)
+    page = corpus_report(settings, prepared.artifact)
     holders = {path for path, data in everything_below(hospital.folder) if any(secret in data for secret in secrets)}
     assert any(hospital.to in str(path) for path in holders)
     assert any("embeddings" not in str(path) and hospital.workspace in str(path) for path in holders)
@@ -274,6 +278,8 @@ def test_nothing_of_a_removed_patient_stays(hospital: Hospital, phantom_archive:
         if any(secret in data for secret in secrets)
     }
     assert not found
+    assert not storage.exists(page)
+    assert storage.exists(corpus_report(settings, corpus.artifact))
     after = Retriever.open(f"{hospital.to}@latest")
     assert after.version.version.id == published.version
     assert after.images == 96 - len(rows)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -18,17 +19,19 @@ import pytest
 import ray
 
 from cxr_retrieval import artifacts
-from cxr_retrieval.artifacts import Artifact, Draft
-from cxr_retrieval.config import ColumnSettings, CorpusSettings, Settings
+from cxr_retrieval.artifacts import AccountingError, Artifact, Draft
+from cxr_retrieval.config import ColumnSettings, CorpusSettings, PrivacySettings, Settings
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.decoding import Limits, decode
 from cxr_retrieval.corpus.preparation import (
     PART_KIND,
     QUARANTINE_FILE,
     ROWS_FILE,
+    find_duplicates,
     prepare,
     prepare_part,
     recipe_of,
+    row_facts,
     schema_recipe,
 )
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
@@ -135,17 +138,22 @@ def test_rows_are_accounted_for_with_every_kind_of_bad_input(
     assert cv2.imwrite(str(images / "flat.png"), np.full((99, 99), 9, np.uint8))
     assert cv2.imwrite(str(images / "side.png"), np.full((99, 99), 8, np.uint8))
     shutil.copy(images / "flat.png", images / "flat2.png")
+    assert cv2.imwrite(str(images / "small.png"), np.full((98, 99), 7, np.uint8))
     tail = "0,9001,50,F,PA,1,1,1,1"
     label(archive, f"flat.png,Gout,{tail}", f"flat2.png,Mass,{tail}", "side.png,Mass,0,9002,50,F,LL,1,1,1,1")
-    label(archive, f"gone1.png,Mass,{tail}", f"gone2.png,Mass,{tail}")
+    label(archive, f"small.png,Mass,{tail}", f"gone1.png,Mass,{tail}", f"gone2.png,Mass,{tail}")
     (archive / "scan.tif").write_bytes(b"of another kind")
-    settings = corpus_settings(archive, views=["PA", "AP"])
+    settings = corpus_settings(archive, views=["PA", "AP"], source_side=99)
     made, worked = prepare(settings, str(tmp_path / "work"))
     assert worked
     assert made.manifest["ignored_files"] == {".tif": 1}
     capsys.readouterr()
     job.run(Settings(workspace=str(tmp_path / "work"), corpus=settings), Namespace())
-    assert "left alone: 1 (.tif 1)" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "left alone: 1 (.tif 1)" in told.err
+    table = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in told.out.splitlines()]
+    for row in (["quarantined", "name twice", "2"], ["excluded", "view", "1"], ["excluded", "source side", "1"]):
+        assert row in table
     reasons = {
         "damaged": 1,
         "not_an_image": 2,
@@ -155,18 +163,18 @@ def test_rows_are_accounted_for_with_every_kind_of_bad_input(
         "unknown_finding": 1,
     }
     assert made.manifest["quarantine_reasons"] == reasons
-    assert made.manifest["exclusion_rules"] == {"view": 1}
+    assert made.manifest["exclusion_rules"] == {"view": 1, "source_side": 1}
     assert made.manifest["labels_without_image"] == 2
-    assert made.manifest["label_rows"] == IMAGES + 5
+    assert made.manifest["label_rows"] == IMAGES + 6
     assert made.counts == {
-        "archive": IMAGES + 5,
-        "prepared": IMAGES + 5 - 8 - 1,
+        "archive": IMAGES + 6,
+        "prepared": IMAGES + 6 - 8 - 2,
         "quarantined": 8,
-        "excluded": 1,
+        "excluded": 2,
         "duplicates": 0,
     }
     assert made.manifest["equations"] == [
-        f"archive {IMAGES + 5} = prepared {IMAGES - 4} + quarantined 8 + excluded 1 + duplicates 0"
+        f"archive {IMAGES + 6} = prepared {IMAGES - 4} + quarantined 8 + excluded 2 + duplicates 0"
     ]
     bad = quarantined(made)
     assert bad[cut.name][0] == "damaged"
@@ -174,10 +182,22 @@ def test_rows_are_accounted_for_with_every_kind_of_bad_input(
     assert bad["flat.png"] == ("unknown_finding", "finding 'Gout' is none of the 14")
     rows = rows_of(Corpus.open(made.uri), ["image_id"])
     assert len(rows) == made.counts["prepared"]
-    left_out = {*bad, "side.png"}
+    left_out = {*bad, "side.png", "small.png"}
     assert {row["image_id"] for row in rows} == {*names(archive)} - left_out
     for uri in made.part_uris:
         assert artifacts.load(uri, PART_KIND).manifest["equations"]
+
+
+def test_a_patient_in_two_splits_is_never_shipped(archive: Path, tmp_path: Path) -> None:
+    settings = corpus_settings(archive)
+    rows = next(Archive(settings).partitions())
+    torn = ["train", "test", *rows["split"].to_pylist()[2:]]
+    patients = ["1", "1", *rows["patient_id"].to_pylist()[2:]]
+    for name, values in (("split", torn), ("patient_id", patients)):
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), [values])
+    part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
+    with pytest.raises(AccountingError, match="rows do not add up: patients"):
+        row_facts([part], find_duplicates([f"{part.uri}/{ROWS_FILE}"]))
 
 
 def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(archive: Path, tmp_path: Path) -> None:
@@ -189,6 +209,43 @@ def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(archive: Path
     assert part.counts["prepared"] == 15
 
 
+def test_the_page_of_a_corpus_shows_films_and_tells_names_only_where_they_are_no_patients(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = names(archive)
+    (archive / "images" / found[0]).write_bytes(b"nothing")
+    shutil.copy(archive / "images" / found[5], archive / "images" / "zz.png")
+    label(archive, "zz.png,Mass,0,9001,50,F,PA,1,1,1,1")
+    pages = {}
+    for hidden in (True, False):
+        privacy = PrivacySettings(pseudonymise=hidden)
+        settings = Settings(workspace=str(tmp_path / "work"), corpus=corpus_settings(archive), privacy=privacy)
+        job.run(settings, Namespace())
+        told = capsys.readouterr().err
+        assert "warning: images whose pixels another patient's image has too: 1;" in told
+        pages[hidden] = Path(told.splitlines()[-1].removeprefix("report: ")).read_text()
+    assert not re.search(r"\d{8}_\d{3}|zz\.png|neither PNG", pages[True])
+    assert all(name in pages[False] for name in (found[0], found[5], "zz.png", "neither PNG"))
+    for page in pages.values():
+        assert page.count("<image ") == page.count('class="look"') > 20
+        assert "A leak:" in page
+    corpus = Corpus.open(str(next((tmp_path / "work").glob("corpora/chest/*/manifest.json")).parent))
+    (mass, *_) = corpus.census().examples["Mass"]
+    (row,) = corpus.take(corpus.places_of(mass.part, [mass.place]), ["patient_id", "findings"]).to_pylist()
+    assert (row["patient_id"], "Mass" in row["findings"]) == (mass.patient, True)
+
+
+def test_an_example_is_found_behind_rows_that_no_reader_sees(archive: Path, tmp_path: Path) -> None:
+    shutil.copy(archive / "images" / names(archive)[40], archive / "images" / "00.png")
+    label(archive, "00.png,Mass,0,9002,50,F,PA,1,1,1,1")
+    corpus = Corpus(prepare(corpus_settings(archive), str(tmp_path / "work"))[0])
+    ((part, left_out),) = corpus.excluded.items()
+    seen = [row["image_id"] for table in corpus.batches(part, 5, ["image_id"]) for row in table.to_pylist()]
+    places = corpus.places_of(part, range(len(seen)))
+    assert corpus.take(places, ["image_id"])["image_id"].to_pylist() == seen
+    assert left_out.isdisjoint(places["row"].tolist())
+
+
 def test_a_second_run_does_nothing_and_says_so(
     phantom_archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +253,7 @@ def test_a_second_run_does_nothing_and_says_so(
     job.run(settings, Namespace())
     first = capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    (corpus_id,) = (path.parent.name for path in tmp_path.glob("corpora/chest/*/manifest.json"))
     job.run(settings, Namespace())
     second = capsys.readouterr()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -203,7 +261,7 @@ def test_a_second_run_does_nothing_and_says_so(
     assert titles == ["Prepared corpus", "Prepared corpus (finished before, nothing to do)"]
     assert first.out.splitlines()[1:] == second.out.splitlines()[1:]
     assert f"prepare: {IMAGES} of {IMAGES} images" in first.err
-    assert second.err == ""
+    assert second.err == f"report: {tmp_path}/reports/corpus/{corpus_id}.html\n"
 
 
 def test_the_plan_says_how_many_shards_and_writes_nothing(
@@ -211,6 +269,11 @@ def test_the_plan_says_how_many_shards_and_writes_nothing(
 ) -> None:
     job.plan(Settings(workspace=str(tmp_path), corpus=corpus_settings(phantom_archive)), Namespace())
     assert f"{IMAGES} \u2502      6 \u2502" in capsys.readouterr().out
+    settings = corpus_settings(phantom_archive, views=["LL"], source_side=9999)
+    job.plan(Settings(workspace=str(tmp_path), corpus=settings), Namespace())
+    told = capsys.readouterr()
+    assert f"excluded \u2502 view \u2502     {IMAGES} \u2502" in told.out
+    assert "corpus.source_side=9999 is told by each image's header" in told.err
     assert not list(tmp_path.iterdir())
 
 
@@ -277,6 +340,8 @@ def test_no_patient_is_in_two_splits_and_the_manifest_counts_them(corpus: Corpus
     rows = rows_of(corpus, ["patient_id", "split", "findings"])
     patients = {split: {row["patient_id"] for row in rows if row["split"] == split} for split in SPLITS}
     assert sum(map(len, patients.values())) == len({row["patient_id"] for row in rows})
+    numbers = " + ".join(f"{split} {len(patients[split])}" for split in SPLITS)
+    assert corpus.artifact.manifest["split_equation"] == f"patients {sum(map(len, patients.values()))} = {numbers}"
     for split, facts in corpus.artifact.manifest["splits"].items():
         own = [row for row in rows if row["split"] == split]
         assert (facts["images"], facts["patients"]) == (len(own), len(patients[split]))
@@ -421,7 +486,7 @@ def test_a_grown_archive_keeps_its_parts_wherever_the_new_names_sort(archive: Pa
     assert again.manifest == second.manifest
 
 
-@pytest.mark.parametrize("change", [{"fit": "stretch"}, {"split_seed": 1}, {"row_group_images": 16}])
+@pytest.mark.parametrize("change", [{"fit": "stretch"}, {"split_seed": 1}, {"row_group_images": 16}, {"ages": [0, 50]}])
 def test_settings_that_shape_rows_make_another_corpus(
     change: dict[str, Any], corpus: Corpus, phantom_archive: Path, tmp_path: Path
 ) -> None:

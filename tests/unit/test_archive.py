@@ -172,6 +172,23 @@ def test_an_impossible_age_is_unknown_and_the_row_stays(age: str, folder: Folder
     assert (row["age_years"], row["reason"], row["patient_id"]) == (None, None, "1")
 
 
+@pytest.mark.parametrize(
+    ("age", "rule"), [("17", "age"), ("18", None), ("90", None), ("91", "age"), ("414", "age_unknown")]
+)
+def test_ages_are_kept_from_the_first_to_the_second_and_an_unknown_one_is_not(
+    age: str, rule: str | None, folder: Folder
+) -> None:
+    row = folder.images("a.png").table(line("a.png", age=age)).rows(ages=[18, 90])["a.png"]
+    assert (row["excluded"], row["reason"]) == (rule, None)
+    assert folder.rows()["a.png"]["excluded"] is None
+
+
+def test_an_image_that_two_rules_leave_out_is_counted_by_the_first(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png", age="5", view="LL"), line("b.png", view=""))
+    rows = folder.rows(ages=[18, 90], views=["PA"])
+    assert [rows[name]["excluded"] for name in ("a.png", "b.png")] == ["view", "view"]
+
+
 @pytest.mark.parametrize(("age", "years"), [("058Y", 58), ("0", 0), ("120", 120)])
 def test_an_age_is_read_in_either_edition_of_the_table(age: str, years: int, folder: Folder) -> None:
     assert folder.images("a.png").table(line("a.png", age=age)).rows()["a.png"]["age_years"] == years

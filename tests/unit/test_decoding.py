@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cxr_retrieval.corpus.decoding import DecodedImage, Limits, Recipe, RejectedImage, decode
+from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
+from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 
 SIZE = 64
 LETTERBOX, STRETCH = Recipe(SIZE, "letterbox"), Recipe(SIZE, "stretch")
@@ -164,6 +165,14 @@ def test_a_tiny_image_is_refused_and_one_at_the_limit_is_not() -> None:
     error = rejected(encoded(grey(200, 31)))
     assert (error.reason, error.text) == ("too_small", "200 x 31 pixels, a side under 32")
     assert decoded(encoded(grey(200, 32))).height == 32
+
+
+def test_a_film_that_is_too_small_for_the_settings_is_left_out_before_a_pixel_is_decoded() -> None:
+    wanted = Limits(32, 1 << 20, source_side=100)
+    for image in (encoded(grey(200, 99)), encoded(grey(99, 200))[:200]):
+        with pytest.raises(ExcludedImage, match="source_side"):
+            decode(image, LETTERBOX, wanted)
+    assert decode(encoded(grey(200, 100)), LETTERBOX, wanted).height == 100
 
 
 def test_a_huge_header_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
