@@ -186,7 +186,7 @@ class Contest:
 
     def grow_trunk(self, file: Path) -> None:
         """Cross-entropy only, while the centres of CCLoss follow the embeddings, as they do in `jobs.train`."""
-        self._advance(self.trunk_rival, self.trunk_steps)
+        self.advance(self.trunk_rival, self.trunk_steps)
         names = ("network", "averaged", "optimizer")
         state = {name: getattr(self, name).state_dict() for name in names}
         state |= {"centres": self.trunk_rival.centres.state_dict(), "seconds": self.seconds, "curve": self.curve}
@@ -208,10 +208,10 @@ class Contest:
             rival.centres.load_state_dict(state["centres"])
         if proxies := list(rival.parameters()):
             self.optimizer.add_param_group({"params": proxies, "weight_decay": 0.0, "faster": PROXY_RATE})
-        self._advance(rival, self.steps)
+        self.advance(rival, self.steps)
         entry = Entry(self.steps, self.steps * BATCH, round(self.seconds, 1), self.curve)
         pixels = self.train_images.pixels[:: max(1, len(self.train_images.pixels) // CENTRING_IMAGES)]
-        means = {name: value.mean(0) for name, value in uncentred(self._outputs(pixels)).items()}
+        means = {name: value.mean(0) for name, value in uncentred(self.outputs(pixels)).items()}
         for where, images in self.judged.items():
             if where == "validation":
                 continue
@@ -227,7 +227,8 @@ class Contest:
             found.append(self._clock() - began)
         return float(np.median(found))
 
-    def _advance(self, rival: Rival, until: int) -> None:
+    def advance(self, rival: Rival, until: int) -> None:
+        """Take steps with `rival` until so many are taken."""
         train_step = self._stepper(rival)
         while self.step < until:
             began = self._clock()
@@ -285,7 +286,7 @@ class Contest:
             return time.perf_counter()
         return time.process_time()
 
-    def _outputs(self, pixels: np.ndarray) -> Output:
+    def outputs(self, pixels: np.ndarray) -> Output:
         """What the average of the weights says of all images; heat and boxes are left out."""
         self.averaged.eval()
         z, joint = [], []
@@ -300,7 +301,7 @@ class Contest:
 
     def _judge(self, images: Images, centring: Mapping[str, Tensor] | None) -> dict[str, QueryFigures]:
         """Figures of every embedding; without `centring` the mean of these images themselves is taken out."""
-        vectors = uncentred(self._outputs(images.pixels))
+        vectors = uncentred(self.outputs(images.pixels))
         named = centred(vectors, centring or {name: value.mean(0) for name, value in vectors.items()})
         asked, labels, patients = (
             column.to(self.device) for column in (_asked(images), images.labels, images.patient_codes)

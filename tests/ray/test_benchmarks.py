@@ -19,6 +19,7 @@ SMALL = {
     "embed": {"IMAGES": 32 * (os.cpu_count() or 1), "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "EPOCHS": 1},
     "workers": {"IMAGES": 160, "SIDE": 128, "ROUNDS": 1, "STEPS": 1, "ROWS": 8},
+    "phantom_auc": {"IMAGES": 150, "SIDE": 128, "STEPS": 20, "VALIDATION_SHARE": 0.1},
     "serve": {"IMAGES": 48, "SIDE": 128, "CLIENTS": 4, "SEARCHES": 1, "ROUNDS": 1},
     "ccloss_speed": {"SIZES": (128, 256, 512), "MOST_PAIRED": 256, "ROUNDS": 1},
     "object_storage": {"IMAGES": 48, "SIDE": 128, "SIZE": 64, "PART": 48, "ROUNDS": 1},

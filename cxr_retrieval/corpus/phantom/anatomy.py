@@ -42,6 +42,7 @@ class Anatomy:
     lean: float  # sideways shift of trachea and spine
     gas: tuple[float, float, float]  # stomach bubble: offset, depth below the dome, radius; 0 radius is none
     sway: Sway
+    seed: int  # of what stays in this body beside the findings: old scars, implants
     vessels: tuple[tuple[np.ndarray, ...], ...]  # per side, per generation: lines [K, 6, 2] around the hilum
 
 
@@ -57,6 +58,9 @@ class Exposure:
     arms: float  # 0 hanging .. 1 spread
     penetration: float  # film response, 1 is average
     gamma: float
+    blacks: float  # the darkest and the brightest tone of the print, shares of the full range
+    whites: float
+    veil: float  # uneven haze over healthy lungs, 0 none .. 1
     haze: float  # scattered radiation, 0..1
     grain: float  # noise, grey levels / 255
     seed: int  # of noise, markers and lines
@@ -77,11 +81,12 @@ def sample_vessels(rng: np.random.Generator) -> tuple[tuple[np.ndarray, ...], ..
     sides = []
     for _ in SIDES:
         angle = np.deg2rad(np.linspace(-78, 84, 8) + rng.uniform(-9, 9, 8))
-        start = np.stack([0.012 * np.cos(angle), 0.05 * np.sin(angle)], axis=1)
-        length = rng.uniform(0.07, 0.12, 8)
+        start = np.stack([0.012 * np.cos(angle), 0.05 * np.sin(angle)], axis=1) * rng.uniform(0.1, 1.1, (8, 1))
+        # The vessels of the bases are the fuller ones.
+        length = rng.uniform(0.05, 0.12, 8) * np.where(angle < 0, 0.8, 1.0)
         generations = []
         for generation in range(5):
-            bend = rng.normal(0, 0.055, len(angle))[:, None] * np.arange(5)
+            bend = rng.normal(0, 0.10, len(angle))[:, None] * np.arange(5)
             step = (length / 5)[:, None]
             heading = angle[:, None] + bend
             moves = np.stack([step * np.cos(heading), step * np.sin(heading)], axis=2)
@@ -108,24 +113,25 @@ def sample_anatomy(rng: np.random.Generator, age_years: int, sex: str) -> Anatom
     return Anatomy(
         age_years=age_years,
         sex=sex,
-        half_width=rng.uniform(0.335, 0.405) + (0.012 if man else -0.006),
-        apex=rng.uniform(0.085, 0.145),
-        base=rng.uniform(0.79, 0.90) - 0.05 * child,
-        dome=rng.uniform(0.125, 0.17),
-        dome_gap=rng.uniform(0.012, 0.036),
-        cardiothoracic=rng.uniform(0.385, 0.465) + 0.02 * child,
-        heart_share=rng.uniform(0.64, 0.71),
+        half_width=float(np.clip(rng.normal(0.350, 0.026), 0.295, 0.41)) + (0.012 if man else -0.008),
+        apex=rng.uniform(0.085, 0.155),
+        base=float(np.clip(rng.normal(0.82, 0.035), 0.74, 0.90)) - 0.05 * child,
+        dome=rng.uniform(0.105, 0.175),
+        dome_gap=float(np.clip(rng.normal(0.022, 0.016), -0.015, 0.06)),
+        cardiothoracic=float(np.clip(rng.normal(0.445, 0.032), 0.37, 0.53)) + 0.02 * child + 0.02 * old,
+        heart_share=rng.uniform(0.65, 0.76),
         knob=rng.uniform(0.028, 0.037) + 0.012 * old - 0.008 * child,
         rib_slope=rng.uniform(0.7, 1.3),
         rib_width=rng.uniform(0.0095, 0.0125) * (1.0 if man else 0.92),
         bone=rng.uniform(0.85, 1.2) * (1 - 0.2 * old - 0.2 * child),
         girth=girth,
-        wall=0.030 + 0.06 * max(0.0, girth - 0.8) + rng.uniform(0, 0.012),
+        wall=0.036 + 0.10 * max(0.0, girth - 0.8) + rng.uniform(0, 0.025),
         shoulder=rng.uniform(-0.015, 0.035),
         breast=rng.uniform(0.25, 1.0) if grown_woman else 0.0,
         lean=rng.normal(0, 0.006),
-        gas=(rng.uniform(0.10, 0.17), rng.uniform(0.05, 0.08), rng.uniform(0.02, 0.042) * (rng.random() < 0.75)),
+        gas=(rng.uniform(0.10, 0.17), rng.uniform(0.05, 0.08), rng.uniform(0.018, 0.052) * (rng.random() < 0.75)),
         sway=Sway(rng.normal(0, 0.005), rng.random(), rng.normal(0, 0.010), rng.random()),
+        seed=int(rng.integers(1 << 31)),
         vessels=sample_vessels(rng),
     )  # fmt: skip
 
@@ -136,15 +142,18 @@ def sample_exposure(rng: np.random.Generator, view: str) -> Exposure:
     spread = 1.6 if portable else 1.0
     return Exposure(
         view=view,
-        inspiration=rng.uniform(0.2, 0.75) if portable else rng.uniform(0.7, 1.0),
-        rotation=rng.normal(0, 1.1) * spread,
-        scale=rng.uniform(0.96, 1.08),
-        shift=(rng.normal(0, 0.013) * spread, rng.normal(0, 0.013) * spread),
+        inspiration=rng.uniform(0.05, 0.8) if portable else rng.uniform(0.5, 1.0),
+        rotation=rng.normal(0, 1.6) * spread,
+        scale=float(np.clip(rng.normal(0.98, 0.055), 0.86, 1.12)),
+        shift=(rng.normal(0, 0.016) * spread, rng.normal(0, 0.022) * spread),
         arms=rng.uniform(0.0, 0.45) if portable else rng.uniform(0.3, 1.0),
-        penetration=rng.normal(1.0, 0.07 * spread),
-        gamma=rng.uniform(0.92, 1.12),
-        haze=rng.uniform(0.25, 0.9) if portable else rng.uniform(0.0, 0.35),
-        grain=rng.uniform(0.007, 0.015) if portable else rng.uniform(0.004, 0.010),
+        penetration=float(np.clip(rng.normal(1.0, 0.11 * spread), 0.65, 1.4)),
+        gamma=rng.uniform(0.75, 1.25),
+        blacks=min(abs(rng.normal(0, 0.05 * spread)), 0.2),
+        whites=1 - min(abs(rng.normal(0, 0.06 * spread)), 0.2),
+        veil=rng.beta(1.6, 2.2) * (1.0 if portable else 0.75),
+        haze=rng.uniform(0.3, 1.0) if portable else rng.uniform(0.0, 0.6),
+        grain=rng.uniform(0.004, 0.012) if portable else rng.uniform(0.002, 0.008),
         seed=int(rng.integers(1 << 31)),
     )
 
@@ -219,7 +228,7 @@ class Layout:
         top, h = self.carina, max(floor - self.carina, 0.2)
         drop = 0.10 * self.flat * h
         outline = [
-            (-0.045, top - 0.10), (-0.050, top + 0.10 * h), (-0.75 * right, top + 0.36 * h), (-right, top + 0.66 * h),
+            (-0.045, top - 0.10), (-0.050, top + 0.10 * h), (-0.62 * right, top + 0.34 * h), (-right, top + 0.64 * h),
             (-0.93 * right, floor_right - 0.015), (-0.5 * right, floor_right + 0.03), (0.45 * left, floor + 0.055),
             (0.86 * left, floor + 0.030), (left, floor - 0.045), (0.93 * left, floor - 0.30 * h + drop),
             (0.74 * left, floor - 0.50 * h + drop), (0.50 * left + 0.010, top + 0.27 * h),

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from cxr_retrieval.corpus.phantom import layers
+from cxr_retrieval.corpus.phantom import devices, layers, mimics
 from cxr_retrieval.corpus.phantom.anatomy import SIDES, Anatomy, Deformation, Exposure, Layout
-from cxr_retrieval.corpus.phantom.canvas import Canvas, curve
+from cxr_retrieval.corpus.phantom.canvas import Canvas
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def stage(anatomy: Anatomy, exposure: Exposure, deformation: Deformation, size: 
         layout=layout,
         lungs={side: canvas.shape(layout.lung(side), 0.0028) for side in SIDES},
         heart=layers.heart(canvas, layout),
-        filled=zeros,
+        filled=mimics.veil(canvas, layout, np.random.default_rng([exposure.seed, 6])),
         vessel_gain=np.ones_like(zeros),
         lines=zeros.copy(),
     )
@@ -85,7 +85,7 @@ def develop(scene: Scene) -> np.ndarray:
         * texture
         * (1 - scene.heart)
         * (1 - scene.filled)
-        * (np.float32(0.55 * scene.air_gain) * (0.88 + 0.2 * canvas.y))
+        * (np.float32(0.58 * scene.air_gain) * (0.88 + 0.2 * canvas.y))
     )
     density = layers.body(canvas, layout)
     inside = np.clip(density * 3, 0, 1)
@@ -96,12 +96,16 @@ def develop(scene: Scene) -> np.ndarray:
     density += layers.vessels(canvas, layout) * (
         lung * scene.vessel_gain * (1 - 0.8 * scene.filled) * (1 - 0.5 * scene.heart)
     )
-    density += layers.cage(canvas, layout) + layers.shoulders(canvas, layout)
+    # Over heart and liver the ribs drown in scatter.
+    clear = 0.45 + 0.55 * canvas.blur(lung * (1 - 0.6 * scene.heart), 0.02)
+    density += layers.cage(canvas, layout) * clear + layers.shoulders(canvas, layout)
     density += scene.lines
+    density += mimics.scars(canvas, layout, np.random.default_rng([layout.anatomy.seed, 1]))
+    density += mimics.folds(canvas, layout, np.random.default_rng([exposure.seed, 7]))
     # A soft floor: film never goes fully black inside the body.
-    density = 0.5 * (density + np.sqrt(density * density + np.float32(0.012)))
-    if exposure.view == "AP":
-        density += _devices(canvas, layout, np.random.default_rng([exposure.seed, 3]))
+    density = 0.5 * (density + np.sqrt(density * density + (np.float32(0.012) * inside + np.float32(0.0004))))
+    density += devices.implanted(canvas, layout, np.random.default_rng([layout.anatomy.seed, 2]))
+    density += devices.attached(canvas, layout, np.random.default_rng([exposure.seed, 3]))
     return _print(canvas, exposure, density)
 
 
@@ -112,6 +116,7 @@ def _print(canvas: Canvas, exposure: Exposure, density: np.ndarray) -> np.ndarra
     if haze > 0:
         density = density * (1 - 0.22 * haze) + canvas.blur(density, 0.08) * (0.22 * haze) + 0.05 * haze
     film: np.ndarray = cv2.pow(1 - cv2.exp(density * np.float32(-1.75 * exposure.penetration)), 1.18 * exposure.gamma)
+    film = np.float32(exposure.blacks) + film * np.float32(exposure.whites - exposure.blacks)
     film += np.float32(0.005) + canvas.clouds(rng, 0.5) * np.float32(0.010)
     grain = rng.standard_normal((canvas.size, canvas.size), dtype=np.float32)
     film += cv2.GaussianBlur(grain, (0, 0), 0.7) * np.float32(2.1 * exposure.grain)
@@ -124,70 +129,66 @@ def _print(canvas: Canvas, exposure: Exposure, density: np.ndarray) -> np.ndarra
 
 
 def _borders(pixels: np.ndarray, rng: np.random.Generator) -> None:
-    """Unexposed strips at the rim of some films."""
+    """The rim of some films: what the collimator or a crooked scan left out, black or, on a few, white."""
+    if rng.random() < 0.7:
+        return
     size = len(pixels)
-    for edge in range(4):
-        if rng.random() < 0.12:
-            strip = max(1, round(size * rng.uniform(0.005, 0.025)))
-            np.rot90(pixels, edge)[:strip] = rng.integers(0, 8)
+    near, far = rng.uniform(-0.03, 0.035, 2), 1 - rng.uniform(-0.03, 0.035, 2)
+    corners = np.array([near, (far[0], near[1]), far, (near[0], far[1])]) - 0.5
+    angle = np.deg2rad(rng.normal(0, 1.2))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    inside = np.zeros_like(pixels)
+    cv2.fillPoly(inside, [np.round((corners @ turn.T + 0.5) * size).astype(np.int32)], 1)
+    pixels[inside == 0] = rng.integers(0, 12) if rng.random() < 0.85 else rng.integers(225, 256)
 
 
 def _markers(pixels: np.ndarray, exposure: Exposure, rng: np.random.Generator) -> None:
-    """Side marker, and on portable films what the technician stuck beside it."""
+    """Lead letters, often crooked or mirrored, and on portable films what the technician stuck beside them."""
     size = len(pixels)
-    scale, weight = size / 512, max(1, round(size / 256))
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    value = int(rng.integers(205, 256))
-
-    def write(text: str, x: float, y: float, height: float) -> None:
-        cv2.putText(pixels, text, (int(x * size), int(y * size)), font, height * scale, value, weight, cv2.LINE_AA)
-
+    value = int(rng.integers(190, 256))
     left = rng.random() < 0.8
-    x, y = (rng.uniform(0.90, 0.94) if left else rng.uniform(0.03, 0.06)), rng.uniform(0.06, 0.15)
-    write("L" if left else "R", x, y, rng.uniform(0.7, 0.95))
-    if exposure.view == "AP":
-        style = rng.integers(3)
-        write("AP", x - 0.008, y + 0.045, 0.45)
-        if style == 0:
-            write("PORTABLE", 0.03, rng.uniform(0.04, 0.07), 0.42)
-        elif style == 1:
-            write("SUPINE", 0.80, rng.uniform(0.92, 0.96), 0.42)
+    x, y = (rng.uniform(0.86, 0.94) if left else rng.uniform(0.04, 0.11)), rng.uniform(0.04, 0.20)
+    letter, height = "L" if left else "R", rng.uniform(0.6, 0.95)
+    initials = "".join(rng.choice(list("ABCDEGHJKLMPRSTW"), 2))
+    _write(pixels, letter, (x, y), height, value, rng.normal(0, 14), rng.random() < 0.1)
+    if rng.random() < 0.35:
+        _write(pixels, initials, (x, y + 0.04), 0.55 * height, value, rng.normal(0, 8), rng.random() < 0.1)
+    if exposure.view != "AP":
+        return
+    if rng.random() < 0.6:
+        _write(pixels, "AP", (x, y + 0.075), 0.45, value, rng.normal(0, 4))
+    if rng.random() < 0.55:
+        words = "PORTABLE" if rng.random() < 0.6 else str(rng.choice(["SUPINE", "ERECT", "SEMI UPRIGHT"]))
+        corner = (
+            (rng.uniform(0.08, 0.2), rng.uniform(0.03, 0.10)) if rng.random() < 0.6 else (0.86, rng.uniform(0.7, 0.95))
+        )
+        _write(pixels, words, corner, rng.uniform(0.34, 0.45), value, rng.normal(0, 3))
+    if rng.random() < 0.15:  # the arrow that says which way is up
+        tip = np.array([0.5 + 0.43 * (1 if left else -1), rng.uniform(0.3, 0.7)]) * size
+        foot = (round(tip[0]), round(tip[1] + 0.045 * size))
+        cv2.arrowedLine(pixels, foot, (round(tip[0]), round(tip[1])), value, max(1, size // 170), cv2.LINE_AA, 0, 0.4)
 
 
-def _devices(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> np.ndarray:
-    """Electrodes and their leads, a tube in the trachea, a central line: each only on some films."""
-    layer = canvas.empty()
-    if rng.random() < 0.45:
-        for side, height in ((-1, 0.10), (1, 0.12), (1, 0.85)):
-            x, y = layout.point(side, height + rng.uniform(-0.05, 0.05), rng.uniform(0.75, 1.0))
-            lead = curve([
-                (x, y), (x + side * rng.uniform(0.02, 0.12), y + rng.uniform(0.05, 0.2)),
-                (x + rng.uniform(-0.05, 0.15) * side, y + rng.uniform(0.3, 0.45)),
-                (x + rng.uniform(0.0, 0.3) * side, 1.05),
-            ])  # fmt: skip
-            canvas.stroke(layer, [lead], 0.003, 150)
-            angle = np.linspace(0, 2 * np.pi, 20)
-            canvas.fill(layer, np.stack([x + 0.011 * np.cos(angle), y + 0.011 * np.sin(angle)], 1), 170)
-    if rng.random() < 0.22:
-        tip = layout.carina - rng.uniform(0.03, 0.08)
-        canvas.stroke(layer, [curve(layout.place(1, [(0.012, -0.05), (-0.004, 0.5 * tip), (-0.003, tip)]))], 0.006, 110)
-    if rng.random() < 0.3:
-        y, h = layout.apex, layout.height
-        line = [
-            (0.12, y - 0.10),
-            (0.10, y + 0.08),
-            (0.05, y + 0.17),
-            (0.043, y + 0.3 * h),
-            (0.042, y + rng.uniform(0.42, 0.52) * h),
-        ]
-        canvas.stroke(layer, [curve(layout.place(-1, line))], 0.0045, 130)
-    if rng.random() < 0.12:
-        tube = [
-            (0.004, -0.05),
-            (0.006, 0.3),
-            (0.018, layout.base - 0.15),
-            (0.06, layout.base),
-            (0.12, layout.base + 0.06),
-        ]
-        canvas.stroke(layer, [curve(layout.place(1, tube))], 0.005, 110)
-    return canvas.blur(layer, 0.0009) * np.float32(0.55)
+def _write(
+    pixels: np.ndarray,
+    text: str,
+    centre: tuple[float, float],
+    height: float,
+    value: int,
+    degrees: float = 0.0,
+    mirrored: bool = False,
+) -> None:
+    """Text around `centre` (shares of the frame), turned by `degrees`."""
+    size = len(pixels)
+    scale, weight, font = height * size / 512, max(1, round(size / 256)), cv2.FONT_HERSHEY_SIMPLEX
+    (width, tall), below = cv2.getTextSize(text, font, scale, weight)
+    side = 2 * (max(width, tall + below) // 2 + 2)
+    stamp = np.zeros((side, side), dtype=np.uint8)
+    cv2.putText(stamp, text, ((side - width) // 2, (side + tall) // 2), font, scale, 255, weight, cv2.LINE_AA)
+    stamp = stamp[:, ::-1] if mirrored else stamp
+    turn: np.ndarray = cv2.getRotationMatrix2D((side / 2, side / 2), degrees, 1.0)
+    turn[:, 2] += np.array(centre) * size - side / 2
+    placed = cv2.warpAffine(stamp, turn, (size, size), flags=cv2.INTER_LINEAR)
+    ink = placed > 0
+    share = placed[ink].astype(np.float32) / 255
+    pixels[ink] = pixels[ink] * (1 - share) + value * share

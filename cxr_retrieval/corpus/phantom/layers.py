@@ -21,7 +21,7 @@ def body(canvas: Canvas, layout: Layout) -> Layer:
     out = 0.06 * arms
     for side in SIDES:
         trunk = curve([
-            (wall * 0.99, top + 0.27), (wall * 0.985, top + 0.38), (wall * 1.0, layout.base - 0.08),
+            (wall * 1.04, top + 0.36), (wall * 1.005, top + 0.46), (wall * 0.99, layout.base - 0.06),
             (wall * 0.99, 1.0), (wall * 0.99, 1.2),
         ])  # fmt: skip
         neck = curve([
@@ -29,16 +29,16 @@ def body(canvas: Canvas, layout: Layout) -> Layer:
             (0.40, top - 0.012), (0.49 + out, top + 0.05), (0.56 + out, top + 0.17), (0.62 + out, top + 0.5),
         ])  # fmt: skip
         armpit = curve([
-            (0.66 + 3 * out, 1.2), (0.53 + 3 * out, 1.2), (0.505 + 2 * out, 0.85), (0.475 + 1.5 * out, top + 0.46),
-            (wall + 0.022, top + 0.33), (wall * 0.99, top + 0.28),
+            (0.66 + 3 * out, 1.2), (0.53 + 3 * out, 1.2), (0.515 + 2 * out, 0.90), (0.485 + 1.5 * out, top + 0.56),
+            (wall * 1.04 + 0.026, top + 0.42), (wall * 1.04, top + 0.37),
         ])  # fmt: skip
         outline = np.vstack([[(0, -0.25)], neck, armpit, trunk, [(0, 1.2)]])
         canvas.fill(layer, layout.place(side, outline))
     mask = canvas.blur(layer, 0.0015)
     # A round cross-section: thickness grows like a root from the skin line.
-    rim = cv2.pow(np.clip(canvas.blur(layer, 0.07) * 2 - 0.85, 0.02, 1.0), 0.62) * mask
+    rim = cv2.pow(np.clip(canvas.blur(layer, 0.07) * 2 - 0.85, 0.02, 1.0), 0.52) * mask
     across = (canvas.x - np.float32(layout.middle)) * np.float32(1 / wall)
-    depth = 0.555 + 0.45 * np.maximum(canvas.y, 0.1) - 0.22 * np.minimum(across * across, 1.2)
+    depth = 0.595 + 0.42 * np.maximum(canvas.y, 0.1) - 0.18 * np.minimum(across * across, 1.2)
     return rim * depth * np.float32(anatomy.girth)
 
 
@@ -61,12 +61,12 @@ def abdomen(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> Layer:
         ], 8, closed=True)  # fmt: skip
         result -= canvas.shape(layout.place(1, ring), 0.006) * np.float32(0.42)
     loops = canvas.empty()
-    for _ in range(int(rng.integers(0, 6))):
+    for _ in range(int(rng.integers(0, 9))):
         x, y = rng.uniform(0.0, 0.27), layout.base + rng.uniform(0.02, 0.15)
         wide, tall = rng.uniform(0.012, 0.035), rng.uniform(0.010, 0.022)
         ring = curve([(x - wide, y), (x, y - tall), (x + wide, y), (x, y + tall)], 6, closed=True)
         canvas.fill(loops, layout.place(1, ring), int(rng.integers(90, 220)))
-    return result - canvas.blur(loops, 0.005) * np.float32(0.22)
+    return result - canvas.blur(loops, 0.004) * np.float32(0.30)
 
 
 def heart(canvas: Canvas, layout: Layout) -> Layer:
@@ -86,7 +86,7 @@ def heart(canvas: Canvas, layout: Layout) -> Layer:
     canvas.fill(silhouette, layout.place(1, knob))
     edge = canvas.blur(silhouette, 0.0045)
     core = canvas.blur(silhouette, 0.035)
-    return edge * np.clip(0.60 + 0.70 * (core - 0.5), 0.35, 0.95)
+    return edge * np.clip(0.72 + 0.60 * (core - 0.5), 0.45, 0.97)
 
 
 def aorta(canvas: Canvas, layout: Layout) -> Layer:
@@ -107,7 +107,7 @@ def airways(canvas: Canvas, layout: Layout) -> Layer:
     right = [(lean, y - 0.01), (lean - 0.045, y + 0.055), (lean - 0.075, y + 0.11)]
     left = [(lean, y - 0.01), (lean + 0.055, y + 0.045), (lean + 0.10, y + 0.075)]
     canvas.stroke(layer, [curve(layout.place(1, right)), curve(layout.place(1, left))], 0.021, 150)
-    return canvas.blur(layer, 0.005) * np.float32(0.25)
+    return canvas.blur(layer, 0.005) * np.float32(0.19)
 
 
 def spine(canvas: Canvas, layout: Layout) -> Layer:

@@ -2,8 +2,8 @@
 
 They stand in for NIH ChestX-ray14 where no licence, no download and exact ground truth are wanted: the demo, and tests
 of localisation, leakage and learning. No model and no real image is behind them. The parts, in order of use:
-`cohort` (who, and with what findings), `anatomy` (where organs lie), `layers` (healthy organs),
-`signs` (findings), `film` (from thickness to pixels).
+`cohort` (who, and with what findings), `anatomy` (where organs lie), `layers` (healthy organs), `mimics` (what looks
+like a finding and is none), `devices` (lines and implants), `signs` (findings), `film` (from thickness to pixels).
 """
 
 from dataclasses import dataclass

@@ -35,12 +35,12 @@ def deformation(signs: list[Sign]) -> Deformation:
     for sign in signs:
         side = _side(sign.rng())
         if sign.finding == "Cardiomegaly":
-            ratio = 0.565 + 0.125 * sign.severity
+            ratio = 0.505 + 0.175 * sign.severity
         elif sign.finding == "Emphysema":
-            flatten = 0.45 + 0.55 * sign.severity
+            flatten = 0.10 + 0.85 * sign.severity
         elif sign.finding == "Atelectasis":
-            raised[side] += 0.02 + 0.035 * sign.severity
-            pull += side * 0.012 * sign.severity
+            raised[side] += 0.055 * sign.severity
+            pull += side * 0.016 * sign.severity
         elif sign.finding == "Fibrosis":
             raised = {both: rise + 0.02 * sign.severity for both, rise in raised.items()}
         elif sign.finding == "Pneumothorax":
@@ -108,9 +108,9 @@ def _atelectasis(scene: Scene, severity: float, rng: np.random.Generator) -> Non
             (0.03, top), (0.35 * reach + 0.03, top + 0.3 * (floor - top)), (reach, floor), (0.02, floor),
         ], 6)[:-1])  # fmt: skip
         area = canvas.shape(wedge, 0.005)
-        scene.fill(area * (0.55 + 0.4 * severity))
+        scene.fill(area * (0.22 + 0.70 * severity))
         # The heart is as dense as the wedge: what shows behind it is the added thickness.
-        scene.lines += area * np.float32(0.09 + 0.08 * severity) * scene.lung
+        scene.lines += area * np.float32(0.02 + 0.14 * severity) * scene.lung
     else:
         layer = canvas.empty()
         height, slant = rng.uniform(0.84, 0.93), rng.uniform(-0.25, 0.35) * side
@@ -120,13 +120,13 @@ def _atelectasis(scene: Scene, severity: float, rng: np.random.Generator) -> Non
             line = curve(
                 [(x - length, y - tilt * length), (x, y + rng.normal(0, 0.008)), (x + length, y + tilt * length)]
             )
-            swell = np.sin(np.linspace(0, math.pi, len(line))) ** 0.6 * (0.006 + 0.009 * severity) + 0.001
+            swell = np.sin(np.linspace(0, math.pi, len(line))) ** 0.6 * (0.003 + 0.011 * severity) + 0.001
             one, other = ribbon(line, swell)
             canvas.fill(layer, np.vstack([one, other[::-1]]))
             height -= rng.uniform(0.08, 0.15)
         plates = canvas.blur(layer, 0.0035)
         area = canvas.blur(layer, 0.02)
-        scene.fill(plates * (0.5 + 0.35 * severity) + area * (0.25 + 0.3 * severity))
+        scene.fill(plates * (0.28 + 0.55 * severity) + area * (0.08 + 0.42 * severity))
         area = plates
     scene.mark("Atelectasis", area * scene.lungs[side], 0.3)
 
@@ -148,16 +148,16 @@ def _effusion(scene: Scene, severity: float, rng: np.random.Generator) -> None:
     for side in (first, -first) if both else (first,):
         size = severity * (1.0 if side == first else rng.uniform(0.3, 0.8))
         # The fluid level climbs at the chest wall: a meniscus.
-        depth = layout.dome_height * 0.55 + (0.03 + 0.24 * size**1.5)
+        depth = layout.dome_height * (0.38 + 0.20 * size) + 0.27 * size**1.4
         lateral = _ramp((canvas.x - layout.middle) * side / layout.half_width)
         level = layout.base - depth * (0.52 + 0.22 * lateral + 0.55 * lateral**6)
         soft = 0.022 if layout.exposure.view == "PA" else 0.05
         area = _ramp((canvas.y - level) / soft + 0.5) * scene.lungs[side]
-        scene.fill(area * 0.96)
-        scene.lines += area * np.float32(0.02 + 0.06 * size)
+        scene.fill(area * (0.55 + 0.41 * min(1.0, 2.5 * size)))
+        scene.lines += area * np.float32(0.08 * size)
         if layout.exposure.view == "AP":
             # Lying patients: the fluid spreads behind the lung as a veil.
-            scene.fill(scene.lungs[side] * _ramp((canvas.y - layout.apex) / layout.height) * (0.10 + 0.25 * size))
+            scene.fill(scene.lungs[side] * _ramp((canvas.y - layout.apex) / layout.height) * (0.02 + 0.32 * size))
         scene.mark("Effusion", area, 0.4)
 
 
@@ -170,7 +170,7 @@ def _infiltration(scene: Scene, severity: float, rng: np.random.Generator) -> No
         size = rng.uniform(0.07, 0.11) * (0.85 + 0.4 * severity)
         area = _patch(scene, centre, (size, size * rng.uniform(0.9, 1.5)), rng, 0.028)
         mottle = _ramp(0.55 + 0.42 * canvas.clouds(rng, 0.028) + 0.22 * canvas.clouds(rng, 0.012))
-        scene.fill(area * mottle * (0.32 + 0.42 * severity))
+        scene.fill(area * mottle * (0.10 + 0.58 * severity))
         scene.mark("Infiltration", area * scene.lungs[side], 0.4)
 
 
@@ -189,16 +189,16 @@ def _round(
 
 
 def _mass(scene: Scene, severity: float, rng: np.random.Generator) -> None:
-    radius = 0.046 + 0.042 * severity
-    area = _round(scene, _side(rng), radius, 0.46 + 0.36 * severity, rng, rng.uniform(0.06, 0.2))
+    radius = 0.034 + 0.050 * severity
+    area = _round(scene, _side(rng), radius, 0.18 + 0.60 * severity, rng, rng.uniform(0.06, 0.2))
     scene.mark("Mass", area, 0.5)
 
 
 def _nodule(scene: Scene, severity: float, rng: np.random.Generator) -> None:
     side = _side(rng)
     for _ in range(1 + int(rng.geometric(0.6) - 1) % 4):
-        radius = (0.015 + 0.017 * severity) * rng.uniform(0.85, 1.15)
-        area = _round(scene, side, radius, 0.42 + 0.36 * severity, rng, 0.04)
+        radius = (0.012 + 0.019 * severity) * rng.uniform(0.85, 1.15)
+        area = _round(scene, side, radius, 0.25 + 0.53 * severity, rng, 0.04)
         scene.mark("Nodule", area, 0.4)
         side = -side if rng.random() < 0.5 else side
 
@@ -211,14 +211,14 @@ def _pneumonia(scene: Scene, severity: float, rng: np.random.Generator) -> None:
     area = _patch(scene, centre, (size, size * rng.uniform(0.8, 1.15)), rng, 0.017)
     mottle = _ramp(0.82 + 0.2 * scene.canvas.clouds(rng, 0.03))
     airways = _bronchogram(scene, side, centre, 0.8 * size, rng)
-    scene.fill(area * mottle * (0.40 + 0.36 * severity) * (1 - 0.35 * airways))
+    scene.fill(area * mottle * (0.14 + 0.62 * severity) * (1 - 0.35 * airways))
     scene.mark("Pneumonia", area * scene.lungs[side], 0.4)
 
 
 def _pneumothorax(scene: Scene, severity: float, rng: np.random.Generator) -> None:
     side = _side(rng)
     canvas, layout = scene.canvas, scene.layout
-    gap = 0.028 + 0.15 * severity**1.3
+    gap = 0.012 + 0.165 * severity**1.3
     # The lung falls towards its hilum, most at the apex, with a visible pleural edge.
     outline = layout.lung(side)
     offset = (outline[:, 0] - layout.middle) * side
@@ -231,11 +231,11 @@ def _pneumothorax(scene: Scene, severity: float, rng: np.random.Generator) -> No
     free = lung * (1 - inside) * (canvas.y < np.float32(layout.base - 0.02))
     scene.vessel_gain *= 1 - free
     # Free air is darker than lung; the fallen lung is denser.
-    scene.filled = scene.filled * (1 - free) - free * np.float32(0.17)
-    scene.fill(lung * inside * np.float32(0.08 + 0.30 * severity))
+    scene.filled = scene.filled * (1 - free) - free * np.float32(0.04 + 0.14 * severity)
+    scene.fill(lung * inside * np.float32(0.02 + 0.34 * severity))
     line = canvas.empty()
     canvas.stroke(line, [edge[3 : len(edge) - 38]], 0.0042, 255)
-    scene.lines += canvas.blur(line, 0.0009) * lung * np.float32(0.13)
+    scene.lines += canvas.blur(line, 0.0009) * lung * np.float32(0.05 + 0.09 * severity)
     scene.mark("Pneumothorax", free, 0.5, 0.0)
 
 
@@ -253,7 +253,7 @@ def _consolidation(scene: Scene, severity: float, rng: np.random.Generator) -> N
     area = lobe * scene.lungs[side] * _ramp(0.9 + 0.12 * canvas.clouds(rng, 0.045))
     centre = layout.point(side, 0.3 if upper else 0.72, 0.5)
     airways = _bronchogram(scene, side, centre, 0.10, rng)
-    scene.fill(area * (0.58 + 0.32 * severity) * (1 - 0.32 * airways))
+    scene.fill(area * (0.16 + 0.74 * severity) * (1 - 0.32 * airways))
     scene.mark("Consolidation", area, 0.4)
 
 
@@ -267,44 +267,44 @@ def _edema(scene: Scene, severity: float, rng: np.random.Generator) -> None:
         dy = (canvas.y - np.float32(y + 0.05)) / np.float32(0.19 + 0.05 * severity)
         away = dx * dx + dy * dy
         wing = cv2.exp(-away * np.sqrt(away))
-        scene.fill(wing * mottle * (0.24 + 0.46 * severity) + 0.08 * severity)
+        scene.fill(wing * mottle * (0.08 + 0.60 * severity) + 0.08 * severity)
         scene.mark("Edema", wing * scene.lungs[side], 0.4)
         # Kerley B lines: short, thin, horizontal, at the lateral bases.
         for height in np.arange(0.74, 1.0, 0.035):
             start = layout.point(side, height + rng.uniform(-0.01, 0.01), 0.99)
             end = layout.point(side, height + rng.uniform(-0.01, 0.01), rng.uniform(0.84, 0.92))
             canvas.stroke(lines, [np.array([start, end])], 0.0028, 200)
-    scene.lines += canvas.blur(lines, 0.001) * scene.lung * np.float32(0.06 + 0.08 * severity)
+    scene.lines += canvas.blur(lines, 0.001) * scene.lung * np.float32(0.01 + 0.10 * severity)
     # Full veins, the upper ones too.
-    scene.vessel_gain *= np.float32(1.15 + 0.6 * severity)
+    scene.vessel_gain *= np.float32(1.02 + 0.7 * severity)
 
 
 def _emphysema(scene: Scene, severity: float, rng: np.random.Generator) -> None:
-    scene.air_gain *= 1.10 + 0.13 * severity
-    scene.vessel_gain *= np.float32(0.65 - 0.35 * severity)
+    scene.air_gain *= 1.02 + 0.18 * severity
+    scene.vessel_gain *= np.float32(0.95 - 0.62 * severity)
     layout = scene.layout
     for side in SIDES:
         # Bullae: round areas without vessels, a hair line around some.
         for _ in range(int(rng.integers(0, 3))):
             centre = layout.point(side, rng.uniform(0.08, 0.45), rng.uniform(0.5, 0.8))
             bulla = _patch(scene, centre, (0.05 + 0.03 * severity, 0.055 + 0.03 * severity), rng, 0.012)
-            scene.filled = scene.filled - bulla * scene.lungs[side] * np.float32(0.12)
-            scene.vessel_gain *= 1 - 0.8 * bulla
+            scene.filled = scene.filled - bulla * scene.lungs[side] * np.float32(0.02 + 0.11 * severity)
+            scene.vessel_gain *= 1 - np.float32(0.8 * severity) * bulla
         scene.mark("Emphysema", scene.lungs[side], 0.5, 0.0)
 
 
 def _fibrosis(scene: Scene, severity: float, rng: np.random.Generator) -> None:
     canvas, layout = scene.canvas, scene.layout
     # Zero lines of smooth noise form a net: reticulation without drawing a single line.
-    net = cv2.exp(-((canvas.clouds(rng, 0.0125) / np.float32(0.38)) ** 2))
-    wide = cv2.exp(-((canvas.clouds(rng, 0.021) / np.float32(0.30)) ** 2))
+    net = cv2.exp(-((canvas.clouds(rng, 0.0095) / np.float32(0.50)) ** 2))
+    wide = cv2.exp(-((canvas.clouds(rng, 0.019) / np.float32(0.42)) ** 2))
     for side in SIDES:
         lateral = (canvas.x - layout.middle) * side / layout.half_width
         height = (canvas.y - layout.apex) / layout.height
         low = _ramp((height - (0.62 - 0.25 * severity)) / 0.22)
         rim = _ramp((lateral - 0.62) / 0.2) * _ramp((height - 0.3) / 0.25)
         area = np.maximum(low * (0.35 + 0.65 * _ramp(lateral / 0.7)), rim * 0.8) * scene.lungs[side]
-        scene.fill(area * (0.12 + 0.14 * severity + np.maximum(net, wide) * (0.24 + 0.34 * severity)))
+        scene.fill(area * (0.03 + 0.20 * severity + np.maximum(net, wide) * (0.08 + 0.27 * severity)))
         scene.mark("Fibrosis", area, 0.45)
 
 
@@ -312,7 +312,7 @@ def _pleural_thickening(scene: Scene, severity: float, rng: np.random.Generator)
     side = _side(rng)
     canvas, layout = scene.canvas, scene.layout
     apical = rng.random() < 0.35
-    depth = 0.016 + 0.026 * severity
+    depth = 0.014 + 0.032 * severity
     wobble = 1 + 0.30 * canvas.clouds(rng, 0.06)
     height = (canvas.y - layout.apex) / layout.height
     offset = (canvas.x - layout.middle) * side
@@ -328,14 +328,14 @@ def _pleural_thickening(scene: Scene, severity: float, rng: np.random.Generator)
         top, bottom = rng.uniform(0.12, 0.35), rng.uniform(0.78, 1.0)
         reach = _ramp((height - top) / 0.10) * _ramp((bottom - height) / 0.10)
     area = band * reach * scene.lungs[side]
-    scene.fill(area * (0.75 + 0.25 * severity))
-    scene.lines += area * np.float32(0.08 + 0.07 * severity)
+    scene.fill(area * (0.45 + 0.50 * severity))
+    scene.lines += area * np.float32(0.05 + 0.12 * severity)
     scene.mark("Pleural_Thickening", area, 0.5)
 
 
 def _hernia(scene: Scene, severity: float, rng: np.random.Generator) -> None:
     canvas, layout = scene.canvas, scene.layout
-    radius = 0.055 + 0.04 * severity
+    radius = 0.050 + 0.055 * severity
     x = layout.middle + rng.uniform(0.0, 0.035)
     y = float(layout.dome(1, 0.05)) - 0.72 * radius
     ring = irregular_ring(rng, (x, y), (radius * 1.15, radius), 0.05)
@@ -343,7 +343,7 @@ def _hernia(scene: Scene, severity: float, rng: np.random.Generator) -> None:
     level = np.float32(y + rng.uniform(-0.15, 0.25) * radius)
     gas = canvas.shape((ring - (x, y)) * 0.86 + (x, y), 0.003) * (canvas.y < level)
     # Wall and fluid add thickness, the gas above the level takes it away.
-    scene.lines += area * np.float32(0.11 + 0.08 * severity) - gas * np.float32(0.19 + 0.20 * severity)
+    scene.lines += area * np.float32(0.08 + 0.13 * severity) - gas * np.float32(0.15 + 0.26 * severity)
     scene.mark("Hernia", area, 0.5)
 
 
