@@ -1,7 +1,7 @@
 """Searching a published index with an image: decode, embed, look up, and say what was found and why."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,6 +45,15 @@ NONE_PASSES = "no image of this index passes the filter: ask for less"
 
 class UnknownImage(UserError):
     """An image id that is not in the index."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A decoded image that has not been through the network yet; `box` is the region of it to look at closely, if one
+    was told, [x, y, w, h] in prepared pixels."""
+
+    image: DecodedImage
+    box: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -173,21 +182,41 @@ class Retriever:
         whole image still counts. Raises UserError for a region outside the image or too small to see anything in, and
         where the index holds an embedding of whole images only.
         """
+        (query,) = self.look([self.decode(data, region)])
+        return query
+
+    def decode(self, data: bytes, region: tuple[float, float, float, float] | None = None) -> Seen:
+        """The first half of `query`, without the network. Raises what it raises."""
         image = decode(data, self.model.recipe, QUERY_LIMITS)
-        box = None if region is None else self._prepared_region(region, image)
-        output = self.model.forward(image.pixels[None].copy(), None if box is None else torch.tensor([box]))
-        vector = embeddings(output, self.model.centring)[self.facts["embedding"]][0].numpy()
-        scores = torch.sigmoid(output.joint_PBC.mean(0)[0]).tolist()
-        x, y, w, h = output.boxes_B4[0].tolist()
-        return Query(
-            image.pixels,
-            vector,
-            (x, y, w, h),
-            dict(zip(self.model.findings, scores, strict=True)),
-            hashlib.sha256(image.pixels.tobytes()).digest(),
-            (image.width, image.height),
-            image.aspect,
-        )
+        return Seen(image, None if region is None else self._prepared_region(region, image))
+
+    def look(self, images: Sequence[Seen]) -> list[Query]:
+        """The second half of `query`, the network, for several images at once, in their order."""
+        found: dict[int, Query] = {}
+        for told in (False, True):  # the network crops all images of a batch itself, or none
+            numbers = [number for number, seen in enumerate(images) if (seen.box is not None) == told]
+            if numbers:
+                batch = [images[number] for number in numbers]
+                found |= zip(numbers, self._queries(batch, told), strict=True)
+        return [found[number] for number in range(len(images))]
+
+    def _queries(self, batch: Sequence[Seen], told: bool) -> Iterator[Query]:
+        boxes = torch.tensor([seen.box for seen in batch]) if told else None
+        output = self.model.forward(np.stack([seen.image.pixels for seen in batch]), boxes)
+        vectors = embeddings(output, self.model.centring)[self.facts["embedding"]].numpy()
+        scores = torch.sigmoid(output.joint_PBC.mean(0)).tolist()
+        looked = zip(batch, vectors, scores, output.boxes_B4.tolist(), strict=True)
+        for seen, vector, mine, (x, y, w, h) in looked:
+            image = seen.image
+            yield Query(
+                image.pixels,
+                vector,
+                (x, y, w, h),
+                dict(zip(self.model.findings, mine, strict=True)),
+                hashlib.sha256(image.pixels.tobytes()).digest(),
+                (image.width, image.height),
+                image.aspect,
+            )
 
     def query_of(self, image_id: str) -> Query:
         """The query that an indexed image is, by its stored vector. Raises UnknownImage."""

@@ -1,10 +1,9 @@
 """The HTTP API and the search page, as one FastAPI application in one process.
 
-One image at a time goes through the network, which uses every core for it; decoding is under the same lock, so memory
-does not grow with the number of clients. Looking up, thumbnails and the rest run beside it.
+Images of clients who ask at the same time go through the network together. Looking up, thumbnails and the rest run
+beside it.
 """
 
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from cxr_retrieval.index.search import Retriever, UnknownImage
 from cxr_retrieval.report.pages import render
 from cxr_retrieval.serve import access
 from cxr_retrieval.serve.live import LiveIndex
+from cxr_retrieval.serve.looking import Looking
 from cxr_retrieval.serve.metrics import Metrics
 from cxr_retrieval.serve.schema import Asked, Found, IndexFacts, Problem, Ready, Reason, Search, Upload, sentence
 from cxr_retrieval.serve.uploads import UploadLimit
@@ -60,7 +60,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
     )
     too_large = f"the upload is larger than {settings.upload_mb} MB: reduce the image or raise serve.upload_mb"
     metrics = Metrics(live)
-    looking = threading.Lock()
+    looking = Looking()
     page = render("search.html.j2", title="Find similar chest X-rays", facts=[], script="search.js")
     app.add_middleware(UploadLimit, limit=limit + SLACK, text=too_large)
     if token is None:
@@ -103,9 +103,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     def question(retriever: Retriever, upload: Upload) -> Question:
-        data = upload.image.file.read()
-        with looking:
-            return retriever.query(data, upload.box)
+        return looking.query(retriever, upload.image.file.read(), upload.box)
 
     def answer(request: Request, retriever: Retriever, query: Question, asked: Asked) -> Found:
         found = retriever.search(query, asked.k, asked.filters, skip=asked.skip, exclude_own=not asked.own_patient)
@@ -138,16 +136,14 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         """Why an indexed image is near an uploaded one: the distance of every progressive step, and both crops."""
         retriever = live.retriever
         query = question(retriever, form)
-        with looking:
-            return Reason.of(retriever, retriever.why(query, retriever.case(image_id)))
+        return Reason.of(retriever, looking.why(retriever, query, retriever.case(image_id)))
 
     @app.get("/v1/images/{image_id:path}/why", responses=PROBLEMS)
     def why_indexed(image_id: str, query: str) -> Reason:
         """Why an indexed image is near another one, whose id `query` is."""
         retriever = live.retriever
         asked = retriever.query_of(query)
-        with looking:
-            return Reason.of(retriever, retriever.why(asked, retriever.case(image_id)))
+        return Reason.of(retriever, looking.why(retriever, asked, retriever.case(image_id)))
 
     @app.get("/v1/index")
     def index() -> IndexFacts:

@@ -4,7 +4,9 @@ import base64
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from cxr_retrieval.config import ServeSettings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache
 from cxr_retrieval.index.filters import Filters
-from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.index.search import Query, Retriever, Seen
 from cxr_retrieval.serve import access, live
 from cxr_retrieval.serve.api import create_app
 from cxr_retrieval.serve.live import LiveIndex
+from cxr_retrieval.serve.looking import MOST, Looking
 from jobs.serve import listening
 from tests.indexes import Film, build, films, model_files, published
 
@@ -64,6 +67,71 @@ def refusal(answer: Any, status: int) -> str:
 
 
 # ---- searching
+
+
+class Slow:
+    """An opened index whose network is busy until it is let go; it counts the images of every batch."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever, self.batches, self.free = retriever, [], threading.Event()
+        self.waiting = threading.Semaphore(0)
+
+    def decode(self, data: bytes, region: Any = None) -> Seen:
+        seen = self.retriever.decode(data, region)
+        self.waiting.release()
+        return seen
+
+    def look(self, images: Sequence[Seen]) -> list[Query]:
+        self.batches.append(len(images))
+        assert self.free.wait(30)
+        return self.retriever.look(images)
+
+
+def at_once(slow: Slow, asked: Sequence[tuple[bytes, Any]]) -> list[Future[Query]]:
+    """Queries of as many threads, of which all but the first wait while the network is busy with that one's."""
+    looking = Looking()
+    with ThreadPoolExecutor(len(asked)) as threads:
+        found = [threads.submit(looking.query, slow, *asked[0])]
+        while not slow.batches:
+            time.sleep(0.01)
+        found += [threads.submit(looking.query, slow, *each) for each in asked[1:]]
+        for _ in asked:
+            assert slow.waiting.acquire(timeout=30)
+        while len(looking._waiting) < len(asked) - 1:
+            time.sleep(0.01)
+        slow.free.set()
+    return found
+
+
+def test_who_asks_while_the_network_is_busy_is_looked_at_together_and_gets_their_own(opened: LiveIndex, world) -> None:
+    images = world[1]
+    asked = [(film.png, (10, 20, 60, 60) if n % 3 == 1 else None) for n, film in enumerate(images[: MOST + 4])]
+    found = at_once(slow := Slow(opened.retriever), asked)
+    assert slow.batches == [1, MOST, 3]
+    for (data, region), each in zip(asked, found, strict=True):
+        query, alone = each.result(), opened.retriever.query(data, region)
+        assert (query.crop, query.pixel_sha256) == (alone.crop, alone.pixel_sha256)
+        np.testing.assert_allclose(query.vector, alone.vector, atol=1e-5)
+        assert query.scores == pytest.approx(alone.scores, abs=1e-5)
+
+
+def test_a_network_that_fails_is_told_to_all_who_wait_and_works_again(opened: LiveIndex, world, monkeypatch) -> None:
+    images, slow = world[1], Slow(opened.retriever)
+    monkeypatch.setattr(opened.retriever.__class__, "look", broken := Broken())
+    for each in at_once(slow, [(film.png, None) for film in images[:4]]):
+        with pytest.raises(RuntimeError, match="no memory left"):
+            each.result()
+    assert broken.asked == 2
+    monkeypatch.undo()
+    assert Looking().query(opened.retriever, images[0].png, None).crop
+
+
+class Broken:
+    asked = 0
+
+    def __call__(self, *_: Any) -> list[Query]:
+        self.asked += 1
+        raise RuntimeError("no memory left")
 
 
 def test_an_upload_is_answered_as_the_library_answers(client: TestClient, opened: LiveIndex, world) -> None:
@@ -190,7 +258,7 @@ def test_a_bug_is_no_refusal(opened: LiveIndex, world, monkeypatch: pytest.Monke
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Retriever, "query", broken)
+    monkeypatch.setattr(Retriever, "look", broken)
     client = TestClient(create_app(opened, ServeSettings()), base_url=HERE, raise_server_exceptions=False)
     assert asked(client, world[1][0].png).status_code == 500
 
