@@ -43,9 +43,12 @@ class ColumnSettings(Section):
 
 class CorpusSettings(Section):
     archive: str | None = Field(None, description="folder or s3:// prefix that holds the archive")
-    format: Literal["nih", "chexpert", "mimic", "padchest", "csv"] = Field(
+    format: Literal["nih", "chexpert", "mimic", "padchest", "vindr", "dicom", "csv"] = Field(
         "nih",
         description="layout of the archive: its folders and label tables; csv: a table that corpus.columns tells of",
+    )
+    labels: str | None = Field(
+        None, description="table of findings (format = dicom); null: no finding of any image is known"
     )
     columns: ColumnSettings = ColumnSettings()
     separator: str = Field("|", min_length=1, description="what stands between findings of one cell (format = csv)")
@@ -283,6 +286,10 @@ class Settings(Section):
             raise ValueError(
                 "corpus.validation_share + corpus.test_share leave under a tenth of the patients to train on"
             )
+        if corpus.labels is not None and corpus.format != "dicom":
+            raise ValueError(
+                f"corpus.labels is for corpus.format=dicom: corpus.format={corpus.format} has tables of its own"
+            )
         if training.lanes % training.workers:
             raise ValueError(
                 f"training.lanes={training.lanes} is not a multiple of training.workers={training.workers}"
@@ -409,6 +416,7 @@ def places(settings: Settings) -> dict[str, str]:
         "workspace": settings.workspace,
         "model": settings.model,
         "corpus.archive": settings.corpus.archive,
+        "corpus.labels": settings.corpus.labels,
         "phantom.out": settings.phantom.out,
         "network.weights": settings.network.weights,
         "publish.to": settings.publish.to,

@@ -112,6 +112,23 @@ def get(uri: str) -> tuple[bytes, str]:
         return _persistently(once)
 
 
+def get_beginning(uri: str, length: int) -> bytes:
+    """The first `length` bytes of the object, all of it where it is shorter."""
+    bucket, key = _bucket_key(uri)
+
+    def once() -> bytes:
+        try:
+            body: bytes = client().get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{length - 1}")["Body"].read()
+        except botocore.exceptions.ClientError as error:
+            if _status(error) == 416:  # no byte of an empty object is in any range
+                return b""
+            raise
+        return body
+
+    with explained(uri):
+        return _persistently(once)
+
+
 def delete(uri: str) -> None:
     """Delete an object; it is no error where there is none."""
     bucket, key = _bucket_key(uri)

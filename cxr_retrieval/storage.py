@@ -124,6 +124,15 @@ def read_bytes(uri: str) -> bytes:
     return s3.get(uri)[0]
 
 
+def read_beginning(uri: str, length: int) -> bytes:
+    """The first `length` bytes of a file, all where it is shorter. Raises FileNotFoundError where there is none."""
+    uri = canonical(uri)
+    if is_s3(uri):
+        return s3.get_beginning(uri, length)
+    with _explained(uri), Path(uri).open("rb") as file:
+        return file.read(length)
+
+
 @contextlib.contextmanager
 def open_text(uri: str) -> Iterator[IO[str]]:
     """A text file, streamed and decompressed by its ending (`.gz`). Bytes that are not UTF-8 become U+FFFD."""

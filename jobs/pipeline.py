@@ -177,10 +177,12 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
     if settings.training.pretraining:
         epochs = f"{settings.training.pretraining} epochs of pretraining and {epochs}"
     training = sum(pc.sum(pc.equal(rows["split"], TRAIN)).as_py() or 0 for rows in planned.archive.partitions())
+    unscanned = planned.archive.unscanned
     console.show_table(
         "Plan of pipeline",
         ["step", "images", "state"],
         [
+            *([["prepare", unscanned, "headers to read first: what follows is not known yet"]] if unscanned else []),
             ["prepare", rows, "finished" if finished else f"{left:,} of {len(planned.parts):,} shards to do"],
             ["train", training, "finished" if trained else f"{epochs} to do"],
             ["embed, evaluate, index, publish, search", rows, "what is missing"],

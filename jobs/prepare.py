@@ -75,9 +75,15 @@ def say_other_findings(counts: Mapping[str, int]) -> None:
 
 
 def warn_of_corpus(corpus: Artifact) -> None:
-    """A line about files of other kinds in the archive, and one about images of two patients, if there are any."""
+    """A line each about files of other kinds in the archive, images with text in them and images of two patients, if
+    there are any."""
     if ignored := corpus.manifest["ignored_files"]:
         console.say(ignored_text(ignored))
+    if burned_in := corpus.manifest["burned_in"]:
+        console.say(
+            f"warning: images that hold burned-in text, by what their headers say (BurnedInAnnotation): {burned_in:,};"
+            " it may name patients, and is shown wherever the images are"
+        )
     if across := corpus.manifest["duplicates_across_patients"]:
         console.say(
             f"warning: images whose pixels another patient's image has too: {across:,}; one of each is kept, and one"
@@ -139,6 +145,8 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
         ["images", "shards", "images to read", "bytes of pixels", "memory of a task (bytes)"],
         [[images, len(planned.parts), to_read, to_read * pixels, 2 * corpus.partition_images * pixels]],
     )
+    if planned.archive.unscanned:
+        console.say(f"files whose headers tell whether they are images: {planned.archive.unscanned:,}; none is read yet")
     if known:
         console.show_table(
             "Known before an image is read",

@@ -7,7 +7,6 @@ archives are laid out, `formats` knows.
 
 import contextlib
 import datetime
-import hashlib
 import json
 import re
 import sqlite3
@@ -21,23 +20,32 @@ import pyarrow as pa
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
 from cxr_retrieval.corpus.formats import format_of, formats_with
-from cxr_retrieval.corpus.formats.labels import Tables
+from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables
+from cxr_retrieval.corpus.headers import FACTS, OBJECT, STRETCH, UNREADABLE, Headers
 from cxr_retrieval.corpus.limits import exclusion
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+NOTHING_TOLD = asdict(Label(""))
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", *DICOM_ENDINGS)
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
+WITHOUT_IMAGE = "DICOM without an image"
 REMOVED = "removed"  # what is told of an image whose patient was removed
 
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA cache_size = -65536;  -- 64 MiB; the rest is on disk
-CREATE TABLE listing (path TEXT PRIMARY KEY, image TEXT, size INTEGER) WITHOUT ROWID;
+-- `told_as` is what the label tables call an image
+CREATE TABLE listing (path TEXT PRIMARY KEY, image TEXT, size INTEGER, modified REAL, told_as TEXT) WITHOUT ROWID;
+CREATE TABLE headers (
+    key TEXT, size INTEGER, modified REAL, kind TEXT, reason TEXT, patient TEXT, told_as TEXT, facts TEXT,
+    PRIMARY KEY (key, size, modified)
+) WITHOUT ROWID;  -- key: a path, or the mark of a removed image, of which there are no facts
 CREATE TABLE labels (image TEXT PRIMARY KEY, patient TEXT, facts TEXT, twice INTEGER DEFAULT 0) WITHOUT ROWID;
 CREATE TABLE boxes (image TEXT, finding TEXT, x REAL, y REAL, w REAL, h REAL);
 CREATE TABLE listed (image TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID;
@@ -45,29 +53,53 @@ CREATE TABLE placed (key TEXT PRIMARY KEY, place INTEGER) WITHOUT ROWID;  -- a p
 """
 INDEXES = """
 CREATE INDEX listing_image ON listing (image);
+CREATE INDEX listing_told_as ON listing (told_as);
 CREATE INDEX boxes_image ON boxes (image);
+CREATE VIEW known AS
+SELECT path, listing.image, listing.size, coalesce(nullif(labels.patient, ''), headers.patient) AS patient,
+    labels.facts AS label, headers.facts AS header, coalesce(twice, 0) AS twice,
+    headers.key IS NOT NULL AND headers.facts IS NULL AS removed, listed.split AS split
+FROM listing LEFT JOIN headers ON headers.key = path
+    LEFT JOIN labels ON labels.image = listing.told_as LEFT JOIN listed ON listed.image = listing.told_as;
 """
 JOINED = """
-SELECT path, image, size, patient, facts, twice,
-    labels.image IS NOT NULL AS labelled,
-    (SELECT count(*) FROM listing AS other WHERE other.image = listing.image) AS namesakes,
-    listed.split AS listed, place
-FROM listing LEFT JOIN labels USING (image) LEFT JOIN listed USING (image) LEFT JOIN placed ON key = path
-ORDER BY place IS NULL, place, path
+SELECT known.*, place, (SELECT count(*) FROM listing AS other WHERE other.image = known.image) AS namesakes
+FROM known LEFT JOIN placed ON key = path ORDER BY place IS NULL, place, path
 """
 THEIRS = """
-SELECT path FROM listing JOIN labels USING (image) WHERE patient IN (SELECT value FROM json_each(?))
+SELECT path FROM known WHERE removed OR patient IN (SELECT value FROM json_each(?))
 """
 BARE_NAMES = """
-UPDATE listing SET image = file_name(path)
+UPDATE listing SET image = file_name(path), told_as = file_name(path)
 WHERE image NOT IN (SELECT image FROM labels) AND file_name(path) IN (SELECT image FROM labels)
     AND file_name(path) NOT IN (SELECT path FROM listing)
 """  # tables may call an image by its file's name alone, wherever it lies
 TORN_PATIENTS = """
 SELECT count(*) FROM (
-    SELECT 1 FROM listing JOIN labels USING (image) LEFT JOIN listed USING (image)
-    WHERE NOT twice AND patient != '' GROUP BY patient HAVING count(DISTINCT ifnull(split, '')) > 1
+    SELECT 1 FROM known WHERE NOT twice AND patient != ''
+    GROUP BY patient HAVING count(DISTINCT ifnull(split, '')) > 1
 )
+"""
+KEEP = """
+INSERT INTO headers VALUES (:key, :size, :modified, :kind, :reason, :patient, :told_as, :facts)
+ON CONFLICT (key, size, modified) DO UPDATE
+SET kind = :kind, reason = :reason, patient = :patient, told_as = :told_as, facts = :facts WHERE reason = :unreadable
+"""
+MARKED = """
+INSERT OR IGNORE INTO headers SELECT path, headers.size, headers.modified, kind, reason, patient, headers.told_as, facts
+FROM listing JOIN headers ON key = mark(path)
+"""
+# What was kept of a file that is gone, or another one now, holds no more.
+CURRENT = """
+DELETE FROM headers WHERE NOT EXISTS (
+    SELECT 1 FROM listing WHERE path = key AND listing.size = headers.size AND listing.modified = headers.modified
+);
+CREATE TABLE unscanned AS
+SELECT path, size, modified FROM listing WHERE path NOT IN (SELECT key FROM headers) ORDER BY path;
+"""
+SETTLED = """
+DELETE FROM listing WHERE path IN (SELECT key FROM headers WHERE kind != 'image');
+UPDATE listing SET told_as = headers.told_as FROM headers WHERE key = path;
 """
 
 
@@ -76,40 +108,51 @@ class Archive:
 
     `rows` is the number of images; `ignored` says how many files of each other ending there are, which are neither
     images that can be read nor the archive's tables; `table_hashes` are the SHA-256 of the tables by their paths.
+    `unscanned` files may be images or not, and their rows are not known yet: their headers are still to be read.
     """
 
     def __init__(
-        self, settings: CorpusSettings, removed: RemovedPatients = NOBODY, before: Iterable[pa.Table] = ()
+        self,
+        settings: CorpusSettings,
+        removed: RemovedPatients = NOBODY,
+        before: Iterable[pa.Table] = (),
+        headers: Headers | None = None,
     ) -> None:
         """List the archive and read its tables. Raises UserError for one without images or label table.
 
         `before` are the partitions that the archive was cut into before: its images keep them, and new ones come in new
-        partitions. Images of `removed` patients keep their places too, and nothing is told of them.
+        partitions. Images of `removed` patients keep their places too, and nothing is told of them. `headers` are those
+        of the archive's files, where its format asks for them.
         """
         if settings.archive is None:
             raise UserError("corpus.archive is not set: give the folder or s3:// prefix that holds the archive")
         self.uri = storage.canonical(settings.archive)
         self._settings, self._removed = settings, removed
         self.ignored: Counter[str] = Counter()
+        self.unscanned = 0
         self._database = sqlite3.connect("")  # a file that has no name: it is gone with this process, killed or not
         self._database.row_factory = sqlite3.Row
         self._database.create_function("file_name", 1, lambda path: path.rpartition("/")[2], deterministic=True)
         self._format = format_of(settings)
         with _room(self.uri):
             self._database.executescript(TABLES)
-            tables = self._list()
+            tables, others = self._list()
+            if isinstance(self._format, HeaderFormat):
+                self._read_headers(self._format, headers)
+            self._require_whole(tables, others)
             self.label_rows = self._read_labels(tables)
             self._database.executemany(
                 "INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", map(astuple, self._format.boxes(tables))
             )
+            if not isinstance(self._format, HeaderFormat):
+                self._database.execute(BARE_NAMES)
+            self._database.executescript(INDEXES)
             if settings.split == "official":
                 self._read_listed(tables)
-            self._database.execute(BARE_NAMES)
-            self._database.executescript(INDEXES)
             self._place(before)
             self.rows = self._count("SELECT count(*) FROM listing")
             self.labels_without_image = self._count(
-                "SELECT count(*) FROM labels WHERE image NOT IN (SELECT image FROM listing)"
+                "SELECT count(*) FROM labels WHERE image NOT IN (SELECT told_as FROM listing)"
             )
         self.table_hashes = {file.path: storage.content_hash(file.uri) for file in tables.values()}
 
@@ -142,17 +185,24 @@ class Archive:
     def _count(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])
 
-    def _list(self) -> Tables:
-        """The archive's tables by their kind; its images go into the listing."""
+    def _list(self) -> tuple[Tables, Mapping[str, str]]:
+        """The archive's tables by their kind, and names of tables of other formats by the format; its images, or what
+        may be one, go into the listing."""
         tables: dict[str, storage.StoredFile] = {}
-        others: dict[str, str] = {}  # tables of other formats, by the format
+        others: dict[str, str] = {}
         companions = (PHANTOM_PLAN, *self._format.companions)
 
-        def images() -> Iterator[tuple[str, str, int]]:
+        endings = tuple(self._format.endings) if isinstance(self._format, HeaderFormat) else IMAGE_ENDINGS
+        given = storage.canonical(self._settings.labels) if self._settings.labels else None
+
+        def images() -> Iterator[tuple[str, str, int, float, str]]:
             for file in storage.list_files(self.uri):
                 name = file.path.rpartition("/")[2]
-                if name.lower().endswith(IMAGE_ENDINGS):
-                    yield file.path, self._format.image_of(file.path), file.size
+                if file.uri == given:
+                    continue
+                if name.lower().endswith(endings):
+                    image = self._format.image_of(file.path)
+                    yield file.path, image, file.size, file.modified, image
                 elif kind := self._format.table_kind(file.path):
                     if kind in tables:
                         raise UserError(f"{self.uri}: two tables of one kind, {tables[kind].path} and {name}: keep one")
@@ -163,16 +213,66 @@ class Archive:
                         others.setdefault(other, name)
 
         try:
-            self._database.executemany("INSERT INTO listing VALUES (?, ?, ?)", images())
+            self._database.executemany("INSERT INTO listing VALUES (?, ?, ?, ?, ?)", images())
         except FileNotFoundError:
             raise UserError(
                 f"{self.uri}: there is no such folder; set corpus.archive to the archive's folder or prefix"
             ) from None
         except UnicodeEncodeError as error:
             raise UserError(f"{self.uri}: the name of a file is not UTF-8: {error.object!a}; rename it") from None
+        if given:
+            tables[GIVEN] = storage.StoredFile(given, given, 0, 0.0)
+        return tables, others
+
+    def _read_headers(self, layout: HeaderFormat, headers: Headers | None) -> None:
+        """Keep what the headers of the listed files tell, and drop from the listing what is no image."""
+        for rows in headers.kept() if headers else ():
+            self._keep(layout, rows)
+        if headers and headers.scans:  # what could not be read before may be readable now
+            self._database.execute("DELETE FROM headers WHERE reason = ?", (UNREADABLE,))
+        self._find_marked()
+        self._database.executescript(CURRENT)
+        self.unscanned = self._count("SELECT count(*) FROM unscanned")
+        if self.unscanned and headers and headers.scans:
+            for rows in headers.scan(self._stretches(), self.unscanned):
+                self._keep(layout, rows)
+            self._find_marked()
+            self.unscanned = 0
+        for path, kind in self._database.execute("SELECT key, kind FROM headers WHERE kind != 'image'"):
+            self.ignored[WITHOUT_IMAGE if kind == OBJECT else _ending(path.rpartition("/")[2])] += 1
+        self._database.executescript(SETTLED)
+
+    def _find_marked(self) -> None:
+        """Give what was kept of removed patients' images to the paths that their marks stand for."""
+        if self._removed.tombstones:
+            self._database.create_function("mark", 1, self._removed.mark, deterministic=True)
+            self._database.execute(MARKED)
+
+    def _stretches(self) -> Iterator[list[storage.StoredFile]]:
+        found = self._database.execute("SELECT path, size, modified FROM unscanned ORDER BY rowid")
+        while rows := found.fetchmany(STRETCH):
+            yield [storage.StoredFile(path, storage.join(self.uri, path), size, at) for path, size, at in rows]
+
+    def _keep(self, layout: HeaderFormat, headers: pa.Table) -> None:
+        def kept(row: dict[str, Any]) -> dict[str, Any]:
+            if row["path"] is None:
+                return {**row, "key": row["mark"], "patient": None, "told_as": None, "facts": None}
+            if row["reason"]:
+                label = Label(layout.image_of(row["path"]), reason=row["reason"], text=row["text"])
+            else:
+                label = layout.header_label(row["path"], DicomFacts(**{name: row[name] for name, _ in FACTS}))
+            facts = json.dumps(asdict(label), default=str)
+            return {**row, "key": row["path"], "patient": row["patient_id"], "told_as": label.image, "facts": facts}
+
+        rows = ({**kept(row), "unreadable": UNREADABLE} for row in headers.to_pylist())
+        self._database.executemany(KEEP, rows)
+
+    def _require_whole(self, tables: Tables, others: Mapping[str, str]) -> None:
+        """Raises UserError where there is no image, or not the tables that the layout needs."""
         if not self._count("SELECT EXISTS (SELECT 1 FROM listing)"):
             left = f"; {ignored_text(self.ignored)}" if self.ignored else ""
-            raise UserError(f"{self.uri}: the archive is empty, no {', '.join(IMAGE_ENDINGS)} file in it{left}")
+            wanted = "DICOM image" if isinstance(self._format, HeaderFormat) else f"{', '.join(IMAGE_ENDINGS)} file"
+            raise UserError(f"{self.uri}: the archive is empty, no {wanted} in it{left}")
         for kind, what in self._format.needs.items():
             if kind not in tables:
                 found = "".join(f"; {name} is a table of corpus.format={other}" for other, name in others.items())
@@ -180,7 +280,6 @@ class Archive:
                     f"{self.uri}: no {what} in it, which corpus.format={self._settings.format} needs"
                     f"{found or '; set corpus.format to the layout that the archive has'}"
                 )
-        return tables
 
     def _read_labels(self, tables: Tables) -> int:
         """Read the label tables; how many rows they have."""
@@ -217,37 +316,41 @@ class Archive:
 
     def _row(self, found: sqlite3.Row) -> dict[str, Any]:
         settings = self._settings
-        if found["patient"] in self._removed:
+        if found["removed"] or found["patient"] in self._removed:
             return {"image_id": self._removed.mark(found["path"]), "excluded": REMOVED}
         row: dict[str, Any] = {
             "image_id": found["image"],
             "source_uri": storage.join(self.uri, found["path"]),
             "size": found["size"],
         }
+        if isinstance(self._format, HeaderFormat) and found["header"] is None:
+            return row  # unscanned
         if found["namesakes"] > 1:
             return {**row, "reason": "name_twice", "text": f"{found['namesakes']} images of the archive have this name"}
-        if not found["labelled"]:
+        if found["label"] is None and self._format.needs:
             return {**row, "reason": "no_label_row", "text": "the label table has no row for this image"}
         if found["twice"]:
             return {**row, "reason": "labels_twice", "text": "the label table has two rows for this image"}
-        label = json.loads(found["facts"])
+        label = json.loads(found["header"]) if found["header"] else dict(NOTHING_TOLD)
+        label |= {name: value for name, value in json.loads(found["label"] or "{}").items() if value not in (None, "")}
         if label["reason"]:
             return {**row, "reason": label["reason"], "text": label["text"]}
-        if not label["patient"]:
-            return {**row, "reason": "no_patient", "text": "the label row names no patient"}
+        if not found["patient"]:
+            where = "header" if isinstance(self._format, HeaderFormat) else "label row"
+            return {**row, "reason": "no_patient", "text": f"the {where} names no patient"}
         boxes = self._database.execute(
             "SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (found["image"],)
         )
         date = label["study_date"]
         return {
             **row,
-            "excluded": exclusion(settings, label["view"], label["age_years"]),
-            "patient_id": label["patient"],
+            "excluded": label["excluded"] or exclusion(settings, label["view"], label["age_years"]),
+            "patient_id": found["patient"],
             "study_id": label["study"],
             "study_date": datetime.date.fromisoformat(date) if date else None,
             **{name: label[name] for name in ("follow_up", "age_years", "sex", "view", "findings", "unknown", "other")},
             "boxes": [dict(box) for box in boxes],
-            "split": self._split(label["patient"], found["listed"]),
+            "split": self._split(found["patient"], found["split"]),
         }
 
     def _split(self, patient: str, listed: str | None) -> str:
@@ -257,14 +360,6 @@ class Archive:
         if settings.split == "official":
             return listed_split(listed, patient, settings.split_seed, settings.validation_share)
         return hash_split(patient, settings.split_seed, settings.validation_share, settings.test_share)
-
-
-def rows_digest(rows: pa.Table) -> str:
-    """Hash of manifest rows, independent of how they are chunked: listing (names and sizes) and label tables."""
-    digest = hashlib.sha256()
-    for batch in rows.combine_chunks().to_batches(max_chunksize=4096):
-        digest.update(repr(batch.to_pylist()).encode())
-    return digest.hexdigest()[:20]
 
 
 def _ending(name: str) -> str:

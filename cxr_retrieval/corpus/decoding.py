@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cxr_retrieval.corpus.dicom import is_bare_dicom, is_dicom
+from cxr_retrieval.corpus.dicom import BARE_TEXT, is_bare_dicom, is_dicom
 from cxr_retrieval.corpus.film import read_film
 from cxr_retrieval.corpus.limits import Limits, RejectedImage
 
@@ -104,12 +104,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Prepared pixels `uint8 [size, size]`, the size of the source image in pixels, and how high as wide these are."""
+    """Prepared pixels `uint8 [size, size]`, the size of the source image in pixels, how high as wide these are, and
+    whether the file says that text is burned into them."""
 
     pixels: np.ndarray
     width: int
     height: int
     aspect: float = 1.0
+    burned_in: bool = False
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
@@ -141,14 +143,14 @@ def _decode_dicom(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         raise RejectedImage("unsupported", text)
     film = read_film(data, limits)
     height, width = film.grey_HW.shape
-    return DecodedImage(recipe.resize(film.grey_HW, film.aspect), width, height, film.aspect)
+    return DecodedImage(recipe.resize(film.grey_HW, film.aspect), width, height, film.aspect, film.burned_in)
 
 
 def _not_an_image(data: bytes) -> RejectedImage:
     if data.startswith(MAGIC):
         return RejectedImage("damaged", f"the header of a PNG or JPEG and no image: {len(data)} bytes")
     if is_bare_dicom(data):
-        return RejectedImage("not_an_image", "DICOM without preamble and file meta information, of unknown encoding")
+        return RejectedImage("not_an_image", BARE_TEXT)
     found = "an empty file" if not data else f"{len(data)} bytes that begin with {data[:8]!r}"
     return RejectedImage("not_an_image", f"neither PNG, JPEG nor DICOM: {found}")
 

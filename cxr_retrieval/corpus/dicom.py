@@ -33,7 +33,11 @@ PREAMBLE, MAGIC = 128, b"DICM"
 META = b"\x02\x00\x00\x00UL\x04\x00"  # what file meta information begins with: DICOM for certain, preamble or not
 BARE = re.compile(rb"\x08\x00[\x00-\x18]\x00(UI|CS|UL|SH|DA|TM|LO|[\x00-\x40]\x00\x00\x00)", re.DOTALL)
 
+BARE_TEXT = "DICOM without preamble and file meta information, of unknown encoding"
+DICOM_ENDINGS = (".dcm", ".dicom")
+
 FACTS = (
+    "SOPInstanceUID",
     "PatientID",
     "StudyInstanceUID",
     "StudyDate",
@@ -45,6 +49,7 @@ FACTS = (
     "BurnedInAnnotation",
     "ImageLaterality",
     "Laterality",
+    "Rows",
 )
 NATIVE = (
     uid.ImplicitVRLittleEndian,
@@ -60,6 +65,7 @@ HEADER_ROOM = 16 << 20  # bytes of a deflated file beside its pixels
 class DicomFacts:
     """What may be told of a DICOM file. None is what the file does not say, or says in no form of the standard."""
 
+    image_uid: str | None
     patient_id: str | None
     study_uid: str | None
     study_date: datetime.date | None
@@ -70,6 +76,7 @@ class DicomFacts:
     body_part: str | None
     laterality: str | None
     burned_in: bool | None
+    has_image: bool
 
 
 def is_dicom(data: bytes) -> bool:
@@ -82,17 +89,21 @@ def is_bare_dicom(data: bytes) -> bool:
     return BARE.match(data) is not None
 
 
-def read_facts(data: bytes) -> DicomFacts:
-    """The facts of a DICOM file's header that may be told; no pixel is read. Raises RejectedImage."""
+def read_facts(data: bytes, *, whole: bool = True) -> DicomFacts:
+    """The facts of a DICOM file's header that may be told; no pixel is read. Raises RejectedImage.
+
+    Where `data` is not the `whole` file but its beginning, and the header may go on behind it, the reason is `damaged`.
+    """
     with reading():
-        header, _ = read_header(data, FACTS, HEADER_ROOM, to_the_end=False)
+        header, _ = read_header(data, FACTS, HEADER_ROOM, to_the_end=False, whole=whole)
         found = {name: str(first(header, name) or "").strip(" \0") for name in FACTS}
     date = re.fullmatch(r"(\d{4})\.?(\d\d)\.?(\d\d)", found["StudyDate"])
     side = _code(found["ImageLaterality"]) or _code(found["Laterality"])
     sex = _code(found["PatientSex"])
     return DicomFacts(
+        image_uid=_uid(found["SOPInstanceUID"]),
         patient_id=found["PatientID"] if found["PatientID"].isprintable() and found["PatientID"] else None,
-        study_uid=found["StudyInstanceUID"] if re.fullmatch(r"[0-9.]{1,64}", found["StudyInstanceUID"]) else None,
+        study_uid=_uid(found["StudyInstanceUID"]),
         study_date=_date(*map(int, date.groups())) if date else None,
         modality=_code(found["Modality"]),
         view=_code(found["ViewPosition"]),
@@ -100,7 +111,8 @@ def read_facts(data: bytes) -> DicomFacts:
         age_years=age_years(found["PatientAge"]),
         body_part=_code(found["BodyPartExamined"]),
         laterality=side if side in ("R", "L", "U", "B") else None,
-        burned_in={"YES": True, "NO": False}.get(found["BurnedInAnnotation"].upper()),
+        burned_in=burned_in(header),
+        has_image=bool(found["Rows"]),
     )
 
 
@@ -125,8 +137,13 @@ def reading() -> Iterator[None]:
         raise RejectedImage("damaged", f"a DICOM header that cannot be read ({type(error).__name__})") from None
 
 
-def read_header(data: bytes, names: tuple[str, ...], room: int, to_the_end: bool = True) -> tuple[Dataset, uid.UID]:
-    """The named elements of a file, and its transfer syntax. Of a deflated file, `room` bytes are inflated."""
+def read_header(
+    data: bytes, names: tuple[str, ...], room: int, to_the_end: bool = True, whole: bool = True
+) -> tuple[Dataset, uid.UID]:
+    """The named elements of a file, and its transfer syntax. Of a deflated file, `room` bytes are inflated.
+
+    Not `to_the_end`, reading stops behind the last of them; `data` that is not the `whole` file has to reach that far.
+    """
     file: io.BytesIO = io.BytesIO(data)
     file.seek(0 if data.startswith(META) else PREAMBLE + 4)
     meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
@@ -143,14 +160,22 @@ def read_header(data: bytes, names: tuple[str, ...], room: int, to_the_end: bool
             raise RejectedImage("too_large", f"deflated DICOM of more than {room:,} bytes")
         file = io.BytesIO(inflated)
     tags: list[BaseTag | int] = [Tag(name) for name in names]
-    last = max(tags)
+    last, passed = max(tags), False
+
+    def behind(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        nonlocal passed
+        passed = tag > last
+        return passed
+
     header = read_dataset(
         file,
         syntax == uid.ImplicitVRLittleEndian,
         syntax != uid.ExplicitVRBigEndian,
-        stop_when=None if to_the_end else lambda tag, _vr, _length: tag > last,
+        stop_when=None if to_the_end else behind,
         specific_tags=tags,
     )
+    if not (passed or whole):
+        raise RejectedImage("damaged", f"a DICOM header that does not end within {len(data):,} bytes")
     return header, syntax
 
 
@@ -164,6 +189,11 @@ def first(header: Dataset, name: str) -> Any:
     if isinstance(value, str | bytes) or not hasattr(value, "__len__"):
         return value
     return value[0] if len(value) else None
+
+
+def burned_in(header: Dataset) -> bool | None:
+    """Whether the pixels hold text that may tell who the patient is, if the file says so."""
+    return {"YES": True, "NO": False}.get(str(first(header, "BurnedInAnnotation") or "").strip(" \0").upper())
 
 
 def whole(header: Dataset, name: str, default: int | None = None) -> int:
@@ -182,6 +212,10 @@ def number(header: Dataset, name: str) -> float | None:
     except (TypeError, ValueError):
         return None
     return value if abs(value) <= MOST else None
+
+
+def _uid(text: str) -> str | None:
+    return text if re.fullmatch(r"[0-9.]{1,64}", text) else None
 
 
 def _code(text: str) -> str | None:

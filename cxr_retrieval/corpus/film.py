@@ -12,7 +12,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from cxr_retrieval.corpus import codestream
-from cxr_retrieval.corpus.dicom import HEADER_ROOM, NATIVE, element, first, read_header, reading, whole
+from cxr_retrieval.corpus.dicom import HEADER_ROOM, NATIVE, burned_in, element, first, read_header, reading, whole
 from cxr_retrieval.corpus.greyscale import Scale, StoredBits, grey_table
 from cxr_retrieval.corpus.limits import Limits, RejectedImage
 
@@ -39,6 +39,7 @@ PIXELS = (
     "WindowWidth",
     "VOILUTFunction",
     "VOILUTSequence",
+    "BurnedInAnnotation",
     "PixelData",
 )
 GREY, RGB, YBR = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_RCT", "YBR_ICT"), ("YBR_FULL", "YBR_FULL_422")
@@ -49,10 +50,12 @@ ITEM, DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 
 @dataclass(frozen=True)
 class Film:
-    """Grey values `uint8 [H, W]` as they are shown, and how many times as high as wide a pixel is."""
+    """Grey values `uint8 [H, W]` as they are shown, how many times as high as wide a pixel is, and whether the file
+    says that text is burned into it."""
 
     grey_HW: np.ndarray
     aspect: float
+    burned_in: bool
 
 
 def read_film(data: bytes, limits: Limits) -> Film:
@@ -61,10 +64,11 @@ def read_film(data: bytes, limits: Limits) -> Film:
         header, syntax = read_header(data, PIXELS, 3 * limits.max_pixels + HEADER_ROOM)
         shape = _Shape.of(header, syntax, limits)
         aspect = _aspect(header)
+        with_text = burned_in(header) or False
         pixels = element(header, "PixelData")
         scale = Scale.of(header, syntax)
     if shape.photometric not in GREY:
-        return Film(_luminance(shape, pixels), aspect)
+        return Film(_luminance(shape, pixels), aspect, with_text)
     if syntax in NATIVE:
         stored_HW, bits, shift = shape.native(pixels), shape.stored, shape.high_bit + 1 - shape.stored
     else:
@@ -74,7 +78,7 @@ def read_film(data: bytes, limits: Limits) -> Film:
             bits = told
     held = StoredBits(bits, shift, shape.stored, shape.allocated, shape.signed)
     table = grey_table(stored_HW, held, scale, inverted=shape.photometric == "MONOCHROME1")
-    return Film(cv2.LUT(np.ascontiguousarray(stored_HW), table), aspect)
+    return Film(cv2.LUT(np.ascontiguousarray(stored_HW), table), aspect, with_text)
 
 
 def _aspect(header: Dataset) -> float:

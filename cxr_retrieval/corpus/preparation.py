@@ -21,12 +21,13 @@ import ray
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
-from cxr_retrieval.corpus.archive import Archive, rows_digest
-from cxr_retrieval.corpus.decoding import Recipe, decode
+from cxr_retrieval.corpus.archive import Archive
+from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of
+from cxr_retrieval.corpus.headers import Headers
 from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
-from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS, LABELS, QUARANTINE, corpus_schema
+from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS, LABELS, QUARANTINE, corpus_schema, rows_digest
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
@@ -68,13 +69,20 @@ class CorpusPlan:
     parts: list[Draft]
 
 
-def plan_corpus(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> CorpusPlan:
+def plan_corpus(
+    settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED, scans: bool = False
+) -> CorpusPlan:
     """List the archive, without the patients who were removed from the workspace, and cut it into partitions.
+
+    Headers that are told of and not kept yet are read only where it `scans`, which takes Ray: without them
+    `archive.unscanned` is above 0, and no finished corpus is found.
 
     Raises UserError for an archive that cannot be read, and where `privacy` has no key to tell who was removed.
     """
     folder = storage.join(workspace, "corpora", settings.name)
-    archive = Archive(settings, RemovedPatients.of(workspace, privacy), _partitions_before(folder, settings))
+    removed = RemovedPatients.of(workspace, privacy)
+    headers = Headers(workspace, settings, removed, scans)
+    archive = Archive(settings, removed, _partitions_before(folder, settings), headers)
     shaping = {name: getattr(settings, name) for name in SHAPING}
     shaping |= {"recipe": recipe_of(settings).id, "box_frame": box_frame(settings)}
     parts = [
@@ -119,7 +127,7 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
 
     Raises UserError for an archive that cannot be read or where more than `max_quarantined` of the images are bad.
     """
-    plan = plan_corpus(settings, workspace, privacy)
+    plan = plan_corpus(settings, workspace, privacy, scans=True)
     done = artifacts.find(plan.draft.uri)
     if done:
         return done, False
@@ -207,6 +215,7 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
     prepared: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     excluded: Counter[str] = Counter()
+    burned_in = 0
     for row, data in _fetched(rows.to_pylist()):
         try:
             if row["reason"]:
@@ -215,7 +224,9 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
                 raise ExcludedImage(row["excluded"])
             if isinstance(data, Exception):
                 raise RejectedImage("unreadable", str(data))
-            prepared.append(_prepared_row(row, data or b"", recipe, limits, box_frame(settings)))
+            image = decode(data or b"", recipe, limits)
+            prepared.append(_prepared_row(row, data or b"", image, recipe, box_frame(settings)))
+            burned_in += image.burned_in
         except RejectedImage as rejected:
             bad.append({**row, "reason": rejected.reason, "text": rejected.text})
         except ExcludedImage as left_out:
@@ -244,6 +255,7 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
         [PARTS_ADD_UP],
         quarantine_reasons=reasons,
         exclusion_rules=dict(excluded),
+        burned_in=burned_in,
     )
 
 
@@ -269,9 +281,8 @@ def _fetched(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes
 
 
 def _prepared_row(
-    row: dict[str, Any], data: bytes, recipe: Recipe, limits: Limits, frame: int | None
+    row: dict[str, Any], data: bytes, image: DecodedImage, recipe: Recipe, frame: int | None
 ) -> dict[str, Any]:
-    image = decode(data, recipe, limits)
     pixels = image.pixels.tobytes()
     scale_x, scale_y = (image.width / frame, image.height / frame) if frame else (1.0, 1.0)
     boxes = []
@@ -324,6 +335,7 @@ def _finish(
         ignored_files=archive.ignored,
         quarantine_reasons=dict(reasons),
         exclusion_rules=dict(rules),
+        burned_in=sum(part.manifest["burned_in"] for part in parts),
         duplicates_across_patients=pc.sum(pc.invert(exclusions["same_patient"])).as_py() or 0,
         **row_facts(parts, exclusions),
     )

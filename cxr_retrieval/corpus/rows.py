@@ -1,5 +1,6 @@
 """The row of a prepared corpus and the row of the archive's manifest, as Arrow schemas."""
 
+import hashlib
 import json
 
 import pyarrow as pa
@@ -53,6 +54,14 @@ EXCLUSIONS = pa.schema(
         ("same_patient", pa.bool_()),
     ]
 )
+
+
+def rows_digest(rows: pa.Table) -> str:
+    """Hash of rows, independent of how they are chunked."""
+    digest = hashlib.sha256()
+    for batch in rows.combine_chunks().to_batches(max_chunksize=4096):
+        digest.update(repr(batch.to_pylist()).encode())
+    return digest.hexdigest()[:20]
 
 
 def corpus_schema(recipe: Recipe) -> pa.Schema:

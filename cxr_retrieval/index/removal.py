@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import MANIFEST, PLAN, CorruptArtifact, find
+from cxr_retrieval.corpus.headers import HEADERS_FILE
 from cxr_retrieval.corpus.preparation import MANIFEST_FILE, QUARANTINE_FILE, ROWS_FILE
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
@@ -114,7 +115,9 @@ def _turn(file: storage.StoredFile) -> tuple[bool, int]:
     """Of an artifact, what tells that it is finished goes first, so that nothing is half there; what tells whose it is
     goes last. Parts go after what they are parts of."""
     name = file.path.rpartition("/")[2]
-    order = 0 if name == MANIFEST else 2 if name == PLAN else 3 if name in (ROWS_FILE, MANIFEST_FILE) else 1
+    order = (
+        0 if name == MANIFEST else 2 if name == PLAN else 3 if name in (ROWS_FILE, MANIFEST_FILE, HEADERS_FILE) else 1
+    )
     return "/parts/" in file.path, order
 
 
@@ -135,9 +138,14 @@ def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -
 
 
 def _corpora_that_hold(files: list[storage.StoredFile], removed: RemovedPatients) -> Iterator[str]:
-    """Files of corpora and their parts in which a removed patient, or an image of one, is named."""
+    """Files of corpora, their parts and their headers in which a removed patient, or an image of one, is named."""
     images: set[str] = set()
     for file in files:
+        if file.path.endswith(f"/{HEADERS_FILE}"):
+            with storage.arrow_reader(file.uri) as opened:
+                patients = pc.unique(pq.read_table(opened, columns=["patient_id"])["patient_id"]).to_pylist()
+            if any(patient in removed for patient in patients):
+                yield file.uri
         if file.path.endswith((f"/{MANIFEST_FILE}", f"/{ROWS_FILE}")):
             with storage.arrow_reader(file.uri) as opened:
                 table = pq.read_table(opened, columns=["patient_id", "image_id"])

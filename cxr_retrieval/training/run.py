@@ -171,6 +171,12 @@ def require_trainable(settings: Settings, corpus: Corpus) -> None:
         if finding not in FINDINGS:
             near = difflib.get_close_matches(finding, FINDINGS, n=1, cutoff=0) or FINDINGS[:1]
             raise UserError(f"training.unseen: there is no finding {finding!r}; did you mean {near[0]!r}?")
+    splits = corpus.artifact.manifest["splits"]
+    if not any(count for split in splits.values() for count in split["findings"].values()):
+        raise UserError(
+            f"no image of {corpus.artifact.uri} has a finding, so there is nothing to train on: give the archive"
+            " labels, or index it with the model of another archive, model=URI"
+        )
     if (images := training_images(settings, corpus)) < settings.training.batch_size:
         raise UserError(
             f"{images} training images are fewer than training.batch_size="
@@ -181,7 +187,7 @@ def require_trainable(settings: Settings, corpus: Corpus) -> None:
             f"{patients} validation patients: choosing an embedding takes at least two; raise"
             " corpus.validation_share, or prepare more patients"
         )
-    if not any(corpus.artifact.manifest["splits"][VALIDATION]["findings"].values()):
+    if not any(splits[VALIDATION]["findings"].values()):
         raise UserError(
             "no validation image has a finding, so nothing can be asked for: raise corpus.validation_share, or prepare"
             " more patients"

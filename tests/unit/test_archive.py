@@ -15,8 +15,9 @@ import pytest
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import archive
-from cxr_retrieval.corpus.archive import REMOVED, Archive, ignored_text, rows_digest
+from cxr_retrieval.corpus.archive import REMOVED, Archive, ignored_text
 from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.rows import rows_digest
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients, remove
 

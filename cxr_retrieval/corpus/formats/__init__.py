@@ -5,16 +5,20 @@ from collections.abc import Iterator, Mapping
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.formats.chexpert import CheXpert
 from cxr_retrieval.corpus.formats.column_map import ColumnMap
+from cxr_retrieval.corpus.formats.dicom import DicomFolder
 from cxr_retrieval.corpus.formats.labels import Format
 from cxr_retrieval.corpus.formats.mimic import Mimic
 from cxr_retrieval.corpus.formats.nih import Nih
 from cxr_retrieval.corpus.formats.padchest import PadChest
+from cxr_retrieval.corpus.formats.vindr import VinDr
 
 FORMATS: Mapping[str, type[Format]] = {
     "nih": Nih,
     "chexpert": CheXpert,
     "mimic": Mimic,
     "padchest": PadChest,
+    "vindr": VinDr,
+    "dicom": DicomFolder,
     "csv": ColumnMap,
 }
 

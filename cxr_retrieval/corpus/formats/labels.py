@@ -7,13 +7,15 @@ import gzip
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.dicom import DicomFacts
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile
 
+GIVEN = "labels"  # the table that `corpus.labels` names
 AGES = range(0, 121)  # tables have a few impossible ages, such as 414: unknown, the image stays
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
 VIEWS = {
@@ -36,7 +38,8 @@ class Label:
 
     `image` is what the tables call the image, see `Format.image_of`. `findings` and `unknown` (uncertain, or never
     labelled by this archive) are of FINDINGS; all others are absent. `other` are findings in the archive's own words
-    that are none of FINDINGS. Where `reason` is set, the image cannot be used, and `text` says why.
+    that are none of FINDINGS. `excluded` is the rule by which an image is no chest X-ray that is looked for. Where
+    `reason` is set, the image cannot be used, and `text` says why.
     """
 
     image: str
@@ -50,6 +53,7 @@ class Label:
     age_years: int | None = None
     sex: str | None = None
     view: str | None = None
+    excluded: str | None = None
     reason: str | None = None
     text: str | None = None
 
@@ -103,6 +107,23 @@ class Format(Protocol):
         """Images with the split, one of SPLITS, that the archive itself puts them into. Raises UserError."""
 
 
+@runtime_checkable
+class HeaderFormat(Format, Protocol):
+    """The layout of an archive whose files are DICOM, and whose headers tell what no table tells.
+
+    `endings` are how the names of files end that may be images: every one of them is looked into. Where a table and a
+    header tell of the same thing, the table is right.
+    """
+
+    endings: Sequence[str]
+
+    def patient_of(self, path: str, facts: DicomFacts) -> str | None:
+        """Whose image it is, if its header tells that."""
+
+    def header_label(self, path: str, facts: DicomFacts) -> Label:
+        """What a header tells of the image at a path; `image` is what the tables call it, if they do."""
+
+
 def records(file: StoredFile, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, ...]]:
     """The named columns of a table with a header, row by row, without blanks around them; missing cells are empty, and
     so are `optional` columns that the table lacks.
@@ -116,6 +137,16 @@ def records(file: StoredFile, columns: Sequence[str], optional: Sequence[str] = 
             raise UserError(f"{file.uri}: column {missing[0]!r} is missing; the table must have the archive's columns")
         for row in reader:
             yield tuple((row.get(name) or "").strip() for name in (*columns, *optional))
+
+
+def header_of(file: StoredFile) -> list[str]:
+    """The names of a table's columns. Raises UserError for one that cannot be read or is not there."""
+    with readable(file):
+        try:
+            with storage.open_text(file.uri) as text:
+                return next(csv.reader(text), [])
+        except FileNotFoundError:
+            raise UserError(f"{file.uri}: there is no such table; check its name") from None
 
 
 def lines(file: StoredFile) -> Iterator[list[str]]:

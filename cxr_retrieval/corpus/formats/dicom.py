@@ -1,0 +1,91 @@
+"""A folder of DICOM files as a PACS exports them: any names, any depth. Headers tell all but the findings.
+
+Findings come from a CSV file, `corpus.labels`. One of its columns says which images a row is of (see KEYS), the columns
+of FINDINGS hold 1 (present), 0 (absent) or -1 (uncertain); an empty cell, a column that is missing and an image without
+a row are findings that nobody has assessed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.dicom import DicomFacts
+from cxr_retrieval.corpus.findings import FINDINGS, UNKNOWN
+from cxr_retrieval.corpus.formats.labels import GIVEN, Box, Label, Tables, header_of, records, view
+from cxr_retrieval.corpus.formats.observations import CELLS
+from cxr_retrieval.corpus.formats.vocabulary import OWN
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.storage import StoredFile, canonical
+
+PATH, IMAGE, STUDY = "path", "SOPInstanceUID", "StudyInstanceUID"
+KEYS = (PATH, IMAGE, STUDY)  # columns that name a file (below the archive's folder), an image or all images of a study
+RADIOGRAPHS = ("CR", "DX", "DR", "RG", "OT")  # modalities of what may be a chest X-ray; so may be what names none
+
+
+class DicomFolder:
+    name = "DICOM"
+    needs: Mapping[str, str] = {}
+    lists: Mapping[str, str] | None = None
+    companions: Sequence[str] = ()
+    frame: int | None = None
+    endings: Sequence[str] = ("",)
+
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._key = IMAGE if settings.labels is None else _key(StoredFile("", canonical(settings.labels), 0, 0.0))
+
+    @staticmethod
+    def table_kind(_: str) -> str | None:
+        return None  # the one table is the one that is given
+
+    def image_of(self, path: str) -> str:
+        return path
+
+    def patient_of(self, _: str, facts: DicomFacts) -> str | None:
+        return facts.patient_id
+
+    def header_label(self, path: str, facts: DicomFacts) -> Label:
+        names = {PATH: path, IMAGE: facts.image_uid, STUDY: facts.study_uid}
+        return Label(
+            names[self._key] or "",
+            facts.patient_id or "",
+            study=facts.study_uid or "",
+            unknown=FINDINGS,
+            study_date=facts.study_date,
+            age_years=facts.age_years,
+            sex=facts.sex,
+            view=view(facts.view or ""),
+            excluded=None if facts.modality in (None, *RADIOGRAPHS) else "modality",
+        )
+
+    def labels(self, tables: Tables) -> Iterator[Label]:
+        if GIVEN not in tables:
+            return
+        table = tables[GIVEN]
+        columns = [name for name in FINDINGS if name in header_of(table)]
+        if not columns:
+            raise UserError(f"{table.uri}: no column is named as a finding; they are {', '.join(FINDINGS)}")
+        for key, *cells in records(table, [self._key, *columns]):
+            told = dict(zip(columns, cells, strict=True))
+            strange = next((name for name, cell in told.items() if cell and cell not in CELLS), None)
+            if strange is not None:
+                yield Label(
+                    key, reason="unknown_label", text=f"{strange} is {told[strange]!r}: none of 1, 0, -1 and blank"
+                )
+                continue
+            states = {name: CELLS[cell] for name, cell in told.items() if cell}
+            yield Label(key, **OWN.read(states, UNKNOWN)._asdict())
+
+    def boxes(self, _: Tables) -> Iterator[Box]:
+        return iter(())
+
+    def listed(self, _: Tables) -> Iterator[tuple[str, str]]:
+        return iter(())
+
+
+def _key(table: StoredFile) -> str:
+    found = [name for name in KEYS if name in header_of(table)]
+    if len(found) != 1:
+        raise UserError(
+            f"{table.uri}: the columns that may name an image are {', '.join(KEYS)}, and one of them has to be there;"
+            f" {len(found)} are"
+        )
+    return found[0]

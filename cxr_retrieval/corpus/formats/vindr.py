@@ -1,0 +1,166 @@
+"""VinDr-CXR (PhysioNet 1.0.0): train/ and test/ of <image_id>.dicom, and annotations/ with the readers' tables.
+
+Three readers saw every image for training, each on a row: a finding is present where two of them say so and uncertain
+where one does. A test image has one row, which its five readers agreed on. Nothing says which images are of one
+patient: each is taken for a patient of its own. H. Q. Nguyen et al., Scientific Data 2022;9:429.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
+from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, PRESENT, UNKNOWN
+from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, header_of, records, view
+from cxr_retrieval.corpus.formats.vocabulary import VINDR
+from cxr_retrieval.corpus.splits import TEST
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.storage import StoredFile
+
+TRAIN_LABELS, TEST_LABELS = "image_labels_train", "image_labels_test"
+TRAIN_BOXES, TEST_BOXES = "annotations_train", "annotations_test"
+TABLES = (TRAIN_LABELS, TEST_LABELS, TRAIN_BOXES, TEST_BOXES)
+SAME = 0.5  # intersection over union above which boxes of two readers are one
+IMAGE, NO_FINDING = "image_id", "No finding"
+READERS = ("rad_id", "rad_ID")
+CORNERS = ("x_min", "y_min", "x_max", "y_max")
+
+
+@dataclass
+class _Votes:
+    """How many readers saw an image, and how many of them saw each class."""
+
+    readers: int = 0
+    classes: Counter[str] = field(default_factory=Counter)
+
+    def state(self, name: str) -> int:
+        """PRESENT where two readers say so, or the only one; UNKNOWN where one of several does; else ABSENT."""
+        if self.classes[name] >= min(2, self.readers):
+            return PRESENT
+        return UNKNOWN if self.classes[name] else ABSENT
+
+
+class VinDr:
+    name = "VinDr-CXR"
+    needs: Mapping[str, str] = {TRAIN_LABELS: f"label table annotations/{TRAIN_LABELS}.csv"}
+    lists: Mapping[str, str] | None = {TEST_LABELS: f"annotations/{TEST_LABELS}.csv"}
+    companions: Sequence[str] = ("LICENSE", "SHA256SUMS")
+    frame: int | None = None
+    endings: Sequence[str] = DICOM_ENDINGS
+
+    def __init__(self, _: CorpusSettings) -> None: ...
+
+    @staticmethod
+    def table_kind(path: str) -> str | None:
+        stem = path.removeprefix("annotations/").removesuffix(".csv")
+        return stem if stem in TABLES else None
+
+    def image_of(self, path: str) -> str:
+        return path.rpartition("/")[2].rpartition(".")[0]
+
+    def patient_of(self, path: str, _: DicomFacts) -> str | None:
+        return self.image_of(path)
+
+    def header_label(self, path: str, facts: DicomFacts) -> Label:
+        return Label(self.image_of(path), age_years=facts.age_years, sex=facts.sex, view=view(facts.view or ""))
+
+    def labels(self, tables: Tables) -> Iterator[Label]:
+        for kind in (TRAIN_LABELS, TEST_LABELS):
+            for image, votes in _votes(tables.get(kind)).items():
+                told = VINDR.read({name: votes.state(name) for name in votes.classes}, ABSENT)
+                yield Label(image, patient=image, study=image, **told._asdict())
+
+    def boxes(self, tables: Tables) -> Iterator[Box]:
+        for labels, kind in ((TRAIN_LABELS, TRAIN_BOXES), (TEST_LABELS, TEST_BOXES)):
+            if kind in tables:
+                votes = _votes(tables.get(labels))
+                drawn: dict[tuple[str, str], list[_Drawn]] = {}
+                for image, name, box in _drawn(tables[kind]):
+                    finding = VINDR.meanings.get(name, "")
+                    if finding in FINDINGS and image in votes and votes[image].state(name) == PRESENT:
+                        drawn.setdefault((image, finding), []).append(box)
+                for (image, finding), found in drawn.items():
+                    for left, top, right, bottom in merged(found):
+                        yield Box(image, finding, left, top, right - left, bottom - top)
+
+    def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
+        return ((image, TEST) for image in _votes(tables[TEST_LABELS]))
+
+
+Corners = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A box that a reader drew: left, top, right, bottom."""
+
+    reader: str
+    corners: Corners
+
+
+def merged(drawn: Sequence["_Drawn"]) -> list[Corners]:
+    """Boxes of one finding on one image: those of different readers that overlap by more than SAME are their mean."""
+    groups: list[list[_Drawn]] = []
+    for box in drawn:
+        free = [group for group in groups if box.reader not in {other.reader for other in group}]
+        best = max(free, key=lambda group: overlap(_mean(group), box.corners), default=None)
+        if best is not None and overlap(_mean(best), box.corners) > SAME:
+            best.append(box)
+        else:
+            groups.append([box])
+    return [_mean(group) for group in groups]
+
+
+def overlap(one: Corners, other: Corners) -> float:
+    """Intersection over union, in [0, 1]."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared / (_area(one) + _area(other) - shared)
+
+
+def _area(corners: Corners) -> float:
+    left, top, right, bottom = corners
+    return (right - left) * (bottom - top)
+
+
+def _mean(group: Sequence[_Drawn]) -> Corners:
+    left, top, right, bottom = (sum(side) / len(group) for side in zip(*(box.corners for box in group), strict=True))
+    return left, top, right, bottom
+
+
+def _votes(table: StoredFile | None) -> dict[str, _Votes]:
+    """The readers' votes by image. Raises UserError for a cell that is neither 0 nor 1."""
+    found: dict[str, _Votes] = {}
+    if table is None:
+        return found
+    classes = [name for name in header_of(table) if name not in (IMAGE, *READERS)]
+    for image, *cells in records(table, [IMAGE, *classes]):
+        votes = found.setdefault(image, _Votes())
+        votes.readers += 1
+        for name, cell in zip(classes, cells, strict=True):
+            if cell not in ("", "0", "1", "0.0", "1.0"):
+                raise UserError(f"{table.uri}: column {name!r} holds {cell!r}, which is neither 0 nor 1; copy it again")
+            if cell.startswith("1") and name != NO_FINDING:
+                votes.classes[name] += 1
+    return found
+
+
+def _drawn(table: StoredFile) -> Iterator[tuple[str, str, _Drawn]]:
+    """Image, class and box of every row with a box: rows of images without a finding have none."""
+    reader = [name for name in READERS if name in header_of(table)]
+    for number, (image, name, *rest) in enumerate(records(table, [IMAGE, "class_name", *CORNERS, *reader]), start=2):
+        if not any(rest[:4]):
+            continue
+        try:
+            left, top, right, bottom = (float(value) for value in rest[:4])
+            if not (math.isfinite(left + top + right + bottom) and right > left and bottom > top):
+                raise ValueError("a box without area")
+        except ValueError:
+            raise UserError(
+                f"{table.uri}: row {number} is no box: x_max above x_min and y_max above y_min; copy it again"
+            ) from None
+        # A test image's boxes are those that its readers agreed on: no two of them are one.
+        yield image, name, _Drawn(rest[4] if reader else "", (left, top, right, bottom))
