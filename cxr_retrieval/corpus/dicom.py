@@ -37,6 +37,7 @@ BARE_TEXT = "DICOM without preamble and file meta information, of unknown encodi
 DICOM_ENDINGS = (".dcm", ".dicom")
 
 FACTS = (
+    "SOPClassUID",
     "SOPInstanceUID",
     "PatientID",
     "StudyInstanceUID",
@@ -63,7 +64,10 @@ HEADER_ROOM = 16 << 20  # bytes of a deflated file beside its pixels
 
 @dataclass(frozen=True)
 class DicomFacts:
-    """What may be told of a DICOM file. None is what the file does not say, or says in no form of the standard."""
+    """What may be told of a DICOM file. None is what the file does not say, or says in no form of the standard.
+
+    `has_image`: it has rows of pixels, or is of a class of images and lost them. Reports and directories are neither.
+    """
 
     image_uid: str | None
     patient_id: str | None
@@ -112,7 +116,7 @@ def read_facts(data: bytes, *, whole: bool = True) -> DicomFacts:
         body_part=_code(found["BodyPartExamined"]),
         laterality=side if side in ("R", "L", "U", "B") else None,
         burned_in=burned_in(header),
-        has_image=bool(found["Rows"]),
+        has_image=bool(found["Rows"]) or "Image Storage" in uid.UID(found["SOPClassUID"]).name,
     )
 
 

@@ -49,7 +49,7 @@ LENGTHS = (64 << 10, 1 << 20, HEADER_ROOM)  # bytes of a file that are read, one
 IMAGE, OBJECT, FILE = "image", "object", "file"  # a DICOM image; DICOM without an image, such as reports; no DICOM
 UNREADABLE = "unreadable"  # why a file's header is not known that may be read at the next try
 
-FACTS = [
+FACTS = [  # the fields of DicomFacts
     ("image_uid", pa.string()),
     ("patient_id", pa.string()),
     ("study_uid", pa.string()),
@@ -58,6 +58,10 @@ FACTS = [
     ("view", pa.string()),
     ("sex", pa.string()),
     ("age_years", pa.int16()),
+    ("body_part", pa.string()),
+    ("laterality", pa.string()),
+    ("burned_in", pa.bool_()),
+    ("has_image", pa.bool_()),
 ]
 # One row a file. An image of a removed patient has a `mark` in place of its path, and no facts.
 HEADERS = pa.schema(

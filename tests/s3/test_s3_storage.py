@@ -61,7 +61,8 @@ def test_what_is_written_is_read_listed_and_there(s3: str) -> None:
     assert all(abs(file.modified - time.time()) < 600 for file in files)
     assert storage.exists(f"{s3}/a/z")
     assert not storage.exists(f"{s3}/a")
-    for door in (storage.read_bytes, storage.arrow_reader, lambda uri: storage.open_text(uri).__enter__()):
+    doors = [storage.read_bytes, storage.arrow_reader, lambda uri: storage.open_text(uri).__enter__()]
+    for door in (*doors, lambda uri: storage.read_beginning(uri, 9)):
         with pytest.raises(FileNotFoundError):
             door(f"{s3}/none")
     assert storage.read_tagged(f"{s3}/none") is None
@@ -69,6 +70,15 @@ def test_what_is_written_is_read_listed_and_there(s3: str) -> None:
         storage.delete(file.uri)
     assert list(storage.list_files(s3)) == []
     storage.delete(f"{s3}/b")  # nothing is there any more, which is what was asked for
+
+
+def test_the_beginning_of_an_object_is_read_alone_and_again_where_it_is_cut(s3: str, faults: FaultProxy) -> None:
+    storage.write_bytes(f"{s3}/long", bytes(range(250)) * 4000)
+    storage.write_bytes(f"{s3}/empty", b"")
+    faults.inject(proxy.HALF_ANSWER, 2)
+    assert storage.read_beginning(f"{s3}/long", 300) == (bytes(range(250)) * 2)[:300]
+    assert storage.read_beginning(f"{s3}/long", 10**7) == bytes(range(250)) * 4000
+    assert storage.read_beginning(f"{s3}/empty", 300) == b""
 
 
 def test_a_write_that_fails_leaves_the_old_object(s3: str) -> None:

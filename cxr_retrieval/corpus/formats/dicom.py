@@ -22,7 +22,7 @@ RADIOGRAPHS = ("CR", "DX", "DR", "RG", "OT")  # modalities of what may be a ches
 
 
 class DicomFolder:
-    name = "DICOM"
+    name = "a folder of DICOM"
     needs: Mapping[str, str] = {}
     lists: Mapping[str, str] | None = None
     companions: Sequence[str] = ()
