@@ -146,7 +146,9 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
         [[images, len(planned.parts), to_read, to_read * pixels, 2 * corpus.partition_images * pixels]],
     )
     if planned.archive.unscanned:
-        console.say(f"files whose headers tell whether they are images: {planned.archive.unscanned:,}; none is read yet")
+        console.say(
+            f"files whose headers tell whether they are images: {planned.archive.unscanned:,}; none is read yet"
+        )
     if known:
         console.show_table(
             "Known before an image is read",

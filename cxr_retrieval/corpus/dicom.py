@@ -22,7 +22,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 
 from cxr_retrieval.corpus import codestream
-from cxr_retrieval.corpus.limits import RejectedImage
+from cxr_retrieval.corpus.limits import ExcludedImage, RejectedImage
 
 # pydicom tells of odd values by quoting them: nothing that it says is let out.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -135,7 +135,7 @@ def reading() -> Iterator[None]:
     """Whatever a reader of foreign bytes raises is a damaged file. Its words are not told: they quote the header."""
     try:
         yield
-    except RejectedImage:
+    except (RejectedImage, ExcludedImage):
         raise
     except Exception as error:  # noqa: BLE001  # pydicom names none of what it raises for mangled bytes
         raise RejectedImage("damaged", f"a DICOM header that cannot be read ({type(error).__name__})") from None

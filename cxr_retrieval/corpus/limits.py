@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from cxr_retrieval.config import CorpusSettings
 
-VIEW, AGE, AGE_UNKNOWN, SOURCE_SIDE = "view", "age", "age_unknown", "source_side"  # the rules, by what they look at
+# The rules, by what they look at.
+MODALITY, VIEW, AGE, AGE_UNKNOWN, SOURCE_SIDE = "modality", "view", "age", "age_unknown", "source_side"
 
 
 class RejectedImage(Exception):

@@ -26,6 +26,7 @@ from pydicom.sequence import Sequence
 from cxr_retrieval.corpus.decoding import DecodedImage, Limits, Recipe, RejectedImage, decode
 from cxr_retrieval.corpus.dicom import DicomFacts, age_years, read_facts
 from cxr_retrieval.corpus.film import read_film
+from cxr_retrieval.corpus.limits import ExcludedImage
 from tests.dicoms import HEIGHT, SECRET, WIDTH, dataset, ramp, written
 
 SIZE = 64
@@ -482,6 +483,11 @@ def test_what_cannot_be_shown_rightly_is_refused_by_name(change: dict[str, Any],
     error = rejected(dataset(ramp(), **change))
     assert error.reason == reason
     assert told in error.text
+
+
+def test_an_image_that_a_setting_leaves_out_is_not_damaged() -> None:
+    with pytest.raises(ExcludedImage):
+        decode(written(dataset(ramp())), RECIPE, replace(LIMITS, source_side=HEIGHT + 1))
 
 
 @pytest.mark.parametrize("name", ["Rows", "Columns", "BitsAllocated", "PhotometricInterpretation", "PixelData"])

@@ -13,6 +13,7 @@ from cxr_retrieval.corpus.findings import FINDINGS, UNKNOWN
 from cxr_retrieval.corpus.formats.labels import GIVEN, Box, Label, Tables, header_of, records, view
 from cxr_retrieval.corpus.formats.observations import CELLS
 from cxr_retrieval.corpus.formats.vocabulary import OWN
+from cxr_retrieval.corpus.limits import MODALITY
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile, canonical
 
@@ -53,7 +54,7 @@ class DicomFolder:
             age_years=facts.age_years,
             sex=facts.sex,
             view=view(facts.view or ""),
-            excluded=None if facts.modality in (None, *RADIOGRAPHS) else "modality",
+            excluded=None if facts.modality in (None, *RADIOGRAPHS) else MODALITY,
         )
 
     def labels(self, tables: Tables) -> Iterator[Label]:
