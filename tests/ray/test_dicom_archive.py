@@ -149,7 +149,7 @@ def test_burned_in_text_is_warned_of_with_a_count_and_no_header_text_comes_out(
     workspace = tmp_path / "work"
     job.run(Settings(workspace=str(workspace), corpus=settings_of(folder), privacy=PUBLIC), Namespace())
     said = capfd.readouterr()
-    assert "warning: 3 images hold burned-in text" in said.err
+    assert "what their headers say (BurnedInAnnotation): 3;" in said.err
     assert "JANE" not in said.out + said.err
     (corpus,) = (
         json.loads((path.parent / "manifest.json").read_bytes())
