@@ -25,6 +25,7 @@ from cxr_retrieval.index.shards import Shards
 
 K = 10
 MOST_EFFORT = 4096
+EVERY_ROW, EVERY_GIB = 100_000_000, 1_000  # in one shard
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,11 @@ def planned(vectors_ND: np.ndarray, settings: IndexSettings) -> tuple[IndexPlan,
 
 @dataclass
 class Ours:
+    """With all rows in one shard, `name` tells so: what sharding costs a search on one core."""
+
     settings: IndexSettings
-    name, target = "ours", 1.0
+    name: str = "ours"
+    target = 0.5
     ladders: Ladders = ()
 
     def build(self, vectors_ND: np.ndarray, folder: Path) -> str:
@@ -176,7 +180,8 @@ def written(index: Any, folder: Path) -> Any:
 
 def peers(settings: IndexSettings) -> list[Peer]:
     """Ours, and what it is measured against of what is installed."""
-    found: list[Peer] = [Ours(settings), Raw(settings)]
+    whole = settings.model_copy(update={"shard_rows": EVERY_ROW, "memory_gib": EVERY_GIB})
+    found: list[Peer] = [Ours(settings), Ours(whole, "ours, one shard"), Raw(settings)]
     others: list[Peer] = [Autofaiss(settings), LanceDB()]
     for peer in others:
         if importlib.util.find_spec(peer.name):
