@@ -23,7 +23,7 @@ from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION
 from cxr_retrieval.runtime import start_ray
 
-IMAGES, SIDE, STEPS, VALIDATION_SHARE = 5_000, 128, 2_800, 0.02
+IMAGES, SIDE, STEPS, VALIDATION_SHARE = 5_000, 128, 2_400, 0.02
 LOWEST, HIGHEST = 0.75, 0.95
 
 

@@ -312,7 +312,7 @@ def _pleural_thickening(scene: Scene, severity: float, rng: np.random.Generator)
     side = _side(rng)
     canvas, layout = scene.canvas, scene.layout
     apical = rng.random() < 0.35
-    depth = 0.014 + 0.032 * severity
+    depth = 0.018 + 0.034 * severity
     wobble = 1 + 0.30 * canvas.clouds(rng, 0.06)
     height = (canvas.y - layout.apex) / layout.height
     offset = (canvas.x - layout.middle) * side
@@ -328,8 +328,8 @@ def _pleural_thickening(scene: Scene, severity: float, rng: np.random.Generator)
         top, bottom = rng.uniform(0.12, 0.35), rng.uniform(0.78, 1.0)
         reach = _ramp((height - top) / 0.10) * _ramp((bottom - height) / 0.10)
     area = band * reach * scene.lungs[side]
-    scene.fill(area * (0.45 + 0.50 * severity))
-    scene.lines += area * np.float32(0.05 + 0.12 * severity)
+    scene.fill(area * (0.60 + 0.40 * severity))
+    scene.lines += area * np.float32(0.09 + 0.13 * severity)
     scene.mark("Pleural_Thickening", area, 0.5)
 
 
