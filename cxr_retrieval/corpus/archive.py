@@ -7,13 +7,14 @@ archives are laid out, `formats` knows.
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from itertools import groupby, islice
 from typing import Any
 
@@ -51,6 +52,7 @@ JOINED = """
 SELECT path, image, size, patient, facts, twice,
     labels.image IS NOT NULL AS labelled,
     (SELECT count(*) FROM listing AS other WHERE other.image = listing.image) AS namesakes,
+    EXISTS (SELECT 1 FROM boxes WHERE boxes.image = listing.image) AS boxed,
     listed.split AS listed, place
 FROM listing LEFT JOIN labels USING (image) LEFT JOIN listed USING (image) LEFT JOIN placed ON key = path
 ORDER BY place IS NULL, place, path
@@ -95,7 +97,7 @@ class Archive:
         self._database.row_factory = sqlite3.Row
         self._database.create_function("file_name", 1, lambda path: path.rpartition("/")[2], deterministic=True)
         self._format = format_of(settings)
-        with _room(self.uri):
+        with room(self.uri):
             self._database.executescript(TABLES)
             tables = self._list()
             self.label_rows = self._read_labels(tables)
@@ -116,7 +118,7 @@ class Archive:
     def partitions(self) -> Iterator[pa.Table]:
         """The rows by schema ARCHIVE: those that were placed before in their partitions, then the others in the order
         of their paths, `corpus.partition_images` at a time."""
-        with _room(self.uri):
+        with room(self.uri):
             cursor = self._database.execute(JOINED)
             for place, found in groupby(cursor, lambda row: row["place"]):
                 most = self._settings.partition_images if place is None else None
@@ -190,7 +192,7 @@ class Archive:
             nonlocal count
             for label in self._format.labels(tables):
                 count += 1
-                yield label.image, label.patient, json.dumps(asdict(label), default=str)
+                yield label.image, label.patient, json.dumps(vars(label), default=str)
 
         self._database.executemany(
             "INSERT INTO labels (image, patient, facts) VALUES (?, ?, ?) ON CONFLICT (image) DO UPDATE SET twice = 1",
@@ -235,9 +237,6 @@ class Archive:
             return {**row, "reason": label["reason"], "text": label["text"]}
         if not label["patient"]:
             return {**row, "reason": "no_patient", "text": "the label row names no patient"}
-        boxes = self._database.execute(
-            "SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (found["image"],)
-        )
         date = label["study_date"]
         return {
             **row,
@@ -246,9 +245,13 @@ class Archive:
             "study_id": label["study"],
             "study_date": datetime.date.fromisoformat(date) if date else None,
             **{name: label[name] for name in ("follow_up", "age_years", "sex", "view", "findings", "unknown", "other")},
-            "boxes": [dict(box) for box in boxes],
+            "boxes": self._boxes(found["image"]) if found["boxed"] else [],
             "split": self._split(label["patient"], found["listed"]),
         }
+
+    def _boxes(self, image: str) -> list[dict[str, Any]]:
+        boxes = self._database.execute("SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (image,))
+        return [dict(box) for box in boxes]
 
     def _split(self, patient: str, listed: str | None) -> str:
         settings = self._settings
@@ -280,13 +283,22 @@ def ignored_text(ignored: Mapping[str, int]) -> str:
 
 
 @contextlib.contextmanager
-def _room(uri: str) -> Iterator[None]:
+def room(uri: str) -> Iterator[None]:
+    """What an archive needs of the temporary folder is written in this block. Raises UserError where it is full."""
     try:
         yield
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF not in NO_ROOM:
             raise
-        raise UserError(
-            f"{uri}: listing and label tables do not fit into the temporary folder: {error};"
-            " set TMPDIR to a folder with room"
-        ) from None
+        raise _full(uri, error) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _full(uri, error) from None
+
+
+def _full(uri: str, error: Exception) -> UserError:
+    return UserError(
+        f"{uri}: listing and label tables do not fit into the temporary folder: {error};"
+        " set TMPDIR to a folder with room"
+    )
