@@ -15,7 +15,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -55,8 +55,8 @@ SELECT path, image, size, patient, facts, twice,
     EXISTS (SELECT 1 FROM boxes WHERE boxes.image = listing.image) AS boxed,
     listed.split AS listed, place
 FROM listing LEFT JOIN labels USING (image) LEFT JOIN listed USING (image) LEFT JOIN placed ON key = path
-ORDER BY place IS NULL, place, path
 """
+PLACED, NEW = f"{JOINED} WHERE place IS NOT NULL ORDER BY place, path", f"{JOINED} WHERE place IS NULL ORDER BY path"
 THEIRS = """
 SELECT path FROM listing JOIN labels USING (image) WHERE patient IN (SELECT value FROM json_each(?))
 """
@@ -119,8 +119,8 @@ class Archive:
         """The rows by schema ARCHIVE: those that were placed before in their partitions, then the others in the order
         of their paths, `corpus.partition_images` at a time."""
         with room(self.uri):
-            cursor = self._database.execute(JOINED)
-            for place, found in groupby(cursor, lambda row: row["place"]):
+            every = chain(self._database.execute(PLACED), self._database.execute(NEW))
+            for place, found in groupby(every, lambda row: row["place"]):
                 most = self._settings.partition_images if place is None else None
                 while rows := list(islice(found, most)):
                     yield pa.Table.from_pylist([self._row(row) for row in rows], schema=ARCHIVE)

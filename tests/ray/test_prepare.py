@@ -9,6 +9,7 @@ import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -544,7 +545,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_manifest_that_does_not_fit_into_the_temporary_folder_is_said(
     phantom_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb", buffering=0))
+    monkeypatch.setattr(preparation.tempfile, "TemporaryFile", partial(open, "/dev/full", "wb", buffering=0))
     with pytest.raises(UserError, match=r"fit into the temporary folder: .*No space left.*; set TMPDIR"):
         plan_corpus(CorpusSettings(archive=str(phantom_archive)), str(tmp_path))
 
