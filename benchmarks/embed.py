@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.archive import phantom_archive
 from benchmarks.claim import Claim, publish
+from benchmarks.prepare import steady_rate
 from cxr_retrieval import storage
-from cxr_retrieval.artifacts import MANIFEST, Artifact, Draft
+from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, NetworkSettings
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import prepare
@@ -63,12 +64,6 @@ def bare_loop(model_uri: str) -> float:
     return count * BATCH / (time.perf_counter() - began)
 
 
-def steady_rate(embedded: Artifact, cores: int) -> float:
-    """Images per second from the time when every actor has finished its first part, by the times of the manifests."""
-    ended = sorted(os.path.getmtime(storage.join(part, MANIFEST)) for part in embedded.part_uris)
-    return (len(ended) - cores) * PART / (ended[-1] - ended[cores - 1])
-
-
 def main() -> None:
     start_ray()
     cores = os.cpu_count() or 1
@@ -83,7 +78,7 @@ def main() -> None:
             # An artifact is never made twice: each round embeds into a folder of its own.
             embedded, _ = embed(EmbeddingSettings(batch_size=BATCH), f"{folder}/{turn}", uri, corpus)
             rates.append(embedded.counts["embedded"] / (time.perf_counter() - began))
-            steady.append(steady_rate(embedded, cores))
+            steady.append(steady_rate(embedded, PART, cores))
     publish(
         "embed",
         [

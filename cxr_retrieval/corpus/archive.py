@@ -7,13 +7,14 @@ archives are laid out, `formats` knows.
 
 import contextlib
 import datetime
+import errno
 import json
 import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, astuple
-from itertools import groupby, islice
+from dataclasses import astuple
+from itertools import chain, groupby, islice
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 
-NOTHING_TOLD = asdict(Label(""))
+NOTHING_TOLD = dict(vars(Label("")))
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", *DICOM_ENDINGS)
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
 WITHOUT_IMAGE = "DICOM without an image"
@@ -63,9 +64,11 @@ FROM listing LEFT JOIN headers ON headers.key = path
     LEFT JOIN labels ON labels.image = listing.told_as LEFT JOIN listed ON listed.image = listing.told_as;
 """
 JOINED = """
-SELECT known.*, place, (SELECT count(*) FROM listing AS other WHERE other.image = known.image) AS namesakes
-FROM known LEFT JOIN placed ON key = path ORDER BY place IS NULL, place, path
+SELECT known.*, place, (SELECT count(*) FROM listing AS other WHERE other.image = known.image) AS namesakes,
+    EXISTS (SELECT 1 FROM boxes WHERE boxes.image = known.image) AS boxed
+FROM known LEFT JOIN placed ON key = path
 """
+PLACED, NEW = f"{JOINED} WHERE place IS NOT NULL ORDER BY place, path", f"{JOINED} WHERE place IS NULL ORDER BY path"
 THEIRS = """
 SELECT path FROM known WHERE removed OR patient IN (SELECT value FROM json_each(?))
 """
@@ -134,7 +137,7 @@ class Archive:
         self._database.row_factory = sqlite3.Row
         self._database.create_function("file_name", 1, lambda path: path.rpartition("/")[2], deterministic=True)
         self._format = format_of(settings)
-        with _room(self.uri):
+        with room(self.uri):
             self._database.executescript(TABLES)
             tables, others = self._list()
             if isinstance(self._format, HeaderFormat):
@@ -159,9 +162,9 @@ class Archive:
     def partitions(self) -> Iterator[pa.Table]:
         """The rows by schema ARCHIVE: those that were placed before in their partitions, then the others in the order
         of their paths, `corpus.partition_images` at a time."""
-        with _room(self.uri):
-            cursor = self._database.execute(JOINED)
-            for place, found in groupby(cursor, lambda row: row["place"]):
+        with room(self.uri):
+            every = chain(self._database.execute(PLACED), self._database.execute(NEW))
+            for place, found in groupby(every, lambda row: row["place"]):
                 most = self._settings.partition_images if place is None else None
                 while rows := list(islice(found, most)):
                     yield pa.Table.from_pylist([self._row(row) for row in rows], schema=ARCHIVE)
@@ -261,7 +264,7 @@ class Archive:
                 label = Label(layout.image_of(row["path"]), reason=row["reason"], text=row["text"])
             else:
                 label = layout.header_label(row["path"], DicomFacts(**{name: row[name] for name, _ in FACTS}))
-            facts = json.dumps(asdict(label), default=str)
+            facts = json.dumps(vars(label), default=str)
             return {**row, "key": row["path"], "patient": row["patient_id"], "told_as": label.image, "facts": facts}
 
         rows = ({**kept(row), "unreadable": UNREADABLE} for row in headers.to_pylist())
@@ -289,7 +292,7 @@ class Archive:
             nonlocal count
             for label in self._format.labels(tables):
                 count += 1
-                yield label.image, label.patient, json.dumps(asdict(label), default=str)
+                yield label.image, label.patient, json.dumps(vars(label), default=str)
 
         self._database.executemany(
             "INSERT INTO labels (image, patient, facts) VALUES (?, ?, ?) ON CONFLICT (image) DO UPDATE SET twice = 1",
@@ -338,9 +341,6 @@ class Archive:
         if not found["patient"]:
             where = "header" if isinstance(self._format, HeaderFormat) else "label row"
             return {**row, "reason": "no_patient", "text": f"the {where} names no patient"}
-        boxes = self._database.execute(
-            "SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (found["image"],)
-        )
         date = label["study_date"]
         return {
             **row,
@@ -349,9 +349,13 @@ class Archive:
             "study_id": label["study"],
             "study_date": datetime.date.fromisoformat(date) if date else None,
             **{name: label[name] for name in ("follow_up", "age_years", "sex", "view", "findings", "unknown", "other")},
-            "boxes": [dict(box) for box in boxes],
+            "boxes": self._boxes(found["image"]) if found["boxed"] else [],
             "split": self._split(found["patient"], found["split"]),
         }
+
+    def _boxes(self, image: str) -> list[dict[str, Any]]:
+        boxes = self._database.execute("SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (image,))
+        return [dict(box) for box in boxes]
 
     def _split(self, patient: str, listed: str | None) -> str:
         settings = self._settings
@@ -375,13 +379,22 @@ def ignored_text(ignored: Mapping[str, int]) -> str:
 
 
 @contextlib.contextmanager
-def _room(uri: str) -> Iterator[None]:
+def room(uri: str) -> Iterator[None]:
+    """What an archive needs of the temporary folder is written in this block. Raises UserError where it is full."""
     try:
         yield
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF not in NO_ROOM:
             raise
-        raise UserError(
-            f"{uri}: listing and label tables do not fit into the temporary folder: {error};"
-            " set TMPDIR to a folder with room"
-        ) from None
+        raise _full(uri, error) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _full(uri, error) from None
+
+
+def _full(uri: str, error: Exception) -> UserError:
+    return UserError(
+        f"{uri}: listing and label tables do not fit into the temporary folder: {error};"
+        " set TMPDIR to a folder with room"
+    )

@@ -6,12 +6,16 @@ whole by one task: a task needs the memory of one partition, and a restart decod
 
 import hashlib
 import json
-from collections import Counter
+import shutil
+import tempfile
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import IO, Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +25,7 @@ import ray
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
-from cxr_retrieval.corpus.archive import Archive
+from cxr_retrieval.corpus.archive import Archive, room
 from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of
@@ -42,7 +46,7 @@ MANIFEST_FILE, ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = (
 )
 KEYED = PrivacySettings()  # removed patients are told by a key, unless an archive is said to be public
 LATEST = "latest"  # beside the corpora of a name
-READS_AHEAD = 8  # files fetched while one is decoded: hides the latency of object storage
+READS_AHEAD = 8  # files fetched at once, while one is decoded: hides the latency of object storage
 # Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
 SHAPING = ("size", "fit", "max_pixels", "min_side", "source_side", "row_group_images")
 
@@ -62,11 +66,13 @@ def box_frame(settings: CorpusSettings) -> int | None:
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """What preparing an archive means before any image is read: the corpus, and its parts."""
+    """What preparing an archive means before any image is read: the corpus, its parts, and the archive's manifest, a
+    Parquet file in the temporary folder that has no name and is gone with this plan."""
 
     archive: Archive
     draft: Draft
     parts: list[Draft]
+    manifest: IO[bytes]
 
 
 def plan_corpus(
@@ -85,12 +91,14 @@ def plan_corpus(
     archive = Archive(settings, removed, _partitions_before(folder, settings), headers)
     shaping = {name: getattr(settings, name) for name in SHAPING}
     shaping |= {"recipe": recipe_of(settings).id, "box_frame": box_frame(settings)}
-    parts = [
-        Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),))
-        for rows in archive.partitions()
-    ]
-    inputs = [part.input_id for part in parts]
-    return CorpusPlan(archive, Draft.under(folder, KIND, shaping | {"name": settings.name}, inputs), parts)
+    parts = []
+    manifest = tempfile.TemporaryFile()  # noqa: SIM115  # the plan keeps it open
+    with room(archive.uri), pq.ParquetWriter(manifest, ARCHIVE, compression="zstd") as writer:
+        for rows in archive.partitions():  # one row group a partition: a task reads its own and no other
+            parts.append(Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),)))
+            writer.write_table(rows, row_group_size=rows.num_rows)
+    draft = Draft.under(folder, KIND, shaping | {"name": settings.name}, [part.input_id for part in parts])
+    return CorpusPlan(archive, draft, parts, manifest)
 
 
 def _latest_uri(folder: str, settings: CorpusSettings) -> str:
@@ -132,8 +140,9 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
     if done:
         return done, False
     plan.draft.begin()
-    manifest = _write_manifest(plan.draft, plan.archive)
-    found = [artifacts.find(part.uri) for part in plan.parts]
+    manifest = _write_manifest(plan)
+    with ThreadPoolExecutor(READS_AHEAD) as pool:
+        found = list(pool.map(artifacts.find, [part.uri for part in plan.parts]))
     before = sum(part.counts["archive"] for part in found if part)
     with Progress.of(workspace, plan.draft, "prepare", plan.archive.rows, before=before) as progress:
         finished = _prepare_parts(plan, found, settings, progress)
@@ -144,13 +153,10 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
         return corpus, True
 
 
-def _write_manifest(draft: Draft, archive: Archive) -> FileEntry:
-    with (
-        draft.staged(MANIFEST_FILE) as (local, entry),
-        pq.ParquetWriter(local, ARCHIVE, compression="zstd") as writer,
-    ):
-        for rows in archive.partitions():  # one row group a partition: a task reads its own and no other
-            writer.write_table(rows, row_group_size=rows.num_rows)
+def _write_manifest(plan: CorpusPlan) -> FileEntry:
+    with plan.draft.staged(MANIFEST_FILE) as (local, entry), local.open("wb") as file:
+        plan.manifest.seek(0)
+        shutil.copyfileobj(plan.manifest, file)
     return entry.value
 
 
@@ -195,6 +201,7 @@ class _PartTask:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         before = storage.retries()
+        cv2.setNumThreads(1)  # tasks run side by side, one a core
         try:
             with storage.arrow_reader(self._manifest_uri) as file:
                 rows = pq.ParquetFile(file).read_row_group(task["group"])
@@ -211,8 +218,9 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
     """Decode one partition and write it whole: prepared rows, quarantined rows, counts."""
     recipe = recipe_of(settings)
     limits = Limits(settings.min_side, settings.max_pixels, settings.source_side or 0)
-    schema = corpus_schema(recipe)
+    schema, frame = corpus_schema(recipe), box_frame(settings)
     prepared: list[dict[str, Any]] = []
+    groups: list[pa.Table] = []
     bad: list[dict[str, Any]] = []
     excluded: Counter[str] = Counter()
     burned_in = 0
@@ -225,15 +233,19 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
             if isinstance(data, Exception):
                 raise RejectedImage("unreadable", str(data))
             image = decode(data or b"", recipe, limits)
-            prepared.append(_prepared_row(row, data or b"", image, recipe, box_frame(settings)))
+            prepared.append(_prepared_row(row, data or b"", image, recipe, frame))
             burned_in += image.burned_in
         except RejectedImage as rejected:
             bad.append({**row, "reason": rejected.reason, "text": rejected.text})
         except ExcludedImage as left_out:
             excluded[left_out.rule] += 1
+        if len(prepared) == settings.row_group_images:  # not all at the end: pixels would be held twice
+            groups.append(pa.Table.from_pylist(prepared, schema=schema))
+            prepared = []
+    table = pa.concat_tables([*groups, pa.Table.from_pylist(prepared, schema=schema)])
     with part.staged(ROWS_FILE) as (local, rows_entry):
         pq.write_table(
-            pa.Table.from_pylist(prepared, schema=schema),
+            table,
             local,
             compression="zstd",
             compression_level=1,
@@ -244,7 +256,7 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
         pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), local, compression="zstd")
     counts = {
         "archive": rows.num_rows,
-        "prepared": len(prepared),
+        "prepared": table.num_rows,
         "quarantined": len(bad),
         "excluded": excluded.total(),
     }
@@ -275,9 +287,12 @@ def _fetched(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes
             raise
 
     with ThreadPoolExecutor(READS_AHEAD) as pool:
-        for start in range(0, len(rows), READS_AHEAD):
-            batch = rows[start : start + READS_AHEAD]
-            yield from zip(batch, pool.map(fetch, batch), strict=True)
+        coming = (pool.submit(fetch, row) for row in rows)
+        ahead = deque(islice(coming, READS_AHEAD))
+        for row in rows:
+            data = ahead.popleft().result()
+            ahead.extend(islice(coming, 1))
+            yield row, data
 
 
 def _prepared_row(

@@ -15,7 +15,10 @@ from benchmarks.contest import CURVE_POINTS, EVALUATED
 from cxr_retrieval.config import LossSettings
 
 SMALL = {
-    "prepare": {"IMAGES": 96, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
+    "prepare": {"IMAGES": 48 * (os.cpu_count() or 1), "PARTS": 4, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
+    "resume": {"IMAGES": 160, "SIDE": 128, "SIZE": 64, "PARTS": 10},
+    "memory": {"IMAGES": 16, "PART": 8, "SIDE": 128, "TIMES": 2, "ROUNDS": 1},
+    "listing": {"IMAGES": 3000, "TIMES": 2, "ROUNDS": 1},
     "embed": {"IMAGES": 32 * (os.cpu_count() or 1), "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "EPOCHS": 1},
     "workers": {"IMAGES": 160, "SIDE": 128, "ROUNDS": 1, "STEPS": 1, "ROWS": 8},
@@ -71,7 +74,7 @@ def _check(written: dict[str, Any]) -> None:
 
 
 def test_every_benchmark_has_a_small_run_in_the_tests() -> None:
-    parts = {"__init__", "claim", "archive", "contest", "peers"}
+    parts = {"__init__", "claim", "archive", "contest", "job", "peers"}
     modules = {path.stem for path in Path(claim.__file__).parent.glob("*.py")} - parts
     assert modules == {*SMALL, "losses"}
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import ray
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import AccountingError, Artifact, Draft
 from cxr_retrieval.config import ColumnSettings, CorpusSettings, PrivacySettings, Settings
+from cxr_retrieval.corpus import preparation
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.decoding import Limits, decode
 from cxr_retrieval.corpus.preparation import (
@@ -28,6 +30,7 @@ from cxr_retrieval.corpus.preparation import (
     QUARANTINE_FILE,
     ROWS_FILE,
     find_duplicates,
+    plan_corpus,
     prepare,
     prepare_part,
     recipe_of,
@@ -536,6 +539,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"this machine mounts nothing: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is full is Linux's")
+def test_a_manifest_that_does_not_fit_into_the_temporary_folder_is_said(
+    phantom_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation.tempfile, "TemporaryFile", partial(open, "/dev/full", "wb", buffering=0))
+    with pytest.raises(UserError, match=r"fit into the temporary folder: .*No space left.*; set TMPDIR"):
+        plan_corpus(CorpusSettings(archive=str(phantom_archive)), str(tmp_path))
 
 
 def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(

@@ -1,0 +1,52 @@
+"""Peak memory of preparing an archive, and of one of eight times the rows.
+
+  python -m benchmarks.memory
+
+Proportional set size of the job's driver and workers together, sampled; Ray's own processes are left out. The smaller
+archive has several partitions for every core already: what grows with the rows is all that is new in the larger one.
+"""
+
+import os
+import tempfile
+
+import numpy as np
+
+from benchmarks.archive import large_archive
+from benchmarks.claim import Claim, publish
+from benchmarks.job import run_job
+from cxr_retrieval.runtime import start_ray
+
+PART, SIDE, TIMES, ROUNDS = 256, 256, 8, 3
+IMAGES = 4 * PART * (os.cpu_count() or 1)
+
+
+def peak(archive: str) -> float:
+    """MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"workspace={folder}", f"corpus.archive={archive}", f"corpus.size={SIDE}"]
+        return run_job("prepare", *words, f"corpus.partition_images={PART}")[1]
+
+
+def main() -> None:
+    start_ray()
+    archives = [large_archive(images, SIDE) for images in (IMAGES, TIMES * IMAGES)]
+    peaks = [[peak(archive) for archive in archives] for _ in range(ROUNDS)]
+    once, more = np.median(peaks, axis=0)
+    publish(
+        "memory",
+        [
+            Claim.of(
+                f"peak memory of prepare, {IMAGES:,} images of {SIDE} x {SIDE}",
+                f"of {TIMES} times as many",
+                0.9,
+                [less / most for less, most in peaks],
+                MiB=float(once),
+                MiB_of_more=float(more),
+                extra_bytes_an_image=float(more - once) * 2**20 / ((TIMES - 1) * IMAGES),
+            )
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
