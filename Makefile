@@ -18,7 +18,7 @@ demo: $(READY)  ## draw phantom radiographs and run the whole path on them; ends
 	$(BIN)/python -m jobs.phantom --config jobs/configs/demo.yaml
 	$(BIN)/python -m jobs.pipeline --config jobs/configs/demo.yaml
 
-S3_DEMO := --config jobs/configs/demo.yaml phantom.out=s3://cxr/archive corpus.archive=s3://cxr/archive workspace=s3://cxr/workspace
+S3_DEMO := --config jobs/configs/demo.yaml phantom.images=600 training.epochs=4 phantom.out=s3://cxr/archive corpus.archive=s3://cxr/archive workspace=s3://cxr/workspace
 WITH_S3 := $(BIN)/python -m cluster.object_store --data demo-s3
 
 s3: $(READY)  ## the demo's path on object storage: a real S3 server is started here, and stopped at the end
