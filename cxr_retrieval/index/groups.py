@@ -99,10 +99,10 @@ class ShardGroup:
         return None
 
     def facts(self, places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Facts]:
-        """What is known of the rows (shard, row) among these that are the group's own."""
+        """What is known of the rows (shard, row) among these that are the group's own, of nobody who was removed."""
         rows: dict[int, list[int]] = {}
         for shard, row in places:
-            if shard in self.shards.numbers:
+            if shard in self.shards.numbers and self._there[shard - self.shards.numbers.start][row]:
                 rows.setdefault(shard, []).append(row)
         return {(shard, facts["row"]): facts for shard in rows for facts in self._facts(shard, rows[shard])}
 

@@ -239,7 +239,8 @@ class Retriever:
         exclude_patient: str | None = None,
         exclude_own: bool = True,
     ) -> Answer:
-        """The k nearest images of those that pass, after the nearest `skip`: k of them wherever so many pass.
+        """The k nearest images of those that pass, after the nearest `skip`: k of them wherever so many pass, but for
+        those of a patient who is removed meanwhile.
 
         `exclude_own` leaves out the patient of the indexed image that the query is, if any; `exclude_patient` names a
         patient, as the index knows them, to leave out too. Raises UserError for a filter that names what no image has.
@@ -257,10 +258,12 @@ class Retriever:
         known_of: dict[tuple[int, int], Facts] = {}
         for facts in self.holders.each(ShardGroup.facts, [(hit.shard, hit.row) for hit in found[skip:]]):
             known_of |= facts
+        # Whose patient was removed since they were found is not known any more.
+        shown = [hit for hit in found[skip:] if (hit.shard, hit.row) in known_of]
         findings = known.findings if known else ()
         cases = tuple(
             _case(known_of[hit.shard, hit.row], hit.distance, rank, findings)
-            for rank, hit in enumerate(found[skip:], start=skip + 1)
+            for rank, hit in enumerate(shown, start=skip + 1)
         )
         return Answer(cases, self._warning(query, found, filters), known, passing)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cxr_retrieval import storage
 from cxr_retrieval.config import PrivacySettings
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.groups import ShardGroup
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
 from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.tombstones import FOLDER, NOBODY, RemovedPatients, Tombstones, remove
@@ -73,3 +75,25 @@ def test_a_server_that_runs_shows_nobody_who_was_removed_when_it_looks_next(tmp_
     assert found.known is None
     assert len(found.cases) == 24 - theirs
     assert patient not in {case.patient for case in found.cases}
+
+
+@pytest.mark.parametrize("step", ["candidates", "facts"])
+def test_a_search_under_way_shows_nobody_who_is_removed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    images = films(24)
+    live = LiveIndex(published(tmp_path, build(tmp_path, images, model_files(tmp_path, images))), 1000.0)
+    patient = images[0].facts["patient"]
+    theirs = sum(film.facts["patient"] == patient for film in images)
+    query = live.retriever.query(images[0].png)
+    remove(live.to, patient)
+    done = getattr(ShardGroup, step)
+
+    def removed_before(*asked: Any) -> Any:
+        live.look()
+        return done(*asked)
+
+    monkeypatch.setattr(ShardGroup, step, removed_before)
+    cases = live.retriever.search(query, k=24, exclude_own=False).cases
+    assert patient not in {case.patient for case in cases}
+    assert [case.rank for case in cases] == list(range(1, 24 - theirs + 1))
