@@ -18,7 +18,7 @@ from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.filters import Filters, Vocabulary, among
 from cxr_retrieval.index.likeness import Sample
 from cxr_retrieval.index.quantizer import NearestLists
-from cxr_retrieval.index.shards import INDEX_FILE, Candidates, Shards, read_facts
+from cxr_retrieval.index.shards import INDEX_FILE, Candidates, Found, Shards, read_facts
 from cxr_retrieval.index.versions import Version, open_files
 from cxr_retrieval.privacy import row_id
 from cxr_retrieval.tombstones import Tombstones
@@ -79,6 +79,10 @@ class ShardGroup:
         """Of the images that pass (all for None) those whose codes are among the nearest `wanted`, in given lists."""
         masks = self._masks(*asked) if asked else None
         return self.shards.candidates(vector_D[None], wanted, nearest, masks)[0]
+
+    def exact(self, vector_D: np.ndarray, k: int, asked: tuple[Filters, tuple[str, ...]]) -> list[Found]:
+        """The k nearest of the images that pass: all of them compared."""
+        return self.shards.exact(vector_D[None], k, self._masks(*asked))[0]
 
     def find(self, image_id: str) -> Facts | None:
         """The image with this id."""

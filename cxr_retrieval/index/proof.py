@@ -24,7 +24,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache
 from cxr_retrieval.index.files import Located, shard_files
 from cxr_retrieval.index.plan import plan_probes
-from cxr_retrieval.index.shards import Found, Shards, exact_in_shard
+from cxr_retrieval.index.shards import Found, Shards, exact_in_shard, first
 
 K = 10
 FARTHEST = 2.0  # between unit vectors
@@ -161,8 +161,7 @@ def _exact(path: _Files, shards: int, query_QD: np.ndarray, queries: Sequence[_Q
         patients |= names
         for one in FILTERS:
             for query, hits in enumerate(found[one]):
-                merged = sorted(best[one][query] + hits, key=lambda hit: (hit.distance, hit.id))
-                best[one][query] = merged[: K + 1]
+                best[one][query] = first(best[one][query] + hits, K + 1)
     others = (
         next((hit.distance for hit in hits if patients[hit.shard, hit.row] != query.patient), None)
         for hits, query in zip(best[1], queries, strict=True)
@@ -179,11 +178,10 @@ def _exact_in_shard(
     rows_ND = np.load(path(files["rows"]), mmap_mode="r", allow_pickle=False)
     table = pq.read_table(path(files["sidecar"]), columns=["id", "patient"])
     ids_N = table["id"].to_numpy()
-    found = {}
-    for one in FILTERS:
-        rows = np.flatnonzero(_passes(ids_N, one))
-        hits = exact_in_shard(number, rows_ND if one == 1 else rows_ND[rows], ids_N[rows], query_QD, K + 1)
-        found[one] = [[Found(number, int(rows[hit.row]), hit.id, hit.distance) for hit in mine] for mine in hits]
+    found = {
+        one: exact_in_shard(number, rows_ND, ids_N, query_QD, K + 1, np.flatnonzero(_passes(ids_N, one)))
+        for one in FILTERS
+    }
     names = {(number, hit.row): table["patient"][hit.row].as_py() for hits in found[1] for hit in hits}
     return found, names, storage.retries() - before
 

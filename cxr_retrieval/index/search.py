@@ -17,7 +17,7 @@ from cxr_retrieval.index.filters import EVERYTHING, Filters, Vocabulary
 from cxr_retrieval.index.groups import Facts, Holders, InProcess, ShardGroup
 from cxr_retrieval.index.likeness import Likeness, even
 from cxr_retrieval.index.quantizer import Lists
-from cxr_retrieval.index.shards import Candidates, Found, read_facts
+from cxr_retrieval.index.shards import EXACT_BELOW, Candidates, Found, first, read_facts
 from cxr_retrieval.index.versions import OpenVersion, Version, open_files, resolve, split_reference
 from cxr_retrieval.network.progressive import embeddings
 from cxr_retrieval.tombstones import Tombstones
@@ -25,8 +25,6 @@ from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
 QUERY_LIMITS = Limits(min_side=32, max_pixels=100_000_000)
 MODEL_PATH, WEIGHTS_PATH = f"model/{MODEL_FILE}", f"model/{WEIGHTS_FILE}"
-# Up to so many passing rows every list of an IVF index is searched: the few that pass may lie in any of them.
-EXACT_BELOW = 20_000
 LEAST_REGION = 8  # pixels a side, as the model sees the image
 UNLIKE = (
     "nothing similar in this index: the picture does not look like its images, upright chest X-rays of its kind, so the"
@@ -300,18 +298,19 @@ class Retriever:
         if k < 1:
             return []
         vector_D, share = np.ascontiguousarray(vector_D, np.float32), passing / self._rows
-        filtered = share < 1
+        filtered, lists = share < 1, self.facts["lists"]
+        if lists and filtered and passing <= EXACT_BELOW:
+            return first([hit for hits in self.holders.each(ShardGroup.exact, vector_D, k, asked) for hit in hits], k)
         wanted = k * self.facts["candidates"]
 
-        def first(probes: int | None) -> list[Found]:
+        def searched(probes: int | None) -> list[Found]:
             nearest = self._lists.nearest(vector_D[None], share, probes)
             parts = self.holders.each(ShardGroup.candidates, vector_D, wanted, nearest, asked if filtered else None)
             return Candidates.joined(parts).first(wanted, k)
 
-        lists = self.facts["lists"]
-        found = first(lists if filtered and passing <= EXACT_BELOW else None)
+        found = searched(None)
         if len(found) < k and lists:  # the lists that were probed hold too few of the rows that pass
-            found = first(lists)
+            found = searched(lists)
         return found
 
     def _warning(self, query: Query, found: list[Found], filters: Filters) -> str | None:

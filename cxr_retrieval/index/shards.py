@@ -28,6 +28,8 @@ SLACK = 16  # candidates beyond k that are asked for at first
 # Squared float32 distances of FAISS are wrong by less than this: nearer neighbours than that it may swap.
 NEAR = 1e-5
 BLOCK = 65536
+# Up to so many rows that pass a filter are compared themselves: the lists that hold them may be any of an IVF index.
+EXACT_BELOW = 20_000
 # Rows and codes stay in the files until a search reads them. A table for every list would be larger than the codes.
 READING = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 
@@ -164,12 +166,13 @@ class Shards:
                 ids[first:last] = shard.ids_N[rows[first:last]]
         return Candidates(self.numbers.start + places, rows, ids, codes_M[near], exact_distances(query_D, stored))
 
-    def exact(self, query_QD: np.ndarray, k: int) -> list[list[Found]]:
-        """What `search` approximates: every stored row compared, block by block."""
+    def exact(self, query_QD: np.ndarray, k: int, allowed: Sequence[np.ndarray] | None = None) -> list[list[Found]]:
+        """What `search` approximates: every stored row that is allowed compared, block by block."""
         best: list[list[Found]] = [[] for _ in query_QD]
-        for number, shard in enumerate(self.shards):
-            found = exact_in_shard(number, shard.rows_ND, shard.ids_N, query_QD, k)
-            best = [_first(before + hits, k) for before, hits in zip(best, found, strict=True)]
+        for place, (number, shard) in enumerate(zip(self.numbers, self.shards, strict=True)):
+            rows = np.flatnonzero(allowed[place]) if allowed else None
+            found = exact_in_shard(number, shard.rows_ND, shard.ids_N, query_QD, k, rows)
+            best = [first(before + hits, k) for before, hits in zip(best, found, strict=True)]
         return best
 
     def sidecar(self, number: int, columns: Sequence[str] | None = None) -> Any:
@@ -189,21 +192,29 @@ class Shards:
 
 
 def exact_in_shard(
-    number: int, rows_ND: np.ndarray, ids_N: np.ndarray, query_QD: np.ndarray, k: int
+    number: int,
+    rows_ND: np.ndarray,
+    ids_N: np.ndarray,
+    query_QD: np.ndarray,
+    k: int,
+    rows: np.ndarray | None = None,
 ) -> list[list[Found]]:
-    """The k nearest rows of one shard to every query, nearest first, ties by id: all compared, block by block."""
+    """The k nearest rows of one shard to every query, nearest first, ties by id: all of them, or those with the numbers
+    `rows`, compared block by block."""
     query_QD = query_QD.astype(np.float32)
+    rows = np.arange(len(ids_N)) if rows is None else rows
     best: list[list[Found]] = [[] for _ in query_QD]
-    for start in range(0, len(ids_N), BLOCK):
-        rows_BD = np.asarray(rows_ND[start : start + BLOCK], np.float32)
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        rows_BD = np.asarray(rows_ND[block], np.float32)
         # Squared distances but for the query's own length. Stored rows have unit length but for their rounding.
         far_QB = np.einsum("bd,bd->b", rows_BD, rows_BD) - 2.0 * (query_QD @ rows_BD.T)
         last = min(k, len(rows_BD)) - 1
         limits_Q = np.partition(far_QB, last, axis=1)[:, last] + NEAR
         for query, limit in enumerate(limits_Q):
-            rows = start + np.flatnonzero(far_QB[query] <= limit)
-            hits = _nearest(number, rows_ND, ids_N, query_QD[query], rows, k)
-            best[query] = _first(best[query] + hits, k)
+            near = block[far_QB[query] <= limit]
+            hits = _nearest(number, rows_ND, ids_N, query_QD[query], near, k)
+            best[query] = first(best[query] + hits, k)
     return best
 
 
@@ -216,7 +227,8 @@ def _nearest(
     return [Found(number, int(rows[n]), int(ids[n]), float(distances[n])) for n in order]
 
 
-def _first(hits: list[Found], k: int) -> list[Found]:
+def first(hits: list[Found], k: int) -> list[Found]:
+    """The k nearest of some hits, ties by id."""
     return sorted(hits, key=lambda hit: (hit.distance, hit.id))[:k]
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.phantom.radiographs import draw_patient
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index import cache
+from cxr_retrieval.index import cache, search
 from cxr_retrieval.index.filters import EVERYTHING, Filters
+from cxr_retrieval.index.quantizer import Lists
 from cxr_retrieval.index.search import Retriever, UnknownImage
 from cxr_retrieval.index.shards import exact_distances
 from tests.indexes import FILM, Film, build, films, model_files, published
@@ -110,6 +111,31 @@ def test_k_hits_come_wherever_k_images_pass_and_they_are_the_nearest_of_these(
     assert answer.passing == len(passing)
     own = images[number].facts["findings"]
     assert all(case.shared == tuple(name for name in case.findings if name in own) for case in answer.cases)
+
+
+def test_the_few_that_pass_a_filter_are_compared_without_looking_lists_up(
+    world, monkeypatch: pytest.MonkeyPatch, images: list[Film]
+) -> None:
+    folder, _, files = world
+    retriever = Retriever.open(published(folder, build(folder, images, files, lists=8), "few"))
+    query, exact = retriever.query(images[0].png), retriever.holders.group.shards.exact
+    asked = Filters(sex="F")
+    mask = [asked.mask(table) for table in retriever.holders.group._sidecars]
+    expected = [hit.distance for hit in exact(query.vector[None], COUNT, mask)[0]]
+    monkeypatch.setattr(Lists, "nearest", None)  # a graph of many lists takes a second for all of them
+    assert [case.distance for case in retriever.search(query, COUNT, asked, exclude_own=False).cases] == expected
+
+
+@pytest.mark.parametrize("k", [1, 8, COUNT])
+def test_more_that_pass_are_looked_for_in_lists_and_in_all_where_these_hold_too_few(
+    world, monkeypatch: pytest.MonkeyPatch, images: list[Film], k: int
+) -> None:
+    folder, _, files = world
+    monkeypatch.setattr(search, "EXACT_BELOW", 0)
+    retriever = Retriever.open(published(folder, build(folder, images, files, lists=8), "more"))
+    answer = retriever.search(retriever.query(images[0].png), k, Filters(sex="F"), exclude_own=False)
+    assert len(answer.cases) == min(k, answer.passing)
+    assert {case.sex for case in answer.cases} == {"F"}
 
 
 def test_the_own_patient_is_left_out_inside_the_search_too(retriever: Retriever, images: list[Film]) -> None:

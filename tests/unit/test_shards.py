@@ -301,7 +301,9 @@ def test_filters_hold_inside_the_search(
     allowed_ids = set(ids_N[mask_N].tolist())
     assert all(hit.id in allowed_ids for hits in found for hit in hits)
     assert all(len(hits) == min(K, passing) for hits in found)
-    assert answers(found) == brute_force(queries_QD, rows_ND, ids_N, K, mask_N)
+    expected = brute_force(queries_QD, rows_ND, ids_N, K, mask_N)
+    assert answers(found) == expected
+    assert answers(either.exact(queries_QD, K, cut(mask_N, either))) == expected
 
 
 @pytest.mark.parametrize(("passing", "probes"), [(1.0, 2), (0.999, 2), (0.1, 4), (0.099, LISTS), (0.0, LISTS)])
