@@ -5,8 +5,9 @@
   python -m jobs.publish --config FILE ...                and put the new version in front
   python -m jobs.versions gc --purge --delete --index URI workspace=DIR      then delete what still holds them
 
-PATIENT is the name that the archive gives. Needs no cluster. Servers see it when they look next
-(`serve.poll_seconds`). The archive itself is not touched: what lies there is left out wherever it is prepared.
+PATIENT is the name that the archive gives; a name that no image has is refused, unless told `--anyway`: that is for a
+patient whose images are yet to come. Needs no cluster. Servers see it when they look next (`serve.poll_seconds`). The
+archive itself is not touched: what lies there is left out wherever it is prepared.
 """
 
 import argparse
@@ -14,9 +15,14 @@ import argparse
 from cxr_retrieval import command, console
 from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.removal import images_of
 from cxr_retrieval.privacy import Pseudonyms
-from cxr_retrieval.tombstones import remove
+from cxr_retrieval.tombstones import Tombstones, remove
 from jobs.publish import destination
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--anyway", action="store_true", help="also patients of whom there is no image, or not yet")
 
 
 def run(settings: Settings, options: argparse.Namespace) -> None:
@@ -24,13 +30,21 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
         raise UserError("whom to forget? Name patients as the archive does: python -m jobs.forget PATIENT...")
     pseudonyms = Pseudonyms.of(settings.privacy)
     places = [settings.workspace, destination(settings)]
+    images = images_of(options.rest, places[0], places[1], pseudonyms)
+    stones = [Tombstones.at(place) for place in places]
+    for patient, theirs in images.items():
+        if not (theirs or options.anyway or any(pseudonyms.name("patient", patient) in there for there in stones)):
+            raise UserError(
+                f"patient {patient!r} has no image in {places[0]} or {places[1]}, so nobody was removed: give the name"
+                " that the archive gives, or --anyway for a patient whose images are yet to come"
+            )
     rows = []
-    for patient in options.rest:
+    for patient, theirs in images.items():
         name = pseudonyms.name("patient", patient)
         # Where people search first: a kill between the two leaves nobody visible.
         put = [remove(place, name) for place in reversed(places)]
-        rows.append([patient, "removed" if any(put) else "removed before"])
-    console.show_table(f"Removed from {places[0]} and {places[1]}", ["patient", "state"], rows)
+        rows.append([patient, "removed" if any(put) else "removed before", f"hides {len(theirs):,} images"])
+    console.show_table(f"Removed from {places[0]} and {places[1]}", ["patient", "state", "images"], rows)
     console.say("their images are still stored: build and publish an index, then jobs.versions gc --purge (see --help)")
 
 
@@ -43,4 +57,6 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command.run("forget", __doc__, run, plan, words="patient", on_cluster=False, writes=("workspace", "publish.to"))
+    command.run(
+        "forget", __doc__, run, plan, arguments, words="patient", on_cluster=False, writes=("workspace", "publish.to")
+    )

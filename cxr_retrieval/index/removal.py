@@ -6,7 +6,7 @@ no row of them is anybody's, and only training anew takes out what they have lea
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.build import QUANTIZER_KIND
 from cxr_retrieval.index.files import sidecars
 from cxr_retrieval.index.versions import GONE_REMEDY, OBJECTS, VERSIONS, Version, list_versions, resolve
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import RemovedPatients, Tombstones
 from cxr_retrieval.training.model import KIND as MODEL_KIND
 from cxr_retrieval.training.sweep import KIND as SWEEP_KIND
@@ -51,6 +52,34 @@ class Holdings:
 
 
 NOTHING = Holdings((), (), (), (), ())
+
+
+def images_of(patients: Iterable[str], workspace: str, to: str, pseudonyms: Pseudonyms) -> dict[str, set[str]]:
+    """The images of every patient, both by the names that the archive gives: by what all corpora of a workspace list,
+    and by all versions at `to`. Images are named as they are outside the corpus.
+
+    Raises CorruptArtifact where a version is damaged.
+    """
+    outside = {pseudonyms.name("patient", patient): patient for patient in patients}
+    found: dict[str, set[str]] = {patient: set() for patient in outside.values()}
+    for file in _files(storage.join(storage.canonical(workspace), "corpora")):
+        if file.path.endswith(f"/{MANIFEST_FILE}"):
+            for patient, image in _images(file.uri, "patient_id", list(found)):
+                found[patient].add(pseudonyms.name("image", image))
+    versions = [resolve(to, name) for name in list_versions(to)]
+    for uri in {version.object_uri(version.files[name]) for version in versions for name in sidecars(version.files)}:
+        try:
+            for patient, image in _images(uri, "patient", list(outside)):
+                found[outside[patient]].add(image)
+        except FileNotFoundError:
+            raise CorruptArtifact(f"{uri}: gone since it was uploaded; {GONE_REMEDY}") from None
+    return found
+
+
+def _images(uri: str, column: str, patients: list[str]) -> Iterator[tuple[str, str]]:
+    with storage.arrow_reader(uri) as file:
+        table = pq.read_table(file, columns=[column, "image_id"], filters=pc.field(column).isin(patients))
+    yield from zip(table[column].to_pylist(), table["image_id"].to_pylist(), strict=True)
 
 
 def published_holdings(to: str) -> Holdings:
