@@ -24,7 +24,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache
 from cxr_retrieval.index.files import Located, shard_files
 from cxr_retrieval.index.plan import plan_probes
-from cxr_retrieval.index.shards import Found, Shards, exact_in_shard, first
+from cxr_retrieval.index.shards import EXACT_BELOW, Found, Shards, exact_in_shard, first
 
 K = 10
 FARTHEST = 2.0  # between unit vectors
@@ -53,7 +53,8 @@ class Setting:
 class Proof:
     """The settings that were tried, and the fewest probes that reach the target: these are what a search uses.
 
-    `filtered` are the fewest that do where fewer rows pass, or all lists. `far_distance`: nearest distances of held-out
+    `filtered` are the fewest that do where fewer rows pass; all lists where none do and a search never looks lists up
+    for so few. `far_distance`: nearest distances of held-out
     queries to other patients lie below it in 999 of 1,000 cases.
     """
 
@@ -87,7 +88,11 @@ class _Files:
 
 
 def prove(files: Mapping[str, Located], facts: Mapping[str, Any], settings: IndexSettings) -> Proof:
-    """Search the built shards and compare. Raises UserError when no setting reaches the recall target."""
+    """Search the built shards and compare.
+
+    Raises UserError when no setting reaches the recall target, of all rows or of those that pass a filter; but not
+    where a search compares all that pass, and so finds the nearest.
+    """
     path = _Files(files)
     shards = Shards(facts, path)
     query_QD, queries = _queries(shards, settings.proof_queries)
@@ -103,7 +108,8 @@ def prove(files: Mapping[str, Located], facts: Mapping[str, Any], settings: Inde
         if not chosen and len(curve) > FOURFOLD and curve[-1].recall < curve[-1 - FOURFOLD].recall + FLAT:
             break
     if chosen is None:
-        raise UserError(_remedy(curve, shards, query_QD, queries, exact.nearest[1], settings))
+        best = max(curve, key=lambda setting: setting.recall)
+        raise UserError(_remedy(best, shards, query_QD, queries, exact.nearest[1], 1, settings))
     if chosen.p95_ms > settings.latency_ms:
         say(
             f"warning: 95 of 100 searches take up to {chosen.p95_ms:.1f} ms here, over"
@@ -115,6 +121,8 @@ def prove(files: Mapping[str, Located], facts: Mapping[str, Any], settings: Inde
             setting = _measure(shards, query_QD, queries, exact.nearest[one], probes, one)
             if setting.recall >= settings.recall_target:
                 break
+        if setting.recall < settings.recall_target and shards.rows > one * EXACT_BELOW:
+            raise UserError(_remedy(setting, shards, query_QD, queries, exact.nearest[one], one, settings))
         filtered.append(setting)
     far = float(np.quantile(exact.other_patients, FAR_QUANTILE)) if exact.other_patients else FARTHEST
     return Proof(len(queries), settings.recall_target, chosen.probes, chosen.recall, curve, filtered, far)
@@ -223,20 +231,21 @@ def _without_own(found: list[list[Found]], queries: Sequence[_Query]) -> list[li
 
 
 def _remedy(
-    curve: Sequence[Setting],
+    best: Setting,
     shards: Shards,
     query_QD: np.ndarray,
     queries: Sequence[_Query],
     exact: list[list[int]],
+    one: int,
     settings: IndexSettings,
 ) -> str:
     """What would reach the target. More probes add nothing any more, so the codes are too short: that is measured."""
-    best = max(curve, key=lambda setting: setting.recall)
     more = 8 * shards.facts["candidates"]
-    with_more = _measure(shards, query_QD, queries, exact, best.probes, 1, more).recall
+    with_more = _measure(shards, query_QD, queries, exact, best.probes, one, more).recall
+    where = f" where one image of {one} passes a filter" if one > 1 else ""
     return (
-        f"{shards.facts['factory']} reaches recall@{K} {best.recall:.3f} of exact search with {best.probes} probes,"
-        f" below index.recall_target={settings.recall_target:g}; more add nothing, its codes are too short (comparing"
-        f" eight times the candidates gives {with_more:.3f}): raise index.memory_gib for longer codes, or"
+        f"{shards.facts['factory']} reaches recall@{K} {best.recall:.3f} of exact search with {best.probes} probes"
+        f"{where}, below index.recall_target={settings.recall_target:g}; more add nothing, its codes are too short"
+        f" (comparing eight times the candidates gives {with_more:.3f}): raise index.memory_gib for longer codes, or"
         " index.latency_ms for an exact index, or lower the target"
     )

@@ -35,7 +35,7 @@ from cxr_retrieval.index.files import files_of, shard_files
 from cxr_retrieval.index.plan import whole_parts
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, list_sizes
 from cxr_retrieval.index.search import Retriever
-from cxr_retrieval.index.shards import INDEX_FILE, Shards
+from cxr_retrieval.index.shards import EXACT_BELOW, INDEX_FILE, Shards
 from cxr_retrieval.index.versions import publish
 from cxr_retrieval.network.progressive import embeddings
 from cxr_retrieval.privacy import Pseudonyms, row_id
@@ -538,3 +538,20 @@ def test_of_a_split_that_is_too_large_whole_patients_are_drawn(world: World) -> 
         assert drawn.patients.count(patient) == everyone.patients.count(patient)
     places = [n for n, patient in enumerate(everyone.patients) if patient in set(drawn.patients)]
     assert torch.equal(drawn.z_PSND, everyone.z_PSND[:, :, places])
+
+
+def test_a_target_that_is_not_reached_under_a_filter_fails_unless_all_that_pass_are_compared(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "TRAIN_PER_LIST", 12)
+    monkeypatch.setattr(proof, "plan_probes", lambda _lists: [1])
+    settings = IndexSettings(name="narrow", latency_ms=1e-9, shard_rows=50, recall_target=0.3)
+    monkeypatch.setattr(proof, "EXACT_BELOW", 0)
+    with pytest.raises(
+        UserError, match=r"recall@10 0\.\d+ .* where one image of 10+ passes .*=0\.3; .*raise index\.memory_gib"
+    ) as failed:
+        build_index(settings, world.workspace, world.source, PLAIN)
+    assert "\n" not in str(failed.value)
+    monkeypatch.setattr(proof, "EXACT_BELOW", EXACT_BELOW)
+    build, _ = build_index(settings, world.workspace, world.source, PLAIN)
+    assert min(entry["recall"] for entry in json.loads(build.read(INDEX_FILE))["proof"]["filtered"]) < 0.3
