@@ -123,8 +123,7 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
         ),
     }
     if delete:
-        for holdings in found.values():
-            purge(holdings)
+        found = {place: purge(holdings) for place, holdings in found.items()}
     rows = [
         [place, len(holdings.versions), len(holdings.artifacts), len(holdings.files), holdings.bytes]
         for place, holdings in found.items()

@@ -1,6 +1,8 @@
 """What happens to published versions afterwards: promoted behind a gate, rolled back, and collected.
 
-Readers are never cut off: an alias moves by one conditional write, and only what no version names is deleted.
+An alias moves by one conditional write, and only what no version names is deleted. Storage has no lock over both, so a
+publish that finds an object there and names it while it is being deleted looks once more at its end. What is deleted
+even later, `verify` tells, and publishing again mends it.
 """
 
 import json
@@ -17,7 +19,7 @@ from cxr_retrieval.index.versions import (
     VERSIONS,
     Version,
     check_objects,
-    list_versions,
+    named_objects,
     read_file,
     resolve,
 )
@@ -107,19 +109,26 @@ def rollback(to: str, alias: str) -> Moved:
 def garbage(to: str, grace_days: float) -> list[Garbage]:
     """Objects that no version names and that are older than `grace_days`: those of publishes that never ended.
 
-    A publish uploads before it names; the days keep one that is under way from losing what it has uploaded.
+    A publish uploads before it names; the days keep one that is under way from losing what it has uploaded, but not
+    what is older and it found there.
     """
     to = storage.canonical(to)
     # Objects first: a version that is written meanwhile is then seen, and what it names is kept.
     found = [(file, (time.time() - file.modified) / DAY_S) for file in _objects(to)]
-    named = {entry.sha256 for version in list_versions(to) for entry in resolve(to, version).objects}
+    named = named_objects(to)
     return [Garbage(f.path, f.size, days) for f, days in found if f.path not in named and days > grace_days]
 
 
 def collect(to: str, grace_days: float) -> list[Garbage]:
-    """Delete what `garbage` names, and say what it was. Raises UserError where the right to delete is missing."""
+    """Delete what `garbage` finds, but for what a version names by then, and say what it was.
+
+    A version that is written after that last look, of objects that were there, lacks them: its publish says so where it
+    ends after they are deleted. Raises UserError where the right to delete is missing.
+    """
     to = storage.canonical(to)
     found = garbage(to, grace_days)
+    named = named_objects(to)
+    found = [each for each in found if each.path not in named]
     for each in found:
         storage.delete(storage.join(to, OBJECTS, each.path))
     return found

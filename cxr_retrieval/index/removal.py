@@ -7,7 +7,7 @@ no row of them is anybody's, and only training anew takes out what they have lea
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +21,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.build import QUANTIZER_KIND
 from cxr_retrieval.index.files import sidecars
-from cxr_retrieval.index.versions import GONE_REMEDY, OBJECTS, VERSIONS, Version, list_versions, resolve
+from cxr_retrieval.index.versions import GONE_REMEDY, OBJECTS, VERSIONS, Version, list_versions, named_objects, resolve
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import RemovedPatients, Tombstones
 from cxr_retrieval.training.model import KIND as MODEL_KIND
@@ -37,7 +37,8 @@ class Holdings:
     """What holds removed patients. `files` are all that has to go, in an order in which a purge may be killed after any
     and be run again; `serving` are aliases whose version is among them.
 
-    `learnt` are models, quantizers and sweeps that were made from their images, and stay.
+    `learnt` are models, quantizers and sweeps that were made from their images, and stay. `to` is where versions are
+    published, if these are.
     """
 
     versions: tuple[str, ...]
@@ -45,6 +46,7 @@ class Holdings:
     files: tuple[storage.StoredFile, ...]
     learnt: tuple[str, ...]
     serving: tuple[str, ...]
+    to: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -86,7 +88,7 @@ def published_holdings(to: str) -> Holdings:
     """Versions at `to` whose rows are of patients with a tombstone there, and all objects that no other version names.
 
     Objects of a publish that never ended are among them, however young: whose they hold cannot be told. One that is
-    under way finds them gone before it moves the alias, and is run again.
+    under way finds them gone, before or just after it moves the alias, and is run again.
     """
     to = storage.canonical(to)
     tombstones = Tombstones.at(to)
@@ -103,7 +105,7 @@ def published_holdings(to: str) -> Holdings:
     files += [file for file in _files(storage.join(to, OBJECTS)) if file.path not in staying]
     ids = {version.id for version in held}
     serving = sorted(name for name, alias in list_aliases(to).items() if alias.version in ids)
-    return Holdings(tuple(sorted(ids)), (), tuple(files), (), tuple(serving))
+    return Holdings(tuple(sorted(ids)), (), tuple(files), (), tuple(serving), to)
 
 
 def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
@@ -126,8 +128,9 @@ def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
     return Holdings((), tuple(sorted(going)), tuple(runs + pages + files), tuple(sorted(learnt)), ())
 
 
-def purge(holdings: Holdings) -> None:
-    """Delete all that holds removed patients.
+def purge(holdings: Holdings) -> Holdings:
+    """Delete all that holds removed patients, but for objects that a version names that was published meanwhile; what
+    was deleted.
 
     Raises UserError, before anything is deleted, where an alias still serves one of the versions.
     """
@@ -136,8 +139,11 @@ def purge(holdings: Holdings) -> None:
             f"alias {', '.join(map(repr, holdings.serving))} serves a version that holds removed patients: build and"
             " publish the index without them first, then purge"
         )
-    for file in holdings.files:
+    named = named_objects(holdings.to, holdings.versions) if holdings.to else set()
+    files = tuple(file for file in holdings.files if file.path not in named)
+    for file in files:
         storage.delete(file.uri)
+    return replace(holdings, files=files)
 
 
 def _turn(file: storage.StoredFile) -> tuple[bool, int]:

@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +141,9 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
 
     The same build always gives the same version. Whoever moves the alias first after it was read here wins; the other
     gets a UserError, and its version stands complete beside the winner's. `progress` counts bytes.
+
+    Raises CorruptArtifact where an object that was there already is deleted meanwhile, even if the alias has moved: the
+    same again uploads it.
     """
     to = storage.canonical(to)
     check_alias(alias)
@@ -161,6 +164,7 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
     _write_manifest(version, manifest)
     check_objects(version)
     generation, moved = move_alias(to, alias, version.id, *seen)
+    check_objects(version)  # whoever collects now sees the manifest; who listed versions before may have deleted since
     reused = len(version.objects) - uploaded
     return Published(version.id, alias, generation, uploaded, reused, uploaded_bytes, moved)
 
@@ -169,6 +173,11 @@ def list_versions(to: str) -> list[str]:
     """The ids of all versions at `to`, in the order of their ids."""
     names = (path.removesuffix(".json") for path in listing(storage.join(storage.canonical(to), VERSIONS)))
     return [name for name in names if re.fullmatch(VERSION_ID, name)]
+
+
+def named_objects(to: str, but: Container[str] = ()) -> set[str]:
+    """The names of all objects that versions at `to` have, but for those of some versions by their ids."""
+    return {entry.sha256 for name in list_versions(to) if name not in but for entry in resolve(to, name).objects}
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -281,7 +281,7 @@ def test_any_request_of_a_publish_may_break_and_readers_see_one_whole_version(
     whole = work(places.next())
     requests = len(faults.seen)
     assert (whole.version, whole.uploaded, whole.reused) == (in_peace.new_in_two, 2, 1)
-    assert requests == (7 if fault == proxy.STALL and stays else 12)
+    assert requests == (8 if fault == proxy.STALL and stays else 13)
 
     for number in range(requests):
         place = places.next()
@@ -299,7 +299,8 @@ def test_any_request_of_a_publish_may_break_and_readers_see_one_whole_version(
         moved = now[ALIAS] != place.before[ALIAS]
         assert moved or failed, where
         if failed:
-            assert not moved or (fault, number) == (proxy.LOST_ANSWER, requests - 1), where
+            # The alias moves by the last request but one, and then the objects are listed once more.
+            assert not moved or number == requests - 1 or (fault, number) == (proxy.LOST_ANSWER, requests - 2), where
             missing = objects_of(NEW_IN_TWO) - set(now)
             again = work(place)
             assert again.version == in_peace.new_in_two, where
@@ -377,7 +378,7 @@ def test_a_publish_to_s3_that_is_killed_between_any_two_requests_can_be_run_agai
         faults.reset()
         assert driver.publish(places.next().to, faults) == 0
         requests = len(faults.seen)
-        assert requests == 7 + (not published_before)
+        assert requests == 8 + (not published_before)
         for number, fault in itertools.product(range(requests), [proxy.STRIKE_BEFORE, proxy.STRIKE_AFTER]):
             place = places.next()
             with broken(faults, fault, number, stays=False):
@@ -386,7 +387,7 @@ def test_a_publish_to_s3_that_is_killed_between_any_two_requests_can_be_run_agai
             outcomes["publish", f"SIGKILL, {fault}", "killed"] += 1
             now = bucket.stored(place.to)
             moved = now.get(ALIAS) != place.before.get(ALIAS)
-            assert moved == ((number, fault) == (requests - 1, proxy.STRIKE_AFTER)), where
+            assert moved == (number == requests - 1 or (number, fault) == (requests - 2, proxy.STRIKE_AFTER)), where
             if published_before or moved:
                 place.check(in_peace.old, in_peace.new_in_two)
             else:

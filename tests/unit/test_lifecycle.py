@@ -12,8 +12,20 @@ from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache as cached
-from cxr_retrieval.index.aliases import list_aliases
-from cxr_retrieval.index.lifecycle import Evaluations, Figure, collect, drop_version, garbage, promote, rollback
+from cxr_retrieval.index import lifecycle
+from cxr_retrieval.index import versions as published
+from cxr_retrieval.index.aliases import list_aliases, move_alias
+from cxr_retrieval.index.lifecycle import (
+    Evaluations,
+    Figure,
+    Garbage,
+    collect,
+    drop_version,
+    garbage,
+    promote,
+    rollback,
+)
+from cxr_retrieval.index.removal import Holdings, purge
 from cxr_retrieval.index.versions import Version, list_versions, open_version, publish, resolve, verify
 from jobs.versions import evaluations_in, run, show_problems
 
@@ -148,6 +160,62 @@ def test_only_old_objects_that_no_version_names_are_deleted(to: str, versions: l
     assert not (Path(to) / "objects" / orphan).exists()
     assert (Path(to) / "objects" / young).exists()
     assert [verify(to, version) for version in versions] == [[], [], []]
+
+
+def test_what_a_publish_names_after_it_was_found_to_be_garbage_is_kept(
+    tmp_path: Path, to: str, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_version(to, versions[0])
+    aged(to, 31)
+    find = lifecycle.garbage
+
+    def published_after(*asked: Any) -> list[Garbage]:
+        found = find(*asked)
+        assert publish(build(tmp_path, "old"), to, "latest").reused == 3
+        return found
+
+    monkeypatch.setattr(lifecycle, "garbage", published_after)
+    assert collect(to, 30) == []
+    assert verify(to, versions[0]) == []
+
+
+def test_what_a_publish_names_after_a_purge_has_looked_is_kept(tmp_path: Path, to: str, versions: list[str]) -> None:
+    drop_version(to, versions[0])
+    aged(to, 31)
+    doomed = {each.path for each in garbage(to, 30)}
+    files = tuple(file for file in storage.list_files(storage.join(to, "objects")) if file.path in doomed)
+    publish(build(tmp_path, "old"), to, "latest")
+    assert purge(Holdings((), (), files, (), (), to)).files == ()
+    assert verify(to, "latest") == []
+
+
+@pytest.mark.parametrize("collected", ["before", "after"])
+def test_a_publish_that_loses_an_object_to_gc_says_so_and_the_same_again_mends_it(
+    tmp_path: Path, to: str, versions: list[str], monkeypatch: pytest.MonkeyPatch, collected: str
+) -> None:
+    drop_version(to, versions[0])
+    aged(to, 31)
+    doomed = garbage(to, 30)
+
+    def collect_late() -> None:  # it looked for versions before the publish wrote its own
+        for each in doomed:
+            storage.delete(storage.join(to, "objects", each.path))
+
+    def moved(*asked: Any) -> Any:
+        if collected == "before":
+            collect_late()
+        done = move_alias(*asked)
+        if collected == "after":
+            collect_late()
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(published, "move_alias", moved)
+        with pytest.raises(UserError, match="publish that version again") as told:
+            publish(build(tmp_path, "old"), to, "latest")
+    assert "\n" not in str(told.value)
+    assert publish(build(tmp_path, "old"), to, "latest").uploaded == len(doomed) == 2
+    assert verify(to, "latest") == []
 
 
 def test_a_dropped_version_gives_back_what_only_it_named(to: str, versions: list[str]) -> None:
