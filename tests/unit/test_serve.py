@@ -224,6 +224,7 @@ def test_what_is_no_image_is_refused_in_one_sentence(client: TestClient, data: b
         ({"k": "0"}, "k: input should be greater than or equal to 1"),
         ({"veiw": "PA"}, "veiw: there is no such field"),
         ({"region": "1,2,3"}, "region: write x,y,width,height in pixels of the image"),
+        ({"region": "\u00b2,1,1,1"}, "region: write x,y,width,height in pixels of the image"),  # a digit, no number
         ({"region": "100,0,100,50"}, "region 100,0,100,50 does not lie in the image of 128 x 128 pixels"),
     ],
 )
