@@ -58,7 +58,7 @@ unit: $(READY)  ## the tests that need no Ray, in seconds
 	$(BIN)/python -m pytest tests/unit -n 2
 
 bench: $(READY)  ## every benchmark, each against its limit or peer; ratios go to benchmarks/results
-	for name in prepare resume memory listing input workers embed object_storage ccloss_speed open_version search index_peers phantom_auc; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in prepare resume memory listing input workers embed serve object_storage ccloss_speed open_version search index_peers phantom_auc; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:  ## remove what runs wrote, but not the virtual environment
 	rm -rf demo demo-s3 demo-cluster workspace benchmarks/results

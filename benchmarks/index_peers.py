@@ -218,6 +218,8 @@ def claims(title: str, ours: Measured, other: Measured) -> list[Claim]:
             other_microseconds=float(np.median(other_p50)),
             ours_microseconds_p95=float(np.median(ours.microseconds(0.95))),
             other_microseconds_p95=float(np.median(other.microseconds(0.95))),
+            ours_recall_percent=100 * ours.rounds[0].recall,
+            other_recall_percent=100 * other.rounds[0].recall,
         ),
         Claim.of(
             f"build, {title}",
@@ -226,6 +228,8 @@ def claims(title: str, ours: Measured, other: Measured) -> list[Claim]:
             [theirs / mine for theirs, mine in zip(other.builds, ours.builds, strict=True)],
             ours_seconds=float(np.median(ours.builds)),
             other_seconds=float(np.median(other.builds)),
+            ours_megabytes=ours.bytes / 1e6,
+            other_megabytes=other.bytes / 1e6,
         ),
     ]
 

@@ -205,12 +205,13 @@ NAMES = (*(f"Recall@{cutoff}" for cutoff in CUTOFFS), "precision@8", "mAP", "nDC
 
 
 def compared(entries: dict[str, list[dict[str, Any]]], where: str, embedding: str) -> dict[str, Any]:
-    """Figures of every loss, means over its seeds, and their differences from CCLoss over the seeds that both have."""
+    """Figures of every loss, means over its seeds, what `time_to_equal` says of it, and its differences from CCLoss
+    over the seeds that both have."""
     found: dict[str, Any] = {}
     of_seed = {
         name: {run["seed"]: columns(run["figures"][where][embedding]) for run in runs} for name, runs in entries.items()
     }
-    ours = of_seed.get(OURS, {})
+    ours, shares = of_seed.get(OURS, {}), time_to_equal(entries, embedding)
     for name, runs in entries.items():
         values = of_seed[name]
         patients = _codes(runs[0]["figures"][where][embedding]["patients"])
@@ -221,6 +222,7 @@ def compared(entries: dict[str, list[dict[str, Any]]], where: str, embedding: st
             "queries": len(patients),
             "patients": int(patients.max()) + 1,
             "seconds": float(np.mean([run["seconds"] for run in runs])),
+            "share_to_equal_map": shares.get(name),
             "figures": {
                 column: {
                     "value": float(mean.mean[i]),
@@ -299,10 +301,10 @@ def _difference(cell: dict[str, float]) -> str:
     return f"{_percent(cell, 'difference')}; {100 * cell['detectable']:.1f}"
 
 
-def show(found: dict[str, Any], title: str, shares: dict[str, float | None]) -> None:
+def show(found: dict[str, Any], title: str) -> None:
     figures, differences = [], []
     for name, facts in found.items():
-        cells, reached = facts["figures"], shares.get(name)
+        cells, reached = facts["figures"], facts["share_to_equal_map"]
         figures.append(
             [
                 *(name, len(facts["seeds"]), f"{facts['seconds']:.0f}"),
@@ -388,7 +390,7 @@ def report(folder: Path) -> None:
         for embedding in EVALUATED:
             found = compared(entries, where, embedding)
             summary[f"{where}/{embedding}"] = found
-            show(found, f"{where}, embedding {embedding}", time_to_equal(entries, embedding))
+            show(found, f"{where}, embedding {embedding}")
             if embedding == EVALUATED[0]:
                 made += claims(found, where, embedding, first["steps"])
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

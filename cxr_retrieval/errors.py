@@ -20,6 +20,6 @@ def user_error_in(error: BaseException | None) -> UserError | None:
         if isinstance(current, UserError) and inner is None:
             return current
         # Ray's double of a UserError has a traceback for its text: its cause is what to show.
-        waiting += [current.__cause__, inner]
+        waiting += [current.__cause__, inner, getattr(current, "controller_failure", None)]
         waiting += list(getattr(current, "worker_failures", {}).values())
     return None

@@ -201,7 +201,9 @@ def _record(image: str, query: Query, answer: Answer) -> dict[str, object]:
         "findings": answer.known.findings if answer.known else (),
         "scores": {name: round(score, 4) for name, score in query.scores.items()},
         "crop": query.crop,
+        "passing": answer.passing,
         "nothing_similar": answer.nothing_similar,
+        "warning": answer.warning,
         "hits": [asdict(case) for case in answer.cases],
     }
 

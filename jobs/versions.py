@@ -60,7 +60,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
             ),
         ),
         "rollback": (0, lambda: show_moved(to, rollback(to, name))),
-        "drop": (1, lambda version: drop_version(to, version)),
+        "drop": (1, lambda version: show_dropped(to, drop_version(to, version))),
         "gc": (
             0,
             lambda: (
@@ -103,9 +103,13 @@ def show_moved(to: str, moved: Moved) -> None:
     if not moved.moved:
         console.say(f"{to}@{moved.alias} serves version {moved.version} already")
         return
-    console.say(
-        f"{to}@{moved.alias} serves version {moved.version} now (generation {moved.generation}), not {moved.before}"
-    )
+    instead = f", not {moved.before}" if moved.before else ""
+    console.say(f"{to}@{moved.alias} serves version {moved.version} now (generation {moved.generation}){instead}")
+
+
+def show_dropped(to: str, dropped: Version) -> None:
+    rows = dropped.facts["counts"]["indexed"]
+    console.say(f"{to}: version {dropped.id} ({rows:,} rows) is dropped; gc takes the objects that only it named")
 
 
 def show_garbage(to: str, grace_days: float, delete: bool) -> None:

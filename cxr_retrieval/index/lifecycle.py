@@ -134,8 +134,8 @@ def collect(to: str, grace_days: float) -> list[Garbage]:
     return found
 
 
-def drop_version(to: str, version: str) -> None:
-    """Delete a version's manifest, so that `collect` takes the objects that only it names.
+def drop_version(to: str, version: str) -> Version:
+    """Delete a version's manifest, so that `collect` takes the objects that only it names; what it was.
 
     Raises UserError for an alias' version or predecessor: readers, and a rollback, may be on their way to it.
     """
@@ -146,6 +146,7 @@ def drop_version(to: str, version: str) -> None:
             role = "serves it" if found.id == alias.version else "would roll back to it"
             raise UserError(f"{to}: version {found.id} is in use: alias {name!r} {role}; promote another one first")
     storage.delete(storage.join(to, VERSIONS, f"{found.id}.json"))
+    return found
 
 
 def _objects(to: str) -> Iterator[storage.StoredFile]:

@@ -12,7 +12,6 @@ import hmac
 import ipaddress
 import json
 import os
-from typing import Any
 
 from fastapi import Request
 
@@ -23,6 +22,7 @@ from cxr_retrieval.errors import UserError
 TOKEN_VARIABLE = "CXR_SERVE_TOKEN"
 LEAST_TOKEN = 16
 OPEN_PATHS = ("/healthz", "/readyz")  # what a cluster asks without a token; they tell nothing of a patient
+AUDITED = ("/v1/search", "/v1/images/")  # what is asked here is answered with what the index holds of patients
 
 
 def is_loopback(host: str) -> bool:
@@ -70,15 +70,24 @@ def user_of(request: Request, token: str) -> str | None:
     return user if hmac.compare_digest(given.encode(), token.encode()) else None
 
 
-def audit(request: Request, version: str, asked: dict[str, Any], hits: int) -> None:
-    """One line of JSON about a query to standard error: who asked what of which version. Never names the image."""
+def audit(request: Request, status: int) -> None:
+    """One line of JSON to standard error about a request for images: who asked what of which version, and the answer's
+    status. Never names the image. A request that was refused before anything was asked has no version.
+
+    `asked`, `version` and `hits` are what the route left in the request's state.
+    """
+    if not request.url.path.startswith(AUDITED):
+        return
+    route, state = request.scope.get("route"), request.state
     line = {
         "audit": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "client": request.client.host if request.client else None,
-        "user": getattr(request.state, "user", None),
-        "path": request.scope["route"].path,
-        "version": version,
-        "asked": asked,
-        "hits": hits,
+        "user": getattr(state, "user", None),
+        "method": request.method,
+        "path": route.path if route is not None else None,
+        "version": getattr(state, "version", None),
+        "asked": getattr(state, "asked", None),
+        "status": status,
+        "hits": getattr(state, "hits", None),
     }
     console.say(json.dumps(line, default=str))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -78,11 +79,15 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
 
     @app.middleware("http")
     async def around(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        began = time.perf_counter()
-        response = refusal(request) or await call_next(request)
+        began, status = time.perf_counter(), 500  # what a bug is answered with, further out
+        try:
+            response = refusal(request) or await call_next(request)
+            status = response.status_code
+        finally:
+            metrics.answered(request, status, time.perf_counter() - began)
+            access.audit(request, status)
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
-        metrics.answered(request, response.status_code, time.perf_counter() - began)
         return response
 
     @app.exception_handler(RequestValidationError)
@@ -102,46 +107,52 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
     async def refused(_: Request, error: HTTPException) -> Response:
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
+    def retriever_for(request: Request, asked: BaseModel | None = None) -> Retriever:
+        """The index that answers a request to its end; it and what is asked of it go into the audit line."""
+        retriever = live.retriever
+        request.state.version = retriever.version.version.id
+        request.state.asked = {} if asked is None else asked.model_dump(exclude_defaults=True, exclude={"image"})
+        return retriever
+
     def question(retriever: Retriever, upload: Upload) -> Question:
         return looking.query(retriever, upload.image.file.read(), upload.box)
 
     def answer(request: Request, retriever: Retriever, query: Question, asked: Asked) -> Found:
         found = retriever.search(query, asked.k, asked.filters, skip=asked.skip, exclude_own=not asked.own_patient)
         metrics.searched(found)
-        wanted = asked.model_dump(exclude_defaults=True, include=set(Asked.model_fields))
-        access.audit(request, retriever.version.version.id, wanted, len(found.cases))
+        request.state.hits = len(found.cases)
         return Found.of(retriever, query, found)
 
     @app.post("/v1/search", responses=PROBLEMS)
     def search(request: Request, form: Annotated[Search, Form(media_type=MULTIPART)]) -> Found:
         """The indexed images that are most like an uploaded one."""
-        retriever = live.retriever
+        retriever = retriever_for(request, form)
         return answer(request, retriever, question(retriever, form), form)
 
     @app.get("/v1/images/{image_id:path}/similar", responses=PROBLEMS)
     def similar(request: Request, image_id: str, asked: Annotated[Asked, Query()]) -> Found:
         """The indexed images that are most like one of them."""
-        retriever = live.retriever
+        retriever = retriever_for(request, asked)
         return answer(request, retriever, retriever.query_of(image_id), asked)
 
     @app.get("/v1/images/{image_id:path}/thumbnail", responses=PROBLEMS, response_class=Response)
-    def thumbnail(image_id: str) -> Response:
+    def thumbnail(request: Request, image_id: str) -> Response:
         """A reduced picture (JPEG) of an indexed image, as it was prepared."""
-        retriever = live.retriever
+        retriever = retriever_for(request)
         data = retriever.thumbnail(retriever.case(image_id))
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
 
     @app.post("/v1/images/{image_id:path}/why", responses=PROBLEMS)
-    def why(image_id: str, form: Annotated[Upload, Form(media_type=MULTIPART)]) -> Reason:
+    def why(request: Request, image_id: str, form: Annotated[Upload, Form(media_type=MULTIPART)]) -> Reason:
         """Why an indexed image is near an uploaded one: the distance of every progressive step, and both crops."""
-        retriever = live.retriever
+        retriever = retriever_for(request, form)
         query = question(retriever, form)
         return Reason.of(retriever, looking.why(retriever, query, retriever.case(image_id)))
 
     @app.get("/v1/images/{image_id:path}/why", responses=PROBLEMS)
-    def why_indexed(image_id: str, query: str) -> Reason:
+    def why_indexed(request: Request, image_id: str, query: str) -> Reason:
         """Why an indexed image is near another one, whose id `query` is."""
-        retriever = live.retriever
+        retriever = retriever_for(request)
         asked = retriever.query_of(query)
         return Reason.of(retriever, looking.why(retriever, asked, retriever.case(image_id)))
 

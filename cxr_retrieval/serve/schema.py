@@ -17,7 +17,7 @@ FILTERS = set(Filters.__dataclass_fields__)
 
 def _box(text: str) -> str:
     parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().replace(".", "", 1).isdigit() for part in parts):
+    if len(parts) != 4 or not all(part.strip().replace(".", "", 1).isdecimal() for part in parts):
         raise ValueError("write x,y,width,height in pixels of the image")
     return text
 

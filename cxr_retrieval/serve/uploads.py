@@ -27,7 +27,7 @@ class UploadLimit:
             return message
 
         told = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if told.isdigit() and int(told) > self._limit:
+        if told.isdecimal() and int(told) > self._limit:
             await JSONResponse({"detail": self._text}, 413)(scope, receive, send)
         else:
             await self._app(scope, limited, send)

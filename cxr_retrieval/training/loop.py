@@ -29,7 +29,7 @@ from cxr_retrieval.training.objective import Objective, gather_centres
 from cxr_retrieval.training.optimisation import Optimisation
 from cxr_retrieval.training.order import Order, group_rows
 from cxr_retrieval.training.pretraining import agreement, turn_of, two_views
-from cxr_retrieval.training.state import TAKEN, RunState, checkpoint_of, load_state
+from cxr_retrieval.training.state import EXPLODED, TAKEN, RunState, checkpoint_of, load_state
 from cxr_retrieval.training.telling import Teller
 from cxr_retrieval.training.tracking import Nowhere, Tracker, epoch_figures, tracker_of
 from cxr_retrieval.training.validation import Validation
@@ -155,10 +155,12 @@ class Worker:
             inside = index + 1 < self.order.steps
             if inside and self.state.step % training.checkpoint_steps == 0:
                 self._average_sums()
+                self._require_no_explosion()
                 self._report({"epoch": epoch, "step": self.state.step})
         self._average_sums()
         if not self.state.sums:
-            raise self.optimisation.not_finite("no finite gradient in a whole epoch")
+            raise self.optimisation.lost("no finite gradient in a whole epoch")
+        self._require_no_explosion()
         record = self.state.mean_losses()
         self.state.sums = {}
         done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
@@ -247,6 +249,11 @@ class Worker:
                 dist.all_reduce(value)
                 value /= self.workers
 
+    def _require_no_explosion(self) -> None:
+        """Before a checkpoint is written: it would be a bad one. The same on every worker, as the averaged sums are."""
+        if self.state.has_exploded():
+            raise self.optimisation.lost(f"the loss is over {EXPLODED:g} times that of the best epoch")
+
     def _share_buffers(self) -> None:
         """Every worker evaluates the network that the first one saves: batch statistics differ after the last step."""
         if self.workers > 1:
@@ -265,7 +272,7 @@ class Worker:
         centres = self.optimisation.centres
         figures = self.validation.figures()
         if figures is None:
-            raise self.optimisation.not_finite("validation embeddings are no numbers")
+            raise self.optimisation.lost("validation embeddings are no numbers")
         record["validation"] = figures
         if self.rank == 0:
             record["crops"] = self.validation.crops()
@@ -286,7 +293,7 @@ class Worker:
         centring, images = self.validation.training_means(self.places)
         figures = self.validation.figures(centring)
         if figures is None:
-            raise self.optimisation.not_finite("centred validation embeddings are no numbers")
+            raise self.optimisation.lost("centred validation embeddings are no numbers")
         self.state.final = {
             "centring": {name: value.cpu() for name, value in centring.items()},
             "validation": figures,

@@ -134,11 +134,11 @@ class Optimisation:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped > SKIPPED_LIMIT:
-            raise self.not_finite(f"no finite gradient in {self.skipped} steps in a row")
+            raise self.lost(f"no finite gradient in {self.skipped} steps in a row")
         return finite
 
-    def not_finite(self, what: str) -> UserError:
-        """The error of a run whose numbers are lost."""
+    def lost(self, what: str) -> UserError:
+        """The error of a run whose weights are worth nothing any more; `what` says by what."""
         return UserError(
             f"{what}, at step {self.step + 1:,} of {self.total_steps:,}: lower training.learning_rate, or look at"
             " network.weights; run again, it goes on from the last good checkpoint"

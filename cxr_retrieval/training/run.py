@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
 
 from cxr_retrieval import artifacts, console, storage
@@ -20,7 +27,7 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
-from cxr_retrieval.errors import UserError
+from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.network.progressive import ARCHITECTURE
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import nodes_cpus, require_cpus
@@ -133,9 +140,21 @@ def trainer_of(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=list(callbacks),  # type: ignore[arg-type]  # Ray's types do not know that this is one
+            callbacks=[*callbacks, _EndAtUserError()],  # type: ignore[list-item]  # Ray's types do not know that these are such
         ),
     )
+
+
+class _EndAtUserError(UserCallback):
+    """Ends a run when a worker says what its user has to mend: from the same checkpoint it would only fail again.
+
+    Ray Train begins a run again after whatever error of a worker, but not after one of its own controller.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:  # noqa: ARG002
+        for error in worker_exceptions.values():
+            if mendable := user_error_in(error):
+                raise ControllerError(mendable)
 
 
 def planned_images(settings: Settings, corpus: Corpus, epochs: int) -> int:

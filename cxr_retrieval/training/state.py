@@ -3,6 +3,7 @@
 T tables of centres: a step of the network and a pass each.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from cxr_retrieval.training.objective import BY_TABLE
 
 STATE_FILE = "state.pt"
 TAKEN = "taken"  # optimizer steps of an epoch that were not skipped
+EXPLODED = 10.0  # times the loss of the best epoch: such a run does not come back
 
 
 @dataclass
@@ -54,6 +56,18 @@ class RunState:
             means = [value / seen if seen else None for value, seen in zip(values, seen_T, strict=True)]
             record[f"{name}_by_table"] = means
         return record
+
+    def has_exploded(self) -> bool:
+        """Whether the mean loss of the running epoch so far is over EXPLODED times that of the phase's best epoch.
+
+        With labels it is the cross-entropy that is compared: CCLoss joins amid a run, and is of unit vectors, which
+        cannot explode. A first epoch has none to compare with.
+        """
+        if not self.sums:
+            return False
+        record = self.mean_losses()
+        past, name = (self.history, "cross_entropy") if BY_TABLE in self.sums else (self.pretraining, "loss")
+        return bool(record[name] > EXPLODED * min((epoch[name] for epoch in past), default=math.inf))
 
     def keep_best(self, network: Mapping[str, Tensor], centres_TCD: Tensor, resampled: list[float]) -> None:
         """Keep weights and centres, and `Validation.resampled`, where the last epoch's best embedding is ahead of every

@@ -166,7 +166,9 @@ def test_a_picture_that_looks_like_nothing_is_answered_and_said_to_be_unlike(ind
     (found,) = json.loads(out)
     assert len(found["hits"]) == 8
     assert found["known_as"] is None
+    assert found["passing"] >= 8
     assert found["nothing_similar"] is True
+    assert "nothing similar" in found["warning"]
 
 
 def test_an_image_far_from_everything_is_answered_with_a_warning(

@@ -4,10 +4,12 @@ import contextlib
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import archive, claim, index_peers, losses
@@ -77,6 +79,24 @@ def test_every_benchmark_has_a_small_run_in_the_tests() -> None:
     parts = {"__init__", "claim", "archive", "contest", "job", "peers"}
     modules = {path.stem for path in Path(claim.__file__).parent.glob("*.py")} - parts
     assert modules == {*SMALL, "losses"}
+
+
+def test_the_claims_about_peers_tell_the_recall_that_was_reached_and_the_bytes_on_disk() -> None:
+    def measured(name: str, size: int, recall: float) -> Any:
+        found = index_peers.Measured(SimpleNamespace(name=name, target=1.0), bytes=size, builds=[2.0])  # type: ignore[arg-type]
+        found.rounds = [index_peers.Searched(index_peers.Setting(1, 1), recall, np.array([1e-3]))]
+        return found
+
+    search, build = index_peers.claims("rows", measured("ours", 3_000_000, 0.96), measured("other", 5_000_000, 0.99))
+    assert search.figures["ours_recall_percent"] == pytest.approx(96)
+    assert search.figures["other_recall_percent"] == pytest.approx(99)
+    assert (build.figures["ours_megabytes"], build.figures["other_megabytes"]) == (3.0, 5.0)
+
+
+def test_make_bench_runs_every_benchmark_but_the_one_that_takes_hours() -> None:
+    makefile = (Path(claim.__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    (names,) = re.findall(r"for name in (.*?);.*benchmarks\.", makefile)
+    assert sorted(names.split()) == sorted(SMALL)
 
 
 def curve_of(folder: Path, name: str) -> list[dict[str, float]]:

@@ -193,11 +193,15 @@ def a_corpus(world: World) -> Path:
 
 def test_json_has_everything_that_is_known_of_a_hit(world: World) -> None:
     (found,) = search(world, world.image)
-    assert set(found) == {"image", "known_as", "findings", "scores", "crop", "nothing_similar", "hits"}
+    assert set(found) == {
+        *("image", "known_as", "findings", "scores", "crop"),
+        *("passing", "nothing_similar", "warning", "hits"),
+    }
     assert (found["image"], found["known_as"]) == (world.image, Path(world.image).name)
     assert set(found["scores"]) == set(FINDINGS)
     assert len(found["hits"]) == 8
-    assert found["nothing_similar"] is False
+    assert found["passing"] >= len(found["hits"])
+    assert (found["nothing_similar"], found["warning"]) == (False, None)
     fields = "rank distance image_id patient study_date view sex age_years findings crop source shard row shared"
     labels = {row["Image Index"]: row for row in label_rows(world.archive)}
     for rank, hit in enumerate(found["hits"], start=1):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray.train import UserCallback
+from ray.train import ControllerError, UserCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cxr_retrieval import artifacts
@@ -21,7 +21,7 @@ from cxr_retrieval.config import Settings, load_settings
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
-from cxr_retrieval.errors import UserError
+from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.progress import statuses
 from cxr_retrieval.training.model import Model
 from cxr_retrieval.training.run import model_draft, train, trainer_of, training_images
@@ -332,6 +332,20 @@ def test_a_run_that_no_longer_gets_better_ends_with_its_best_epoch_and_shows_don
     (seen,) = statuses(str(tmp_path))
     assert (seen.state(), seen.done) == ("finished", seen.total)
     assert "training stopped after epoch" in capsys.readouterr().err
+
+
+def test_what_a_user_has_to_mend_ends_a_run_at_once(phantom_archive, corpus, tmp_path):
+    class Counts(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:  # noqa: ARG002
+            with (tmp_path / "failures").open("a") as failures:
+                failures.write("one\n")
+
+    # Weights that are gone when a worker begins, as those in a folder that not every node has.
+    gone = load_settings((), [*words(phantom_archive, tmp_path), f"network.weights={tmp_path}/gone.safetensors"])
+    with pytest.raises(ControllerError) as caught:
+        trainer_of(gone, corpus, "gone", None, callbacks=[Counts()]).fit()
+    assert "gone.safetensors" in str(user_error_in(caught.value))
+    assert (tmp_path / "failures").read_text() == "one\n"
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.train import ControllerError
 
 from cxr_retrieval import command, storage
 from cxr_retrieval.command import settings_help
@@ -200,6 +201,7 @@ def test_a_user_error_is_found_behind_what_it_caused() -> None:
     outer.__cause__.__cause__ = user_error
     assert user_error_in(user_error) is user_error
     assert user_error_in(outer) is user_error
+    assert user_error_in(ControllerError(user_error)) is user_error
     assert user_error_in(RuntimeError("a bug")) is None
     assert user_error_in(None) is None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact, Draft
+from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache as cached
 from cxr_retrieval.index import lifecycle
@@ -228,6 +230,21 @@ def test_a_dropped_version_gives_back_what_only_it_named(to: str, versions: list
     assert [verify(to, version) for version in versions[1:]] == [[], []]
 
 
+def test_what_was_done_to_a_version_is_said_in_one_line(
+    to: str, versions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, newest = versions
+    for words in (["promote", newest], ["promote", old]):
+        run(Settings(), options(f"{to}@first", words))
+    promote(to, old, "latest", None)  # of the three only `new` is neither served nor rolled back to
+    run(Settings(), options(to, ["drop", new]))
+    assert capsys.readouterr().err.splitlines() == [
+        f"{to}@first serves version {newest} now (generation 1)",
+        f"{to}@first serves version {old} now (generation 2), not {newest}",
+        f"{to}: version {new} (7 rows) is dropped; gc takes the objects that only it named",
+    ]
+
+
 @pytest.mark.parametrize(("which", "role"), [(2, "serves it"), (1, "would roll back to it")])
 def test_a_version_in_use_is_not_dropped(to: str, versions: list[str], which: int, role: str) -> None:
     with pytest.raises(UserError, match=f"alias 'latest' {role}"):
@@ -279,10 +296,9 @@ def test_a_damaged_object_is_named_by_verify(to: str, versions: list[str]) -> No
     [([], "cannot do ''"), (["prune"], "cannot do 'prune'"), (["promote"], "takes one version"), (["gc", "x"], "no")],
 )
 def test_words_that_mean_nothing_are_refused(words: list[str], message: str, to: str) -> None:
-    from argparse import Namespace
-
-    from cxr_retrieval.config import Settings
-
-    options = Namespace(index=to, rest=words, without_gate=False, delete=False, purge=False, grace_days=30.0)
     with pytest.raises(UserError, match=message):
-        run(Settings(), options)
+        run(Settings(), options(to, words))
+
+
+def options(index: str, words: list[str]) -> Namespace:
+    return Namespace(index=index, rest=words, without_gate=True, delete=False, purge=False, grace_days=30.0)

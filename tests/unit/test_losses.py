@@ -77,6 +77,8 @@ def test_time_to_equal_is_where_a_curve_stays_above_the_end_of_cross_entropy() -
     }
     found = time_to_equal(entries, "global")
     assert found == {ALONE: 1.0, OURS: 1.0, "all pairs": None, "proxy-anchor": pytest.approx(1 / 3)}
+    kept = compared(entries, "test", "global")  # what the summary holds
+    assert {name: facts["share_to_equal_map"] for name, facts in kept.items()} == found
 
 
 def test_every_rival_has_a_loss_of_its_own() -> None:

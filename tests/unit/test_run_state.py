@@ -46,6 +46,40 @@ def test_the_losses_of_an_epoch_are_means_over_the_steps_that_were_taken() -> No
     assert set(means) == {"loss", "ccloss", "ccloss_by_table", "cross_entropy_by_table"}
 
 
+@pytest.mark.parametrize(("loss", "exploded"), [(0.2, False), (1.9, False), (2.1, True)])
+def test_a_loss_over_ten_times_that_of_the_best_epoch_is_an_explosion(loss: float, exploded: bool) -> None:
+    state = RunState()
+    by_table = torch.ones(3, 2)
+
+    def steps(of: float) -> None:
+        for share in (0.5, 1.5):  # it is their mean that counts
+            # CCLoss has joined, and made the sum larger.
+            parts = {
+                "loss": torch.tensor(50.0),
+                "ccloss": torch.tensor(50.0),
+                "cross_entropy": torch.tensor(share * of),
+            }
+            state.add(parts | {"by_table": by_table})
+
+    state.pretraining.append({"loss": 1e-3})  # another phase, another loss
+    steps(9.0)
+    assert not state.has_exploded(), "a first epoch has none to compare with"
+    for past in (9.0, 0.2, 0.4):
+        state.history.append({"epoch": len(state.history), "cross_entropy": past})
+    state.sums = {}
+    assert not state.has_exploded(), "no step was taken yet"
+    steps(loss)
+    assert state.has_exploded() is exploded
+
+
+def test_pretraining_is_compared_with_itself() -> None:
+    state = RunState(pretraining=[{"loss": 1.0}])
+    state.add({"loss": torch.tensor(9.0)})
+    assert not state.has_exploded()
+    state.add({"loss": torch.tensor(12.0)})
+    assert state.has_exploded()
+
+
 def test_an_epoch_without_labels_has_a_loss_and_no_place_in_the_curve() -> None:
     state = RunState()
     for loss in (1.0, 2.0):

@@ -224,6 +224,7 @@ def test_what_is_no_image_is_refused_in_one_sentence(client: TestClient, data: b
         ({"k": "0"}, "k: input should be greater than or equal to 1"),
         ({"veiw": "PA"}, "veiw: there is no such field"),
         ({"region": "1,2,3"}, "region: write x,y,width,height in pixels of the image"),
+        ({"region": "\u00b2,1,1,1"}, "region: write x,y,width,height in pixels of the image"),  # a digit, no number
         ({"region": "100,0,100,50"}, "region 100,0,100,50 does not lie in the image of 128 x 128 pixels"),
     ],
 )
@@ -334,14 +335,58 @@ def test_the_server_is_not_ready_when_nobody_looks_at_the_alias(world) -> None:
 def test_every_query_leaves_a_line_that_names_no_image_and_figures_that_name_none_either(
     client: TestClient, world, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked(client, world[1][0].png, k=3, sex="F")
+    image, box = {"image": world[1][0].png}, "10,20,60,60"
+    asked(client, world[1][0].png, k=3, sex="F", region=box)
     client.get(f"/v1/images/{FIRST}/similar")
-    first, second = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert (first["path"], first["asked"], first["hits"]) == ("/v1/search", {"k": 3, "sex": "F"}, 3)
+    client.get(f"/v1/images/{FIRST}/thumbnail")
+    client.post(f"/v1/images/{FIRST}/why", files=image, data={"region": box})
+    client.get(f"/v1/images/{FIRST}/why", params={"query": FIRST})
+    client.get("/v1/index")
     figures = client.get("/metrics").text
+    lines = audit_lines(capsys)
+    one = "/v1/images/{image_id:path}"
+    assert [(line["method"], line["path"], line["asked"], line["hits"]) for line in lines] == [
+        ("POST", "/v1/search", {"k": 3, "sex": "F", "region": box}, 3),
+        ("GET", f"{one}/similar", {}, 8),
+        ("GET", f"{one}/thumbnail", {}, None),
+        ("POST", f"{one}/why", {"region": box}, None),
+        ("GET", f"{one}/why", {}, None),
+    ]
+    assert {line["version"] for line in lines} == {client.get("/v1/index").json()["version"]}
+    assert {line["status"] for line in lines} == {200}
     assert 'cxr_requests_total{method="POST",path="/v1/search",status="200"}' in figures
     assert 'cxr_index_images{version="' in figures
-    assert FIRST not in json.dumps([first, second]) + figures
+    assert FIRST not in json.dumps(lines) + figures
+
+
+def test_a_query_that_was_refused_leaves_a_line_too(
+    client: TestClient, opened: LiveIndex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked(client, b"no image", view="PA")
+    asked(client, b"no image", k=0)
+    asked(client, bytes(2 << 20))
+    client.get("/v1/images/nobody/thumbnail")
+    monkeypatch.setattr(Retriever, "thumbnail", Broken())
+    careless = TestClient(create_app(opened, ServeSettings()), base_url=HERE, raise_server_exceptions=False)
+    careless.get(f"/v1/images/{FIRST}/thumbnail")
+    monkeypatch.setenv(access.TOKEN_VARIABLE, TOKEN)
+    guarded = ServeSettings(host="0.0.0.0", certificate="c", certificate_key="k")
+    TestClient(create_app(opened, guarded), base_url=HERE).get(f"/v1/images/{FIRST}/similar")
+    lines = audit_lines(capsys)
+    version = opened.retriever.version.version.id
+    assert [(line["status"], line["version"], line["asked"]) for line in lines] == [
+        (422, version, {"view": ["PA"]}),
+        (422, None, None),
+        (413, None, None),
+        (404, version, {}),
+        (500, version, {}),
+        (401, None, None),
+    ]
+    assert FIRST not in json.dumps(lines)
+
+
+def audit_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith('{"audit"')]
 
 
 def test_a_browser_that_was_led_here_by_another_name_is_turned_away(client: TestClient) -> None:
