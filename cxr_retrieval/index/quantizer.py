@@ -5,8 +5,9 @@ its lists up once for all shards. Codes are of the vectors themselves, not of wh
 one table of distances serves every list.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,20 @@ class Trained:
 
 def train(plan: IndexPlan, sample_ND: np.ndarray) -> Trained:
     """Train lists and codes on a sample, on a GPU where FAISS has one, else on every core of this machine."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
-    try:
+    with threads(len(os.sched_getaffinity(0))):
         return _train(plan, np.ascontiguousarray(sample_ND, np.float32))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for what FAISS does in this one. A search takes one: a query is no work for several, and on a
+    machine that is busy those that are woken are waited for."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
     finally:
-        faiss.omp_set_num_threads(threads)
+        faiss.omp_set_num_threads(before)
 
 
 def _train(plan: IndexPlan, sample_ND: np.ndarray) -> Trained:
@@ -107,7 +116,8 @@ def nearest_lists(quantizer: Any, query_QD: np.ndarray, probes: int) -> NearestL
     """Squared distances and numbers [Q, probes] of the lists nearest to every query."""
     graph = isinstance(quantizer, faiss.IndexHNSW)
     effort = faiss.SearchParametersHNSW(efSearch=max(GRAPH_EFFORT, 2 * probes)) if graph else None
-    distances, lists = quantizer.search(query_QD, probes, params=effort)
+    with threads(1):
+        distances, lists = quantizer.search(query_QD, probes, params=effort)
     return distances, lists
 
 

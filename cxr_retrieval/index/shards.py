@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.files import shard_files
-from cxr_retrieval.index.quantizer import Lists, NearestLists, search_lists
+from cxr_retrieval.index.quantizer import Lists, NearestLists, search_lists, threads
 
 INDEX_FILE = "index.json"
 SLACK = 16  # candidates beyond k that are asked for at first
@@ -144,9 +144,10 @@ class Shards:
         """Of every query the rows that are among the first `wanted` of these shards by their codes, compared by what is
         stored of them: those of several groups of shards, joined, hold what one group of them all would find."""
         found = []
-        for place, shard in enumerate(self.shards):
-            selector = _selector(allowed[place]) if allowed else None
-            found.append(_coded(shard.index, query_QD, wanted, nearest, selector))
+        with threads(1):
+            for place, shard in enumerate(self.shards):
+                selector = _selector(allowed[place]) if allowed else None
+                found.append(_coded(shard.index, query_QD, wanted, nearest, selector))
         codes_QM = np.concatenate([codes_QW for codes_QW, _ in found], axis=1)
         rows_QM = np.concatenate([rows_QW for _, rows_QW in found], axis=1)
         places_M = np.repeat(np.arange(len(found)), [rows_QW.shape[1] for _, rows_QW in found])
