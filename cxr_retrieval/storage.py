@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,10 +100,14 @@ def forget_clients() -> None:
 
 
 def list_files(uri: str) -> Iterator[StoredFile]:
-    """Every file below `uri`, streamed in the order of its path; names that begin with a dot are left out."""
+    """Every file below `uri`, streamed in the order of its path; names that begin with a dot are left out.
+
+    What is neither file nor folder, such as a pipe or a link to nothing, is listed too: reading it tells that it is no
+    file. Raises UserError for a link that leads out of `uri` or in a circle: what lies elsewhere is not read.
+    """
     uri = canonical(uri)
     if not is_s3(uri):
-        yield from _list_local(uri, "")
+        yield from _list_local(uri, "", os.path.realpath(uri))
         return
     for path, size, modified in s3.objects(uri):
         if not any(name.startswith(".") for name in path.split("/")):
@@ -120,6 +125,7 @@ def read_bytes(uri: str) -> bytes:
     uri = canonical(uri)
     if not is_s3(uri):
         with _explained(uri):
+            _require_file(uri)
             return Path(uri).read_bytes()
     return s3.get(uri)[0]
 
@@ -129,8 +135,10 @@ def read_beginning(uri: str, length: int) -> bytes:
     uri = canonical(uri)
     if is_s3(uri):
         return s3.get_beginning(uri, length)
-    with _explained(uri), Path(uri).open("rb") as file:
-        return file.read(length)
+    with _explained(uri):
+        _require_file(uri)
+        with Path(uri).open("rb") as file:
+            return file.read(length)
 
 
 @contextlib.contextmanager
@@ -138,6 +146,8 @@ def open_text(uri: str) -> Iterator[IO[str]]:
     """A text file, streamed and decompressed by its ending (`.gz`). Bytes that are not UTF-8 become U+FFFD."""
     uri = canonical(uri)
     options = {"client": s3.client()} if is_s3(uri) else {}
+    if not is_s3(uri):
+        _require_file(uri)
     with (
         _explained(uri),
         smart_open.open(uri, encoding="utf-8-sig", errors="replace", transport_params=options) as stream,
@@ -258,20 +268,43 @@ def content_hash(uri: str) -> str:
     return digest.hexdigest()
 
 
-def _list_local(folder: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[StoredFile]:
+def _require_file(path: str) -> None:
+    """Raises FileNotFoundError where no file is at a local path: to open a pipe would be to wait for ever."""
+    with _explained(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no file but a folder, pipe or device", path)
+
+
+def _require_within(link: str, root: str) -> None:
+    """Raises UserError for a link that leads out of the folder `root`, given without links, or in a circle."""
+    target = os.path.realpath(link)
+    if os.path.islink(target):  # what cannot be resolved
+        raise UserError(f"{link}: a link that leads in a circle: remove it")
+    if not target.startswith(f"{root.rstrip('/')}/") and target != root:
+        raise UserError(
+            f"{link}: a link that leads out of {root}, and what lies elsewhere is not read: move or mount it there"
+        )
+
+
+def _list_local(
+    folder: str, prefix: str, root: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[StoredFile]:
     with _explained(folder), os.scandir(folder) as entries:
         state = os.stat(folder)
         place = (state.st_dev, state.st_ino)
         if place in above:
             raise UserError(f"{folder}: a link to a folder that it lies in: remove it")
         shown = [e for e in entries if not e.name.startswith(".")]
+    for entry in shown:
+        if entry.is_symlink():
+            _require_within(entry.path, root)
     # A folder sorts as "name/": the order of whole paths, which is S3's order too.
     ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir() else e.name)
     for entry in ordered:
         if entry.is_dir():
-            yield from _list_local(entry.path, f"{prefix}{entry.name}/", above | {place})
-        elif entry.is_file():
-            found = entry.stat()
+            yield from _list_local(entry.path, f"{prefix}{entry.name}/", root, above | {place})
+        else:
+            found = entry.stat(follow_symlinks=entry.is_file())
             yield StoredFile(prefix + entry.name, entry.path, found.st_size, found.st_mtime)
 
 
@@ -318,4 +351,5 @@ def arrow_reader(uri: str) -> pa.NativeFile:
     if is_s3(uri):
         return pa.PythonFile(s3.File(uri), mode="r")
     with _explained(uri):
+        _require_file(uri)
         return pafs.LocalFileSystem().open_input_file(uri)

@@ -180,17 +180,51 @@ def test_file_uris_and_plain_paths_are_one(tmp_path: Path) -> None:
     assert storage.canonical("s3://bucket/key/") == "s3://bucket/key"
 
 
-def test_linked_folders_are_listed_and_a_loop_is_refused(tmp_path: Path) -> None:
-    archive, elsewhere = tmp_path / "archive", tmp_path / "elsewhere"
-    archive.mkdir()
-    elsewhere.mkdir()
-    (elsewhere / "a.png").write_bytes(b"a")
-    (archive / "images_001").symlink_to(elsewhere)
-    (archive / "images_002").symlink_to(elsewhere)
-    assert [file.path for file in storage.list_files(str(archive))] == ["images_001/a.png", "images_002/a.png"]
-    (elsewhere / "back").symlink_to(archive)
+def test_links_within_a_folder_are_listed_and_one_in_a_circle_is_refused(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "set" / "a.png"), b"a")
+    (tmp_path / "again").symlink_to(tmp_path / "set")
+    (tmp_path / "b.png").symlink_to("set/a.png")
+    found = list(storage.list_files(str(tmp_path)))
+    assert [file.path for file in found] == ["again/a.png", "b.png", "set/a.png"]
+    assert [file.size for file in found] == [1, 1, 1]
+    (tmp_path / "set" / "back").symlink_to(tmp_path)
     with pytest.raises(UserError, match="a link to a folder that it lies in"):
-        list(storage.list_files(str(archive)))
+        list(storage.list_files(str(tmp_path)))
+    (tmp_path / "set" / "back").unlink()
+    (tmp_path / "x").symlink_to("y")
+    (tmp_path / "y").symlink_to("x")
+    with pytest.raises(UserError, match="/x: a link that leads in a circle: remove it"):
+        list(storage.list_files(str(tmp_path)))
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "elsewhere/a.png", "archive-2", "elsewhere/none"])
+@pytest.mark.parametrize("place", ["link.png", "deep/link.png"])
+def test_a_link_that_leads_out_of_a_folder_is_refused_by_name(target: str, place: str, tmp_path: Path) -> None:
+    for name in ("archive/deep/b.png", "elsewhere/a.png", "archive-2/c.png"):
+        storage.write_bytes(str(tmp_path / name), b"x")
+    (tmp_path / "archive" / place).symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=f"{place}: a link that leads out of {tmp_path / 'archive'}, "):
+        list(storage.list_files(str(tmp_path / "archive")))
+    (tmp_path / "door").symlink_to(tmp_path / target)
+    if target == "elsewhere":  # the folder that is listed may itself be a link
+        assert [file.path for file in storage.list_files(str(tmp_path / "door"))] == ["a.png"]
+
+
+def test_a_pipe_a_folder_and_a_link_to_nothing_are_no_file_to_any_reader_and_nobody_waits(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nothing").symlink_to("none")
+    (tmp_path / "folder").mkdir()
+    assert [file.path for file in storage.list_files(str(tmp_path))] == ["nothing", "pipe"]
+    doors: list[Callable[[str], object]] = [
+        storage.read_bytes,
+        storage.arrow_reader,
+        lambda uri: storage.read_beginning(uri, 8),
+        lambda uri: storage.open_text(uri).__enter__(),
+    ]
+    for uri in (str(tmp_path / "pipe"), str(tmp_path / "folder"), str(tmp_path / "nothing"), "/dev/zero"):
+        for door in doors:
+            with pytest.raises(FileNotFoundError):
+                door(uri)
 
 
 def test_what_is_missing_is_a_missing_file(tmp_path: Path) -> None:
