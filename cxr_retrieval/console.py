@@ -1,5 +1,6 @@
 """What a person sees while a job runs and when it ends: progress with a rate, and tables."""
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+# Control characters, line ends, turns of the writing direction, halves of characters: they move or hide what is shown.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LINE_EVERY_S = 10.0  # a log file gets a line, not a bar
 
 LOG_WIDTH = 140  # of a table in a log file, which does not know the reader's terminal
@@ -17,6 +20,13 @@ LOG_WIDTH = 140  # of a table in a log file, which does not know the reader's te
 # What is printed is names and paths: `[PA]` is no markup in them and `:x:` no emoji.
 out = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A name or a cell as it may be shown on a terminal or a page: in one line, UNPRINTABLE escaped as `\\x1b`."""
+    if text.isprintable():
+        return text
+    return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 class Meter:
@@ -64,13 +74,15 @@ class Meter:
 
 def say(text: str) -> None:
     """One line for the person who waits (to standard error, so that standard output stays the result)."""
-    err.print(text.rstrip())
+    err.print(printable(text.rstrip()))
     sys.stderr.flush()
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table to standard output; numbers are aligned to the right."""
-    out.print(title, style="bold", soft_wrap=True)  # not the table's own title, which breaks at the table's width
+    out.print(
+        printable(title), style="bold", soft_wrap=True
+    )  # not the table's own title, which breaks at the table's width
     table = Table()
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
@@ -78,7 +90,11 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     for row in rows:
         table.add_row(
             *[
-                f"{cell:,}" if isinstance(cell, int) else f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+                f"{cell:,}"
+                if isinstance(cell, int)
+                else f"{cell:.1f}"
+                if isinstance(cell, float)
+                else printable(str(cell))
                 for cell in row
             ]
         )

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
 from cxr_retrieval.corpus.formats import format_of, formats_with
 from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables
@@ -209,6 +210,7 @@ class Archive:
                 elif kind := self._format.table_kind(file.path):
                     if kind in tables:
                         raise UserError(f"{self.uri}: two tables of one kind, {tables[kind].path} and {name}: keep one")
+                    file.path.encode()  # or it is no text
                     tables[kind] = file
                 elif not name.startswith(companions):
                     self.ignored[_ending(name)] += 1
@@ -326,6 +328,9 @@ class Archive:
             "source_uri": storage.join(self.uri, found["path"]),
             "size": found["size"],
         }
+        if printable(found["path"]) != found["path"]:
+            text = "its path has characters that cannot be shown; rename it"
+            return {**row, "image_id": printable(found["image"]), "reason": "bad_name", "text": text}
         if isinstance(self._format, HeaderFormat) and found["header"] is None:
             return row  # unscanned
         if found["namesakes"] > 1:

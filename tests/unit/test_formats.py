@@ -268,7 +268,7 @@ def test_a_study_without_labels_quarantines_its_images_and_one_with_two_rows_is_
     rows = read(tmp_path, "mimic")
     assert [rows[name]["reason"] for name in (DICOM, SECOND, THIRD)] == [None, None, "no_label_row"]
     table(tmp_path / STUDIES, STUDY_HEADER, row, row)
-    assert f"{STUDIES}: study 50414267 has two rows" in refused(tmp_path, "mimic")
+    assert f"{STUDIES}: study '50414267' has two rows" in refused(tmp_path, "mimic")
 
 
 def test_negbios_labels_are_read_where_chexperts_are_not_there(tmp_path: Path) -> None:

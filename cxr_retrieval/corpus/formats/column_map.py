@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, NO_FINDING, PRESENT, UNKNOWN
 from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, date, records, sex, view, whole_number
 from cxr_retrieval.corpus.formats.vocabulary import Vocabulary
@@ -26,7 +27,7 @@ class ColumnMap:
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._columns = {key: column for key, column in settings.columns.model_dump().items() if column}
-        self._separator = settings.separator
+        self._separator = printable(settings.separator)  # as cells come
         self._blank = ABSENT if settings.unmentioned == "absent" else UNKNOWN
 
     @staticmethod
@@ -42,8 +43,9 @@ class ColumnMap:
             for row in self._rows(tables[TABLE])
             for key in ("findings", "unknown")
             for name in self._names(row, key)
+            if name in FINDINGS
         }
-        vocabulary = Vocabulary({finding: finding for finding in FINDINGS if finding in named})
+        vocabulary = Vocabulary({finding: finding for finding in named})
         for row in self._rows(tables[TABLE]):
             follow_up = row.get("follow_up", "")
             image = row["image"].replace("\\", "/").removeprefix("./")

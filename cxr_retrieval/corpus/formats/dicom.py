@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.dicom import DicomFacts
 from cxr_retrieval.corpus.findings import FINDINGS, UNKNOWN
-from cxr_retrieval.corpus.formats.labels import GIVEN, Box, Label, Tables, header_of, records, view
+from cxr_retrieval.corpus.formats.labels import GIVEN, Box, Label, Tables, header_of, quoted, records, view
 from cxr_retrieval.corpus.formats.observations import CELLS
 from cxr_retrieval.corpus.formats.vocabulary import OWN
 from cxr_retrieval.corpus.limits import MODALITY
@@ -69,7 +69,9 @@ class DicomFolder:
             strange = next((name for name, cell in told.items() if cell and cell not in CELLS), None)
             if strange is not None:
                 yield Label(
-                    key, reason="unknown_label", text=f"{strange} is {told[strange]!r}: none of 1, 0, -1 and blank"
+                    key,
+                    reason="unknown_label",
+                    text=f"{strange} is {quoted(told[strange])}: none of 1, 0, -1 and blank",
                 )
                 continue
             states = {name: CELLS[cell] for name, cell in told.items() if cell}

@@ -4,18 +4,25 @@ import contextlib
 import csv
 import datetime
 import gzip
+import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.dicom import DicomFacts
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile
 
 GIVEN = "labels"  # the table that `corpus.labels` names
+MOST_ROW = 1 << 16  # characters; the longest rows known, PadChest's with their reports, have some thousands
+# Label tables pack to a tenth or a thirtieth, and whatever their size, so much is read without a question.
+MOST_UNPACKED, ALWAYS_UNPACKED = 200, 16 << 20
+MOST_PIXELS = 1e6  # that a box is long, or away from its image's corner
+MOST_QUOTED = 60
 AGES = range(0, 121)  # tables have a few impossible ages, such as 414: unknown, the image stays
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
 VIEWS = {
@@ -130,42 +137,79 @@ def records(file: StoredFile, columns: Sequence[str], optional: Sequence[str] = 
 
     Raises UserError for a table that lacks one of the columns or cannot be read.
     """
-    with readable(file), storage.open_text(file.uri) as text:
-        reader = csv.DictReader(text)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    with contextlib.closing(lines(file)) as rows:
+        places = {name: place for place, name in enumerate(next(rows, []))}
+        missing = [name for name in columns if name not in places]
         if missing:
             raise UserError(f"{file.uri}: column {missing[0]!r} is missing; the table must have the archive's columns")
-        for row in reader:
-            yield tuple((row.get(name) or "").strip() for name in (*columns, *optional))
+        wanted = [places.get(name) for name in (*columns, *optional)]
+        for row in rows:
+            if row:
+                yield tuple("" if place is None or place >= len(row) else row[place] for place in wanted)
 
 
 def header_of(file: StoredFile) -> list[str]:
     """The names of a table's columns. Raises UserError for one that cannot be read or is not there."""
-    with readable(file):
-        try:
-            with storage.open_text(file.uri) as text:
-                return next(csv.reader(text), [])
-        except FileNotFoundError:
-            raise UserError(f"{file.uri}: there is no such table; check its name") from None
+    with contextlib.closing(lines(file)) as rows:
+        return next(rows, [])
 
 
-def lines(file: StoredFile) -> Iterator[list[str]]:
-    """The rows of a table whose columns are known by their places."""
-    with readable(file), storage.open_text(file.uri) as text:
-        yield from csv.reader(text)
+def lines(file: StoredFile) -> Generator[list[str], None, None]:
+    """The rows of a table, their cells without blanks around them and as they may be shown (see `printable`).
 
+    Holds one row. Raises UserError for a table that is not there or cannot be read: what is no CSV, has a row longer
+    than any label table's, or unpacks to so much that it is none.
+    """
+    begins, length, total = 1, 0, 0  # the line that a row begins in, its characters so far, and those of the table
+    most = math.inf
 
-@contextlib.contextmanager
-def readable(file: StoredFile) -> Iterator[None]:
+    def bounded(text: IO[str]) -> Iterator[str]:
+        nonlocal length, total
+        while line := text.readline(MOST_ROW + 1 - length):
+            length += len(line)
+            total += len(line)
+            if length > MOST_ROW:
+                raise csv.Error(f"more than {MOST_ROW:,} characters; is a quote not closed?")
+            if total > most:
+                raise csv.Error(f"the file unpacks to more than {MOST_UNPACKED} times its size")
+            yield line
+
     try:
-        yield
-    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        if file.uri.endswith(".gz"):
+            with storage.arrow_reader(file.uri) as packed:
+                most = MOST_UNPACKED * packed.size() + ALWAYS_UNPACKED
+        with storage.open_text(file.uri) as text:
+            reader = csv.reader(bounded(text), strict=True)
+            for row in reader:
+                yield [printable(cell.strip()) for cell in row]
+                begins, length = reader.line_num + 1, 0
+    except csv.Error as error:
+        raise UserError(
+            f"{file.uri}: the row that begins in line {begins:,} cannot be read: {error};"
+            " mend it or copy the table again"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file.uri} cannot be read as a table: {error}; copy it again") from None
+    except FileNotFoundError:
+        raise UserError(f"{file.uri}: there is no such table; check its name") from None
 
 
 def whole_number(text: str) -> int | None:
     """A number of under 10 digits, or None where a cell holds no such."""
     return int(text) if text.isdecimal() and len(text) < 10 else None
+
+
+def coordinate(text: str) -> float:
+    """A place or a length in pixels. Raises ValueError for what is no number that an image can have."""
+    value = float(text)
+    if not abs(value) <= MOST_PIXELS:
+        raise ValueError("no place in an image")
+    return value
+
+
+def quoted(cell: str) -> str:
+    """A cell as it is quoted in a message: cut where it is long."""
+    return repr(cell if len(cell) <= MOST_QUOTED else f"{cell[:MOST_QUOTED]}...")
 
 
 def age(years: int | None) -> int | None:

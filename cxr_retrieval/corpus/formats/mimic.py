@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, date, records, view
+from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, date, quoted, records, view
 from cxr_retrieval.corpus.formats.observations import OBSERVATIONS, Observations
 from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION
 from cxr_retrieval.errors import UserError
@@ -49,7 +49,7 @@ class Mimic:
         studies: dict[str, dict[str, Any]] = {}
         for study, *cells in records(labels, ("study_id", *OBSERVATIONS)):
             if study in studies:
-                raise UserError(f"{labels.uri}: study {study} has two rows; a study must have one")
+                raise UserError(f"{labels.uri}: study {quoted(study)} has two rows; a study must have one")
             kind = tuple(cells)
             if kind not in kinds:
                 kinds[kind] = self._observations.facts(dict(zip(OBSERVATIONS, cells, strict=True)))
@@ -65,5 +65,5 @@ class Mimic:
         """`validate` patients are neither trained on nor tested on, so they are the ones to choose by."""
         for image, split in records(tables["split"], ("dicom_id", "split")):
             if split not in SPLITS:
-                raise UserError(f"{tables['split'].uri}: split {split!r} is none of {', '.join(SPLITS)}")
+                raise UserError(f"{tables['split'].uri}: split {quoted(split)} is none of {', '.join(SPLITS)}")
             yield image, SPLITS[split]

@@ -1,11 +1,20 @@
 """NIH ChestX-ray14: images by name, `Data_Entry_2017*.csv`, optionally `BBox_List_2017.csv` and the official lists."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
-from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, lines, records, whole_number
+from cxr_retrieval.corpus.formats.labels import (
+    Box,
+    Label,
+    Tables,
+    age,
+    coordinate,
+    lines,
+    quoted,
+    records,
+    whole_number,
+)
 from cxr_retrieval.corpus.formats.vocabulary import NIH
 from cxr_retrieval.corpus.splits import TEST
 from cxr_retrieval.errors import UserError
@@ -56,7 +65,7 @@ class Nih:
                 sex=sex or None,
                 view=view or None,
                 reason=None if strange is None else "unknown_finding",
-                text=None if strange is None else f"finding {strange!r} is none of the {len(FINDINGS)}",
+                text=None if strange is None else f"finding {quoted(strange)} is none of the {len(FINDINGS)}",
             )
 
     def boxes(self, tables: Tables) -> Iterator[Box]:
@@ -66,8 +75,8 @@ class Nih:
             if number == 1 or not row:
                 continue  # NIH's header is `Bbox [x,y,w,h],,,`: the columns are known by their places
             try:
-                x, y, w, h = (float(value) for value in row[2:6])
-                if not (math.isfinite(x + y + w + h) and w > 0 and h > 0):
+                x, y, w, h = (coordinate(value) for value in row[2:6])
+                if not (w > 0 and h > 0):
                     raise ValueError("a box without area")
             except ValueError:
                 raise UserError(
@@ -76,4 +85,4 @@ class Nih:
             yield Box(row[0], NIH.meanings.get(row[1], row[1]), x, y, w, h)
 
     def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
-        return ((row[0].strip(), TEST) for row in lines(tables[TEST_LIST]) if row)
+        return ((row[0], TEST) for row in lines(tables[TEST_LIST]) if row)

@@ -9,6 +9,7 @@ from typing import Any
 
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.findings import ABSENT, NO_FINDING, PRESENT, UNKNOWN
+from cxr_retrieval.corpus.formats.labels import quoted
 from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT
 
 OBSERVATIONS = (NO_FINDING, *CHEXPERT.meanings)
@@ -29,7 +30,7 @@ class Observations:
             if not cell:
                 continue
             if cell not in CELLS:
-                return {"reason": "unknown_label", "text": f"{name} is {cell!r}: none of 1, 0, -1 and blank"}
+                return {"reason": "unknown_label", "text": f"{name} is {quoted(cell)}: none of 1, 0, -1 and blank"}
             states[name] = CELLS[cell]
         nothing = states.pop(NO_FINDING, None) == PRESENT
         settled = {name: self._uncertain if state == UNKNOWN else state for name, state in states.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.findings import ABSENT, PRESENT, UNKNOWN
-from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, date, records, sex, view, whole_number
+from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, date, quoted, records, sex, view, whole_number
 from cxr_retrieval.corpus.formats.vocabulary import PADCHEST
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K"
@@ -81,7 +81,7 @@ def _facts(text: str) -> dict[str, Any]:
     if text in NO_LIST:
         return PADCHEST.read({}, UNKNOWN)._asdict()
     if not text.startswith("[") or WORD.sub("", text).strip("[], "):
-        return {"reason": "unknown_label", "text": f"Labels is {text[:60]!r}: no list of quoted words"}
+        return {"reason": "unknown_label", "text": f"Labels is {quoted(text)}: no list of quoted words"}
     words = {(single or double).strip() for single, double in WORD.findall(text)}
     told = sorted(words - NOT_THE_WHOLE - {NORMAL})
     whole = words and not words & NOT_THE_WHOLE

@@ -5,7 +5,6 @@ where one does. A test image has one row, which its five readers agreed on. Noth
 patient: each is taken for a patient of its own. H. Q. Nguyen et al., Scientific Data 2022;9:429.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, PRESENT, UNKNOWN
-from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, header_of, records, view
+from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, coordinate, header_of, quoted, records, view
 from cxr_retrieval.corpus.formats.vocabulary import VINDR
 from cxr_retrieval.corpus.splits import TEST
 from cxr_retrieval.errors import UserError
@@ -142,7 +141,9 @@ def _votes(table: StoredFile | None) -> dict[str, _Votes]:
         votes.readers += 1
         for name, cell in zip(classes, cells, strict=True):
             if cell not in ("", "0", "1", "0.0", "1.0"):
-                raise UserError(f"{table.uri}: column {name!r} holds {cell!r}, which is neither 0 nor 1; copy it again")
+                raise UserError(
+                    f"{table.uri}: column {quoted(name)} holds {quoted(cell)}, which is neither 0 nor 1; copy it again"
+                )
             if cell.startswith("1") and name != NO_FINDING:
                 votes.classes[name] += 1
     return found
@@ -155,8 +156,8 @@ def _drawn(table: StoredFile) -> Iterator[tuple[str, str, _Drawn]]:
         if not any(rest[:4]):
             continue
         try:
-            left, top, right, bottom = (float(value) for value in rest[:4])
-            if not (math.isfinite(left + top + right + bottom) and right > left and bottom > top):
+            left, top, right, bottom = (coordinate(value) for value in rest[:4])
+            if not (right > left and bottom > top):
                 raise ValueError("a box without area")
         except ValueError:
             raise UserError(
