@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo s3 cluster-demo submitted test lint unit bench clean
+.PHONY: help demo s3 cluster-demo submitted test lint unit fuzz bench clean
 
 help:  ## print every target with its sentence
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -56,6 +56,9 @@ lint: $(READY)  ## formatting, lint, types, import direction
 
 unit: $(READY)  ## the tests that need no Ray, in seconds
 	$(BIN)/python -m pytest tests/unit -n 2
+
+fuzz: $(READY)  ## mutated images and label tables, 50 times as many as the tests have and other ones in every run
+	$(BIN)/python -m pytest tests/unit/test_fuzz.py -n 2 --hypothesis-profile=fuzz
 
 bench: $(READY)  ## every benchmark, each against its limit or peer; ratios go to benchmarks/results
 	for name in prepare resume memory listing input workers embed serve object_storage ccloss_speed open_version search index_peers phantom_auc; do $(BIN)/python -m benchmarks.$$name || exit 1; done

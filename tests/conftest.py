@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from cluster.object_store import BUCKET, HOST, PORTS, ObjectStore, running
@@ -28,6 +29,9 @@ PROXY_PORT = STORE.port + PORTS - 1  # all requests pass through it, and break w
 os.environ.update(STORE.variables | {"AWS_ENDPOINT_URL": f"http://{HOST}:{PROXY_PORT}"})
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)
+
+# What `make fuzz` asks for; how many files that are, tests/unit/test_fuzz.py says.
+hypothesis.settings.register_profile("fuzz")
 
 NIH_SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "nih"
 
