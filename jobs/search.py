@@ -106,9 +106,7 @@ def read_query(retriever: Retriever, image: str, region: tuple[float, float, flo
     try:
         return retriever.query(storage.read_bytes(image), region)
     except FileNotFoundError:
-        raise UserError(f"{image}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{image} is a folder: name the images in it") from None
+        raise UserError(f"{image}: there is no such file; of a folder, name the images in it") from None
     except RejectedImage as rejected:
         raise UserError(f"{image} cannot be searched with: {rejected}") from None
 

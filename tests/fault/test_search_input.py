@@ -142,7 +142,7 @@ def test_what_is_no_query_is_refused_in_one_line_that_names_the_file(kind: str, 
 
 def test_a_file_that_is_not_there_or_a_folder_is_refused_in_one_line(index: str, tmp_path: Path) -> None:
     assert "there is no such file" in refusal(str(tmp_path / "none.png"), "--index", index)
-    assert "is a folder: name the images in it" in refusal(str(tmp_path), "--index", index)
+    assert "of a folder, name the images in it" in refusal(str(tmp_path), "--index", index)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -194,7 +194,7 @@ def test_the_process_ends_with_status_one_and_one_line(index: str, tmp_path: Pat
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert (ended.returncode, ended.stdout) == (1, "")
     (line,) = ended.stderr.splitlines()
-    assert line == f"error: {tmp_path / 'none.png'}: there is no such file"
+    assert line == f"error: {tmp_path / 'none.png'}: there is no such file; of a folder, name the images in it"
 
 
 # ---- damaged indexes
