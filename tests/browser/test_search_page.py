@@ -57,6 +57,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cache.VARIABLE, str(folder / "cache"))
         images = films(60)
+        two_findings = next(film for film in images if len(film.facts["findings"]) == 2)
         reference = published(folder, build(folder, images, model_files(folder, images)))
         with LiveIndex(reference, 60) as live:
             app = create_app(live, ServeSettings())
@@ -81,7 +82,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
             @app.get("/film.png")
             def film() -> Response:
-                return Response(images[0].png, media_type="image/png")
+                return Response(two_findings.png, media_type="image/png")
 
             with serving(app) as found:
                 yield found
