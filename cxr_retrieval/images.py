@@ -121,18 +121,8 @@ def read_cases(
         facts = table.drop_columns(["pixels"]).to_pylist()
         for (row, crop), known, pixels in zip(crops.items(), facts, pixels_of(table, size), strict=True):
             x, y, w, h = crop
-            cases[row] = Case(
-                image_id=known["image_id"] if names else None,
-                findings=tuple(known["findings"]),
-                view=known["view"],
-                age_years=known["age_years"],
-                sex=known["sex"],
-                patient=known["patient_id"] if names else None,
-                study_date=None,
-                pixels=_resized(pixels, min(size, FILM_SIDE)),
-                crop=(x, y, w, h),
-                image_size=size,
-            )
+            pixels = _resized(pixels, min(size, FILM_SIDE))
+            cases[row] = Case.of_row(known, pixels, size, names, (x, y, w, h))
     return cases
 
 

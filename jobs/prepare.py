@@ -116,18 +116,7 @@ def _film(corpus: Corpus, finding: str, example: Example, names: bool) -> Film:
     size = corpus.recipe.size
     table = corpus.take(corpus.places_of(example.part, [example.place]), FILM_COLUMNS)
     (known,) = table.drop_columns("pixels").to_pylist()
-    case = Case(
-        image_id=known["image_id"] if names else None,
-        findings=tuple(known["findings"]),
-        view=known["view"],
-        age_years=known["age_years"],
-        sex=known["sex"],
-        patient=known["patient_id"] if names else None,
-        study_date=None,
-        pixels=pixels_of(table, size)[0],
-        crop=None,
-        image_size=size,
-    )
+    case = Case.of_row(known, pixels_of(table, size)[0], size, names)
     return Film(case, [(box["x"], box["y"], box["w"], box["h"]) for box in known["boxes"] if box["finding"] == finding])
 
 

@@ -42,6 +42,30 @@ class Case:
             if len(self.crop) != 4 or not numbers or min(self.crop[2:]) <= 0:
                 raise ValueError(f"crop must be (x, y, w, h) with a positive width and height, got {self.crop}")
 
+    @classmethod
+    def of_row(
+        cls,
+        known: Mapping[str, Any],
+        pixels: np.ndarray,
+        size: int,
+        names: bool,
+        crop: tuple[float, float, float, float] | None = None,
+    ) -> "Case":
+        """What is known of a row of a corpus of `size` pixels a side. Without `names` a case tells neither its image's
+        name nor its patient's."""
+        return cls(
+            image_id=known["image_id"] if names else None,
+            findings=tuple(known["findings"]),
+            view=known["view"],
+            age_years=known["age_years"],
+            sex=known["sex"],
+            patient=known["patient_id"] if names else None,
+            study_date=None,
+            pixels=pixels,
+            crop=crop,
+            image_size=size,
+        )
+
 
 @dataclass(frozen=True)
 class Hit:
