@@ -81,6 +81,7 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else the body of each answer waits 40 ms for its headers to be acknowledged
 
         def log_message(self, *_: object) -> None:
             pass
