@@ -32,8 +32,8 @@ from cxr_retrieval.losses.targets import NoFinding, centre_targets
 from cxr_retrieval.network.progressive import Output, centred, uncentred
 from cxr_retrieval.training.augmentation import augment
 from cxr_retrieval.training.model import build_network, normalised
-from cxr_retrieval.training.objective import Contrast, Objective, gather_centres
-from cxr_retrieval.training.optimisation import autocast_of, optimizer_of, rate_share, running_average
+from cxr_retrieval.training.objective import Contrast, Objective, begin_crop, gather_centres
+from cxr_retrieval.training.optimisation import autocast_of, forget_moments, optimizer_of, rate_share, running_average
 
 NETWORK = NetworkSettings(normalisation="batch", whole_side=64, crop_side=64)
 STEPS, DIMENSIONS = NETWORK.steps, NETWORK.dimensions
@@ -41,7 +41,7 @@ TABLES = 2 * STEPS
 BATCH, RATE, PROXY_RATE, DECAY = 64, 7.5e-4, 10.0, 0.2  # the proxies' rate is a multiple of the network's
 AVERAGING, WARM_UP, SHALLOW, CROP_FROM = 0.996, 0.1, 0.1, 0.6
 START = 0.4  # of the steps, after which the contrastive loss joins
-CURVE_POINTS = 6  # looks at the validation patients while training, which are not counted as its time
+CURVE_POINTS = 12  # looks at the validation patients while training, which are not counted as its time
 CENTRING_IMAGES = 2_000
 EVALUATED = ("global", "combined", "profile", "global_profile")
 CUTOFFS = (2, 4, 6, 8)
@@ -206,6 +206,7 @@ class Contest:
         rival = make(self.device).to(self.device)
         if isinstance(rival, Centred):
             rival.centres.load_state_dict(state["centres"])
+        forget_moments(self.optimizer, self.network.embedders())
         if proxies := list(rival.parameters()):
             self.optimizer.add_param_group({"params": proxies, "weight_decay": 0.0, "faster": PROXY_RATE})
         self.advance(rival, self.steps)
@@ -259,8 +260,10 @@ class Contest:
         rows = self._rows_of(self.step)
         images = augment(normalised(self.train_images.pixels[rows], self.recipe, self.device), generator)
         labels_BC, targets_BK = self.train_images.labels[rows].to(self.device), targets_NK[rows].to(self.device)
+        crop = share >= CROP_FROM
+        if crop and isinstance(rival, Centred) and not share - 1 / self.steps >= CROP_FROM:
+            begin_crop(rival.centres)
         with self.autocast():
-            crop = share >= CROP_FROM
             output = Output(*self.network(images.contiguous(memory_format=torch.channels_last), crop=crop))
         loss, _ = objective(output, labels_BC, contrast, share)
         loss.backward()

@@ -19,6 +19,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # for names that become parts of a 
 JIGSAW_PATCHES = 4  # a side of the shuffled puzzle
 COMMAND_LINE = "the command line"
 HUB = "hf://"  # a model of Hugging Face's hub
+IMAGENET, IMAGENET_BACKBONE = "imagenet", "efficientnet_lite0"  # weights that are a package, and whose they are
 QUOTES = ("'", '"', "|", ">", "!", "&")  # how a YAML text begins that is not written plainly
 
 
@@ -108,12 +109,13 @@ class PhantomSettings(Section):
 
 
 class NetworkSettings(Section):
-    backbone: Literal["resnet18_half", "resnet18", "resnet50", "convnextv2_tiny", "dinov2_base"] = Field(
-        "resnet18_half", description="backbone by name; resnet18_half is for CPUs"
-    )
+    backbone: Literal[
+        "resnet18_half", "resnet18", "resnet50", "efficientnet_lite0", "convnextv2_tiny", "dinov2_base"
+    ] = Field("resnet18_half", description="backbone by name; resnet18_half is for CPUs")
     weights: str | None = Field(
         None,
-        description="the backbone's weights: a safetensors file (local or s3://), or hf://OWNER/NAME of the hub",
+        description="the backbone's weights: a safetensors file (local or s3://), hf://OWNER/NAME of the hub, or"
+        " imagenet (efficientnet_lite0)",
     )
     normalisation: Literal["group", "batch", "frozen_batch"] = Field(
         "group", description="group norm, per-worker batch norm (synchronised on GPUs), or frozen batch statistics"
@@ -315,6 +317,11 @@ class Settings(Section):
             raise ValueError(
                 "network.normalisation=frozen_batch needs network.weights: there are no statistics to freeze"
             )
+        if self.network.weights == IMAGENET and self.network.backbone != IMAGENET_BACKBONE:
+            raise ValueError(
+                f"network.weights={IMAGENET} are those of network.backbone={IMAGENET_BACKBONE},"
+                f" not of {self.network.backbone}"
+            )
         if self.losses.form == "softmax" and self.losses.no_finding == "negatives_only":
             raise ValueError(
                 "losses.no_finding=negatives_only needs losses.form=margin: in losses.form=softmax an image without a"
@@ -421,7 +428,7 @@ def places(settings: Settings) -> dict[str, str]:
         "network.weights": settings.network.weights,
         "publish.to": settings.publish.to,
     }
-    return {key: uri for key, uri in named.items() if uri is not None and not uri.startswith(HUB)}
+    return {key: uri for key, uri in named.items() if uri not in (None, IMAGENET) and not uri.startswith(HUB)}
 
 
 def describe_type(annotation: Any) -> str:

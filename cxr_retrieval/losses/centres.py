@@ -132,6 +132,14 @@ class Centres:
         self._gathering = False
         self._reduced = False
 
+    def begin_as(self, tables: slice, others: slice) -> None:
+        """Put the centres of `tables` where those of `others`, as many, are.
+
+        For a pass that joins late: random centres would pull each class somewhere for as long as they take to move.
+        """
+        assert not self._gathering, "begin_as within a step: its sums are of centres elsewhere"
+        self.vectors_TCD[tables] = self.vectors_TCD[others].clone()
+
     def geometry(self) -> list[Geometry]:
         """How the centres of each table lie, T entries; all 0 where there is only one class."""
         _, classes, _ = self.vectors_TCD.shape

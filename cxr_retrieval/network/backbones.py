@@ -2,49 +2,78 @@
 
 B images, C channels, H W map sides, S progressive steps.
 
-The networks are those of Hugging Face `transformers`, built from a configuration: nothing is downloaded here.
+The networks are those of Hugging Face `transformers`, built from a configuration, and `efficientnet`: nothing is
+downloaded here.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cxr_retrieval.network.efficientnet import HEAD, PUBLISHED, EfficientNetLite0
+
 Normalisation = Literal["group", "batch", "frozen_batch"]
 
 _STAGES = 4
+_CLASSIFIER = ("classifier.", "pooler.", "layernorm.")
 
 
 @dataclass(frozen=True)
 class _Architecture:
-    model_type: str
-    """As `transformers` names it."""
-    settings: Mapping[str, Any]
-    stages: tuple[str, ...] = ("stage1", "stage2", "stage3", "stage4")
+    make: Callable[[int], nn.Module]
+    """The network that gives the maps of its last so many stages."""
+    prefix: str = ""
+    """What the keys of a whole published model begin with."""
+    heads: tuple[str, ...] = _CLASSIFIER
+    """What the keys of a published classifier begin with that a backbone has no place for."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Parts of keys in published weights, and what `transformers` calls them now."""
+    """Parts of keys in published weights, and what they are called now; in this order."""
 
 
-_BASIC = {"depths": [2, 2, 2, 2], "layer_type": "basic"}
+def _of_transformers(model_type: str, stages: tuple[str, ...], settings: Mapping[str, Any], steps: int) -> nn.Module:
+    from transformers import AutoBackbone, AutoConfig  # takes seconds: not for those who only want names
+
+    config = AutoConfig.for_model(model_type, num_channels=1, out_features=list(stages[-steps:]), **settings)
+    body: nn.Module = AutoBackbone.from_config(config)
+    return body
+
+
+def _convolutional(model_type: str, **settings: Any) -> _Architecture:
+    stages = ("stage1", "stage2", "stage3", "stage4")
+    return _Architecture(partial(_of_transformers, model_type, stages, settings), f"{model_type}.")
+
+
+_BASIC: dict[str, Any] = {"depths": [2, 2, 2, 2], "layer_type": "basic"}
 _ARCHITECTURES = {
-    "resnet18_half": _Architecture("resnet", {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], **_BASIC}),
-    "resnet18": _Architecture("resnet", {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], **_BASIC}),
-    "resnet50": _Architecture(
+    "resnet18_half": _convolutional("resnet", embedding_size=32, hidden_sizes=[32, 64, 128, 256], **_BASIC),
+    "resnet18": _convolutional("resnet", embedding_size=64, hidden_sizes=[64, 128, 256, 512], **_BASIC),
+    "resnet50": _convolutional(
         "resnet",
-        {"embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]}
-        | {"layer_type": "bottleneck"},
+        embedding_size=64,
+        hidden_sizes=[256, 512, 1024, 2048],
+        depths=[3, 4, 6, 3],
+        layer_type="bottleneck",
     ),
-    "convnextv2_tiny": _Architecture("convnextv2", {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3]}),
+    "efficientnet_lite0": _Architecture(EfficientNetLite0, heads=HEAD, renamed=PUBLISHED),
+    "convnextv2_tiny": _convolutional("convnextv2", hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3]),
     # A plain vision transformer: what chest X-ray foundation models are, RAD-DINO among them.
     "dinov2_base": _Architecture(
-        "dinov2",
-        {"image_size": 518, "reshape_hidden_states": True},
-        ("stage3", "stage6", "stage9", "stage12"),
-        {
+        partial(
+            _of_transformers,
+            "dinov2",
+            ("stage3", "stage6", "stage9", "stage12"),
+            {"image_size": 518, "reshape_hidden_states": True, "use_mask_token": False},
+        ),
+        "dinov2.",
+        # Trained without masks, its token for them would be a parameter without a gradient, which DDP does not forgive.
+        (*_CLASSIFIER, "embeddings.mask_token"),
+        renamed={
             "attention.attention.query": "attention.q_proj",
             "attention.attention.key": "attention.k_proj",
             "attention.attention.value": "attention.v_proj",
@@ -54,8 +83,7 @@ _ARCHITECTURES = {
 }
 BACKBONES: tuple[str, ...] = tuple(_ARCHITECTURES)
 
-# Keys of a published classifier that a backbone has no place for, and keys of a backbone that no classifier has.
-_HEADS = ("classifier.", "pooler.", "layernorm.")
+# Keys of a backbone that no published classifier has.
 _OPTIONAL = ("num_batches_tracked", "hidden_states_norms.")
 
 
@@ -148,12 +176,8 @@ def build_backbone(
         raise ValueError(f"steps must be 1 to {_STAGES}, got {steps}")
     if normalisation not in get_args(Normalisation):
         raise ValueError(f"unknown normalisation {normalisation!r}; one of {', '.join(get_args(Normalisation))}")
-    from transformers import AutoBackbone, AutoConfig  # takes seconds: not for those who only want names
-
     architecture = _ARCHITECTURES[name]
-    stages = list(architecture.stages[-steps:])
-    config = AutoConfig.for_model(architecture.model_type, num_channels=1, out_features=stages, **architecture.settings)
-    body = AutoBackbone.from_config(config)
+    body: Any = architecture.make(steps)
     if normalisation != "batch":
         _replace_batch_norms(body, normalisation)
     if weights is not None:
@@ -175,10 +199,10 @@ def _load(body: nn.Module, weights: Mapping[str, Tensor], architecture: _Archite
     expected = body.state_dict()
     given = {}
     for key, value in weights.items():
-        stripped = key.removeprefix(f"{architecture.model_type}.")
+        stripped = key.removeprefix(architecture.prefix)
         for published, now in architecture.renamed.items():
             stripped = stripped.replace(published, now)
-        is_head = stripped not in expected and stripped.startswith(_HEADS)
+        is_head = stripped not in expected and stripped.startswith(architecture.heads)
         is_counter = stripped not in expected and stripped.endswith("num_batches_tracked")
         if not (is_head or is_counter):
             given[stripped] = value

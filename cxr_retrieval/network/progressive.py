@@ -108,6 +108,10 @@ class ProgressiveNetwork(nn.Module):
         nn.init.constant_(self.joint.bias, PRIOR_LOGIT)
         self.usual = UsualMaps(findings, HEAT_SIDE)
 
+    def embedders(self) -> list[Tensor]:
+        """The parameters that only the embeddings depend on: no cross-entropy teaches them."""
+        return [cast(Step, step).embed.weight for step in self.steps]
+
     def _pass(self, images_B1HW: Tensor, which: int) -> _Pass:
         maps = [screen(stage) for screen, stage in zip(self.screens, self.backbone(images_B1HW), strict=True)]
         outputs: list[StepOutput] = [step(stage, which) for step, stage in zip(self.steps, maps, strict=True)]

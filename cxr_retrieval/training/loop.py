@@ -25,8 +25,8 @@ from cxr_retrieval.network.progressive import jigsaw
 from cxr_retrieval.training.augmentation import augment, by_lane
 from cxr_retrieval.training.input import Batch, WorkerInput
 from cxr_retrieval.training.model import build_network, normalised
-from cxr_retrieval.training.objective import Objective, gather_centres
-from cxr_retrieval.training.optimisation import Optimisation
+from cxr_retrieval.training.objective import Objective, begin_crop, gather_centres
+from cxr_retrieval.training.optimisation import Optimisation, forget_moments
 from cxr_retrieval.training.order import Order, group_rows
 from cxr_retrieval.training.pretraining import agreement, turn_of, two_views
 from cxr_retrieval.training.state import EXPLODED, TAKEN, RunState, checkpoint_of, load_state
@@ -162,7 +162,7 @@ class Worker:
             raise self.optimisation.lost("no finite gradient in a whole epoch")
         self._require_no_explosion()
         record = self.state.mean_losses()
-        self.state.sums = {}
+        self.state.end_epoch()
         done = self.order.steps - start  # fewer than an epoch's where the run went on from within it
         return record | {"epoch": epoch, "images_per_second": done * training.batch_size / (time.monotonic() - began)}
 
@@ -175,6 +175,10 @@ class Worker:
         training, optimisation = self.settings.training, self.optimisation
         optimisation.begin(self.state.step)
         progress = optimisation.progress
+        if optimisation.reaches(self.settings.losses.contrastive_from):
+            forget_moments(optimisation.optimizer, optimisation.network.embedders())
+        if optimisation.reaches(training.crop_from):
+            begin_crop(optimisation.centres)
         sums: dict[str, Tensor] = {}
         contrast = self.objective.ccloss(optimisation.centres)
         shuffled = training.jigsaw and progress < training.shallow_share and self.state.step % 2 == 1
@@ -252,7 +256,7 @@ class Worker:
     def _require_no_explosion(self) -> None:
         """Before a checkpoint is written: it would be a bad one. The same on every worker, as the averaged sums are."""
         if self.state.has_exploded():
-            raise self.optimisation.lost(f"the loss is over {EXPLODED:g} times that of the best epoch")
+            raise self.optimisation.lost(f"the loss is over {EXPLODED:g} times what it was, and over that of the start")
 
     def _share_buffers(self) -> None:
         """Every worker evaluates the network that the first one saves: batch statistics differ after the last step."""

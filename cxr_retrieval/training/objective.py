@@ -117,6 +117,12 @@ class Objective:
         return multi_label_cross_entropy(logits_BC, labels_BC, self.positive_weights_C, self.settings.smoothing)
 
 
+def begin_crop(centres: Centres) -> None:
+    """With the first batch of crops: their centres begin where those of the whole images are by then."""
+    steps = len(centres.vectors_TCD) // PASSES
+    centres.begin_as(slice(steps, None), slice(0, steps))
+
+
 def gather_centres(output: Output, targets_BK: Tensor, centres: Centres) -> None:
     """Add a micro-batch to the sums of every table of centres."""
     steps = output.z_PSBD.shape[1]

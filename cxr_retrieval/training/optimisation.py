@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class Optimisation:
         """The share of the steps of the running phase that has gone by, in [0, 1]."""
         done, steps = self._place()
         return done / steps
+
+    def reaches(self, share: float) -> bool:
+        """Whether the running step is the first one after `share` of its phase, and not the phase's first."""
+        done, steps = self._place()
+        return done > 0 and (done - 1) / steps < share <= done / steps
 
     def _place(self) -> tuple[int, int]:
         """Steps of the running phase: those that have gone by, and all."""
@@ -141,7 +146,7 @@ class Optimisation:
         """The error of a run whose weights are worth nothing any more; `what` says by what."""
         return UserError(
             f"{what}, at step {self.step + 1:,} of {self.total_steps:,}: lower training.learning_rate, or look at"
-            " network.weights; run again, it goes on from the last good checkpoint"
+            " network.weights: either begins a run of its own; the last good checkpoint of this one stays where it is"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,6 +201,16 @@ def optimizer_of(model: nn.Module, rate: float, decay: float) -> torch.optim.Opt
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}], lr=rate, fused=True
     )
+
+
+def forget_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Let parameters that had no gradient until now begin as in the optimizer's first step.
+
+    Over second moments of 0, which a later step no longer makes up for, their first steps would be several times too
+    long.
+    """
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
 
 
 def rate_share(step: float, total: float, warmup_share: float) -> float:

@@ -3,7 +3,6 @@
 T tables of centres: a step of the network and a pass each.
 """
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from cxr_retrieval.training.objective import BY_TABLE
 
 STATE_FILE = "state.pt"
 TAKEN = "taken"  # optimizer steps of an epoch that were not skipped
-EXPLODED = 10.0  # times the loss of the best epoch: such a run does not come back
+EXPLODED = 10.0  # times the loss at its best: such a run does not come back
 
 
 @dataclass
@@ -28,6 +27,8 @@ class RunState:
 
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the losses of the running epoch's steps
+    looked: tuple[float, float] = (0.0, 0.0)  # at the last look for an explosion: sum of the loss, and steps
+    stretches: dict[str, tuple[float, float]] = field(default_factory=dict)  # by loss: means of the first, of the best
     best_map: float = -1.0
     best_epoch: int = -1
     best_network: dict[str, Tensor] = field(default_factory=dict)
@@ -58,16 +59,28 @@ class RunState:
         return record
 
     def has_exploded(self) -> bool:
-        """Whether the mean loss of the running epoch so far is over EXPLODED times that of the phase's best epoch.
+        """Whether the mean loss since the last look, which this is the next, is over EXPLODED times that of the best
+        stretch between two looks, and over that of the phase's first one.
 
         With labels it is the cross-entropy that is compared: CCLoss joins amid a run, and is of unit vectors, which
-        cannot explode. A first epoch has none to compare with.
+        cannot explode. A first stretch has none to compare with.
         """
         if not self.sums:
             return False
-        record = self.mean_losses()
-        past, name = (self.history, "cross_entropy") if BY_TABLE in self.sums else (self.pretraining, "loss")
-        return bool(record[name] > EXPLODED * min((epoch[name] for epoch in past), default=math.inf))
+        name = "cross_entropy" if BY_TABLE in self.sums else "loss"
+        total, taken = float(self.sums[name]), float(self.sums[TAKEN])
+        before, before_taken = self.looked
+        if taken == before_taken:
+            return False
+        mean = (total - before) / (taken - before_taken)
+        self.looked = (total, taken)
+        first, best = self.stretches.get(name, (mean, mean))
+        self.stretches[name] = (first, min(best, mean))
+        return mean > max(EXPLODED * best, first)
+
+    def end_epoch(self) -> None:
+        """The next step is of another epoch."""
+        self.sums, self.looked = {}, (0.0, 0.0)
 
     def keep_best(self, network: Mapping[str, Tensor], centres_TCD: Tensor, resampled: list[float]) -> None:
         """Keep weights and centres, and `Validation.resampled`, where the last epoch's best embedding is ahead of every

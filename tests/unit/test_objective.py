@@ -15,7 +15,7 @@ from cxr_retrieval.losses.ccloss import cc_loss, multi_label_cross_entropy
 from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
 from cxr_retrieval.network.progressive import Output
-from cxr_retrieval.training.objective import LEAST_WEIGHT, Objective, gather_centres, step_weights
+from cxr_retrieval.training.objective import LEAST_WEIGHT, Objective, begin_crop, gather_centres, step_weights
 
 S, B, C, D = 3, 6, 5, 4
 CPU = torch.device("cpu")
@@ -181,3 +181,16 @@ def test_centres_gather_every_table_of_the_passes_there_are(passes):
             if which < passes:
                 expected = present_BK.T @ out.z_PSBD[which, step].detach().double()
             torch.testing.assert_close(table.pending()[which * S + step, :, :-1], expected)
+
+
+def test_centres_of_crops_begin_where_those_of_whole_images_are():
+    centres = Centres(4, 3, D, 0.5, seed=3)
+    whole = centres.vectors_TCD[:2].clone()
+    begin_crop(centres)
+    assert centres.vectors_TCD[:2].equal(whole)
+    assert centres.vectors_TCD[2:].equal(whole)
+    centres.accumulate(2, whole[1], torch.eye(3, dtype=torch.int8))
+    centres.reduce()
+    centres.apply()
+    assert centres.vectors_TCD[0].equal(whole[0]), "and then each pass has its own"
+    assert not centres.vectors_TCD[2].equal(whole[0])

@@ -12,7 +12,7 @@ from cxr_retrieval.losses.centres import Centres
 from cxr_retrieval.losses.targets import centre_targets
 from cxr_retrieval.network.progressive import ProgressiveNetwork
 from cxr_retrieval.training.objective import Objective, gather_centres
-from cxr_retrieval.training.optimisation import PARTS, SKIPPED_LIMIT, Optimisation
+from cxr_retrieval.training.optimisation import PARTS, SKIPPED_LIMIT, Optimisation, forget_moments, optimizer_of
 
 B, C, D, SIDE = 6, 3, 8, 64
 
@@ -161,6 +161,36 @@ def test_training_begins_anew_after_pretraining_from_its_weights_wherever_the_ru
         step(stepped, 3)
     for name, value in moving(straight).items():
         assert torch.equal(moving(resumed)[name], value), name
+
+
+def test_a_share_of_a_phase_is_reached_by_one_step_and_never_by_its_first() -> None:
+    stepped = optimisation(pretraining_steps=40)
+    for share, reached in ((0.0, []), (0.5, [70]), (0.51, [71]), (0.999, []), (1 / 60, [41])):
+        found = []
+        for number in range(40, 100):
+            stepped.begin(number)
+            if stepped.reaches(share):
+                found.append(number)
+        assert found == reached, share
+
+
+def test_what_had_no_gradient_until_a_loss_joins_does_not_leap_when_it_does() -> None:
+    def leap(forget: bool) -> float:
+        """The longest move of a weight in a step, in learning rates, when a gradient joins at step 400."""
+        weight = torch.nn.Parameter(torch.zeros(2, 2))
+        model = torch.nn.ParameterList([weight])
+        optimizer, longest = optimizer_of(model, 1e-3, 0.0), 0.0
+        for number in range(500):
+            if number == 400 and forget:
+                forget_moments(optimizer, [weight])
+            before = weight.detach().clone()
+            weight.grad = torch.full_like(weight, 1e-3 if number >= 400 else 0.0)
+            optimizer.step()
+            longest = max(longest, float((weight.detach() - before).abs().max()) / 1e-3)
+        return longest
+
+    assert leap(forget=False) > 2
+    assert leap(forget=True) == pytest.approx(1.0, abs=0.01)
 
 
 def test_both_phases_warm_up_and_end_low() -> None:

@@ -46,38 +46,53 @@ def test_the_losses_of_an_epoch_are_means_over_the_steps_that_were_taken() -> No
     assert set(means) == {"loss", "ccloss", "ccloss_by_table", "cross_entropy_by_table"}
 
 
+def steps(state: RunState, *losses: float) -> None:
+    """Steps with labels, of which cross-entropy is what counts: CCLoss has joined, and made the sum larger."""
+    for loss in losses:
+        parts = {"loss": torch.tensor(50.0), "ccloss": torch.tensor(50.0), "cross_entropy": torch.tensor(loss)}
+        state.add(parts | {"by_table": torch.ones(3, 2)})
+
+
 @pytest.mark.parametrize(("loss", "exploded"), [(0.2, False), (1.9, False), (2.1, True)])
-def test_a_loss_over_ten_times_that_of_the_best_epoch_is_an_explosion(loss: float, exploded: bool) -> None:
+def test_a_loss_over_ten_times_that_of_the_best_stretch_is_an_explosion(loss: float, exploded: bool) -> None:
     state = RunState()
-    by_table = torch.ones(3, 2)
-
-    def steps(of: float) -> None:
-        for share in (0.5, 1.5):  # it is their mean that counts
-            # CCLoss has joined, and made the sum larger.
-            parts = {
-                "loss": torch.tensor(50.0),
-                "ccloss": torch.tensor(50.0),
-                "cross_entropy": torch.tensor(share * of),
-            }
-            state.add(parts | {"by_table": by_table})
-
-    state.pretraining.append({"loss": 1e-3})  # another phase, another loss
-    steps(9.0)
-    assert not state.has_exploded(), "a first epoch has none to compare with"
-    for past in (9.0, 0.2, 0.4):
-        state.history.append({"epoch": len(state.history), "cross_entropy": past})
-    state.sums = {}
+    state.add({"loss": torch.tensor(1e-3)})  # another phase, another loss
+    assert not state.has_exploded()
+    state.end_epoch()
     assert not state.has_exploded(), "no step was taken yet"
-    steps(loss)
+    for good in (0.9, 0.2, 0.4):
+        steps(state, 0.5 * good, 1.5 * good)
+        assert not state.has_exploded(), "a first stretch has none to compare with, and the others are fine"
+        state.end_epoch()
+    steps(state, 0.5 * loss, 1.5 * loss)  # it is their mean that counts
     assert state.has_exploded() is exploded
 
 
-def test_pretraining_is_compared_with_itself() -> None:
-    state = RunState(pretraining=[{"loss": 1.0}])
-    state.add({"loss": torch.tensor(9.0)})
-    assert not state.has_exploded()
-    state.add({"loss": torch.tensor(12.0)})
+def test_an_explosion_late_in_an_epoch_is_not_hidden_by_its_good_beginning_nor_by_a_restart() -> None:
+    state = RunState()
+    for _ in range(8):
+        steps(state, *[0.2] * 100)
+        assert not state.has_exploded()
+    state = RunState(**vars(state))
+    steps(state, *[5.0] * 100)
     assert state.has_exploded()
+    assert state.mean_losses()["cross_entropy"] < 10 * 0.2
+
+
+def test_a_loss_that_had_nearly_vanished_and_is_small_again_is_no_explosion() -> None:
+    state = RunState()
+    for good in (0.7, 0.001):
+        steps(state, good)
+        assert not state.has_exploded()
+    steps(state, 0.5)
+    assert not state.has_exploded()
+
+
+def test_pretraining_is_compared_with_itself() -> None:
+    state = RunState()
+    for loss, exploded in ((1.0, False), (9.0, False), (12.0, True)):
+        state.add({"loss": torch.tensor(loss)})
+        assert state.has_exploded() is exploded
 
 
 def test_an_epoch_without_labels_has_a_loss_and_no_place_in_the_curve() -> None:

