@@ -757,11 +757,14 @@ def test_a_patient_id_is_read_in_its_character_set(charset: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "years"),
-    [("058Y", 58), ("000Y", 0), ("023M", 1), ("024M", 2), ("051W", 0), ("053W", 1), ("364D", 0), ("366D", 1),
+    [("058Y", 58), ("000Y", None), ("001Y", 1), ("000M", 0), ("011M", 0), ("023M", 1), ("024M", 2),
+     ("051W", 0), ("053W", 1), ("000D", 0), ("364D", 0), ("366D", 1),
      ("120Y", 120), ("121Y", None), ("999Y", None), ("", None), ("58", None), ("Y", None), ("058y", None),
      ("-58Y", None)],
 )  # fmt: skip
-def test_an_age_string_is_told_in_whole_years(text: str, years: int | None) -> None:
+def test_an_age_string_is_told_in_whole_years_and_no_age_at_all_is_not_that_of_an_infant(
+    text: str, years: int | None
+) -> None:
     assert age_years(text) == years
 
 
