@@ -3,6 +3,8 @@
 import hashlib
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from dataclasses import fields, replace
@@ -197,6 +199,24 @@ def test_a_16_bit_file_that_is_cut_or_changed_is_damaged_and_one_without_end_mar
     for bad in (data[: len(data) // 2], data[:-20], bytes(changed)):
         assert rejected(bad).reason == "damaged"
     assert np.array_equal(decoded(data[:-12]).pixels, decoded(data).pixels)
+
+
+def test_nothing_of_what_a_16_bit_file_says_beside_its_pixels_is_printed() -> None:
+    profile = struct.pack(">I", 4000) + bytes(range(256)) * 15 + bytes(156)
+    notes = [
+        chunk(b"iCCP", b"DOE JANE\0\0" + zlib.compress(profile)),
+        chunk(b"sPLT", b"DOE JANE\0\x07"),
+        chunk(b"tEXt", b"DOE JANE" * 20),
+    ]
+    data = deep_png(WIDE, 0, *notes)
+    assert np.array_equal(decoded(data).pixels, decoded(encoded(WIDE)).pixels)
+    script = """
+import sys
+from cxr_retrieval.corpus.decoding import Limits, Recipe, decode
+decode(sys.stdin.buffer.read(), Recipe(64, "letterbox"), Limits(32, 1 << 20))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
+    assert (ran.stdout, ran.stderr) == (b"", b"")
 
 
 def test_a_recipe_that_cut_16_bit_colour_down_to_8_bits_refuses_it_and_reads_16_bit_grey_as_before() -> None:
