@@ -4,6 +4,7 @@ A frame has a header of its own, and a decoder allocates what that header asks f
 the size that the DICOM header tells, so that what is allocated stays within the limits that were checked there.
 """
 
+import logging
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import imagecodecs
 import numpy as np
 
 from cxr_retrieval.corpus.limits import RejectedImage
+
+logging.getLogger("imagecodecs").setLevel(logging.CRITICAL + 1)  # its decoders quote the file: nothing is let out
 
 JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
 JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import cv2
+import imagecodecs
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -16,11 +17,12 @@ from cxr_retrieval.corpus.dicom import BARE_TEXT, is_bare_dicom, is_dicom
 from cxr_retrieval.corpus.film import read_film
 from cxr_retrieval.corpus.limits import Limits, RejectedImage
 
-VERSION = 1  # raise it with every change that alters a prepared pixel
-WINDOW = "8-bit as it is, 16-bit from minimum to maximum, DICOM by its VOI LUT, its window or minimum to maximum"
+VERSION = 2  # raise it with every change that alters a prepared pixel
+WINDOW = "8 bits as they are, more from minimum to maximum, DICOM first by its VOI LUT or its window"
 FORMATS = ("PNG", "JPEG")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-GREY_8, GREY_16 = ("L", "1", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"), ("I;16", "I;16B", "I;16L", "I")
+DEPTH, KIND = 24, 25  # the bytes of a PNG that tell the bits of a value, and what there is beside grey
+MODES = ("L", "1", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr")
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before a pixel is decoded
 
@@ -29,11 +31,11 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before a pixel is deco
 class Recipe:
     """How an image becomes prepared pixels. Two images are comparable only under one recipe.
 
-    An 8-bit image keeps its grey values, colour becomes luminance, and a 16-bit image is windowed from its lowest to
+    Colour becomes luminance. An 8-bit image keeps its grey values, and one of 16 bits is windowed from its lowest to
     its highest value. DICOM gets the grey values that a viewer shows: those of an 8-bit export by the same window, to
-    one grey level where pixels are square. The image is then reduced by pixel area (enlarged linearly) to `size` x
-    `size`: `letterbox` keeps the aspect and pads with black, `stretch` does not. The network sees
-    (value / 255 - mean) / std.
+    one grey level where pixels are square; without a window it is treated as another image of its bits is. The image
+    is then reduced by pixel area (enlarged linearly) to `size` x `size`: `letterbox` keeps the aspect and pads with
+    black, `stretch` does not. The network sees (value / 255 - mean) / std.
     """
 
     size: int
@@ -129,6 +131,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise RejectedImage("unsupported", f"{frames} frames in one file")
+    if image.format == "PNG" and data[DEPTH] == 16:
+        return DecodedImage(recipe.resize(_windowed(_deep(data, recipe))), width, height)
     try:
         image.load()
         grey_HW = _grey(image)
@@ -138,9 +142,7 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
 
 
 def _decode_dicom(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
-    if recipe.window != WINDOW:
-        text = f"DICOM, which decode recipe {recipe.id} does not know: prepare and train again, or give a PNG or JPEG"
-        raise RejectedImage("unsupported", text)
+    _known(recipe, "DICOM")
     film = read_film(data, limits)
     height, width = film.grey_HW.shape
     return DecodedImage(recipe.resize(film.grey_HW, film.aspect), width, height, film.aspect, film.burned_in)
@@ -155,12 +157,36 @@ def _not_an_image(data: bytes) -> RejectedImage:
     return RejectedImage("not_an_image", f"neither PNG, JPEG nor DICOM: {found}")
 
 
+def _known(recipe: Recipe, form: str) -> None:
+    """Refuse a form of image that an older recipe reads otherwise, or not at all."""
+    if recipe.window != WINDOW:
+        text = f"{form}, which decode recipe {recipe.id} does not know or reads otherwise: prepare and train again,"
+        raise RejectedImage("unsupported", f"{text} or give an 8-bit PNG or JPEG")
+
+
+def _deep(data: bytes, recipe: Recipe) -> np.ndarray:
+    """Luminance `uint16 [H, W]` of a 16-bit PNG, of which Pillow keeps 8 bits where it has colour or opacity."""
+    if data[KIND]:
+        _known(recipe, "16 bits with colour or opacity")
+    try:
+        values = imagecodecs.png_decode(data)
+    except (imagecodecs.PngError, ValueError) as error:  # the second where what libpng says is no text
+        raise RejectedImage("damaged", f"a 16-bit PNG that cannot be decoded ({type(error).__name__})") from None
+    if values.ndim == 2:
+        return values
+    if values.shape[2] == 2:
+        return np.ascontiguousarray(values[..., 0])
+    return cv2.cvtColor(values, cv2.COLOR_RGB2GRAY if values.shape[2] == 3 else cv2.COLOR_RGBA2GRAY)
+
+
+def _windowed(wide_HW: np.ndarray) -> np.ndarray:
+    """Grey values `uint8 [H, W]` from the lowest to the highest of 16-bit ones."""
+    low, high = float(wide_HW.min()), float(wide_HW.max())
+    steps = (np.arange(1 << 16, dtype=np.float32) - low) * (255.0 / max(high - low, 1.0))
+    return cv2.LUT(wide_HW, np.rint(np.clip(steps, 0, 255)).astype(np.uint8))
+
+
 def _grey(image: Image.Image) -> np.ndarray:
-    if image.mode in GREY_16:
-        wide = np.asarray(image).astype(np.float32)
-        low, high = float(wide.min()), float(wide.max())
-        scaled: np.ndarray = np.rint((wide - low) * (255.0 / max(high - low, 1.0))).astype(np.uint8)
-        return scaled
-    if image.mode not in GREY_8:
+    if image.mode not in MODES:
         raise RejectedImage("unsupported", f"pixel mode {image.mode}")
     return np.asarray(image if image.mode == "L" else image.convert("RGB").convert("L"))

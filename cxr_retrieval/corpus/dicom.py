@@ -121,9 +121,10 @@ def read_facts(data: bytes, *, whole: bool = True) -> DicomFacts:
 
 
 def age_years(text: str) -> int | None:
-    """Whole years of an age string (AS) such as 058Y, 018M, 003W or 012D."""
+    """Whole years of an age string (AS) such as 058Y, 018M, 003W or 012D; None of 000Y, which is what is left of an age
+    that was taken out: that of an infant is told in days, weeks or months."""
     found = re.fullmatch(r"(\d{1,3})([DWMY])", text)
-    if found is None:
+    if found is None or text == "000Y":
         return None
     in_a_year = {"Y": 1, "M": 12, "W": 365.25 / 7, "D": 365.25}
     years = int(int(found[1]) / in_a_year[found[2]])

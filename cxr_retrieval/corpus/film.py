@@ -69,15 +69,8 @@ def read_film(data: bytes, limits: Limits) -> Film:
         scale = Scale.of(header, syntax)
     if shape.photometric not in GREY:
         return Film(_luminance(shape, pixels), aspect, with_text)
-    if syntax in NATIVE:
-        stored_HW, bits, shift = shape.native(pixels), shape.stored, shape.high_bit + 1 - shape.stored
-    else:
-        stored_HW, told = shape.decoded(pixels)
-        bits, shift = min(told or shape.stored, shape.stored), 0
-        if told and syntax in codestream.LOSSY:  # what lies above the stored bits is an overshoot here, and counts
-            bits = told
-    held = StoredBits(bits, shift, shape.stored, shape.allocated, shape.signed)
-    table = grey_table(stored_HW, held, scale, inverted=shape.photometric == "MONOCHROME1")
+    stored_HW, told = (shape.native(pixels), None) if syntax in NATIVE else shape.decoded(pixels)
+    table = grey_table(stored_HW, shape.held(told), scale, inverted=shape.photometric == "MONOCHROME1")
     return Film(cv2.LUT(np.ascontiguousarray(stored_HW), table), aspect, with_text)
 
 
@@ -179,6 +172,16 @@ class _Shape:
             self.photometric in RGB,
         )
         return values.view(np.dtype(f"u{values.dtype.itemsize}")), bits
+
+    def held(self, told: int | None) -> StoredBits:
+        """Where values lie in what was read: in a frame that tells of fewer bits than the header's highest from bit 0
+        on, else where the header says."""
+        bits, shift = self.stored, self.high_bit + 1 - self.stored
+        if told is not None and told <= self.high_bit:
+            bits, shift = min(told, self.stored), 0
+        if told is not None and shift == 0 and self.syntax in codestream.LOSSY:
+            bits = told  # what lies above the stored bits is an overshoot here, and counts
+        return StoredBits(bits, shift, self.stored, self.allocated, self.signed)
 
 
 def _frame(pixels: bytes) -> bytes:

@@ -43,7 +43,9 @@ class StoredBits:
 
 @dataclass(frozen=True)
 class Lut:
-    """A look-up table of a DICOM header: entries for values from `start` on, of `depth` bits (PS3.3 C.11.1, C.11.2)."""
+    """A look-up table of a DICOM header: entries of `depth` bits, the first of them for `start`, as 16 bits without a
+    sign hold it (PS3.3 C.11.1.1, C.11.2.1.1). Files tell signs by rules that many break, so none is taken from them.
+    """
 
     start: int
     depth: int
@@ -55,7 +57,7 @@ class Lut:
         if not (sequence := element(header, name)):
             return None
         item = sequence[0]
-        count, start, depth = (int(value) for value in item.LUTDescriptor)
+        count, start, depth = (int(value) & 0xFFFF for value in item.LUTDescriptor)
         if not 8 <= depth <= 16:
             raise RejectedImage("unsupported", f"a look-up table of {depth} bits")
         data, wanted = item["LUTData"].value, count or 1 << 16
@@ -66,10 +68,13 @@ class Lut:
             entries = np.atleast_1d(np.asarray(data))
         if len(entries) < wanted:
             raise RejectedImage("damaged", f"a look-up table of {len(entries)} entries instead of {wanted}")
-        return cls(start, depth, entries[:wanted].astype(np.int64))
+        return cls(start, depth, entries[:wanted].astype(np.int64) & 0xFFFF)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        places = np.rint(values).astype(np.int64) - self.start
+        """What all values that are possible become. `start` has a sign where some of them are below zero, and where it
+        would lie above them all."""
+        signed = self.start >> 15 and (values.min() < 0 or values.max() < self.start)
+        places = np.rint(values).astype(np.int64) - (self.start - (1 << 16) if signed else self.start)
         looked_up: np.ndarray = self.entries[np.clip(places, 0, len(self.entries) - 1)]
         return looked_up
 
@@ -133,10 +138,13 @@ def grey_table(stored_HW: np.ndarray, bits: StoredBits, scale: Scale, inverted: 
     elif scale.window is not None:
         grey = apply_windowing(measured, scale.window)
     else:
-        channels, span = [stored_HW], [0.0, float(len(held))]
-        there = cv2.calcHist(channels, [0], None, [len(held)], span).ravel() > 0
-        seen = measured[there & ~padding]
-        low, high = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 0.0)
+        if (scale.modality.depth if scale.modality else bits.stored) > 8:
+            channels, span = [stored_HW], [0.0, float(len(held))]
+            there = cv2.calcHist(channels, [0], None, [len(held)], span).ravel() > 0
+            shown = measured[there & ~padding]
+        else:  # without a VOI stage nothing is stretched: an 8-bit export has the values that are stored
+            shown = np.array((0, 255)) if scale.modality else measured
+        low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 0.0)
         grey = (measured - low) * (255.0 / ((high - low) or 1.0))
     table = np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
     if inverted:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from cxr_retrieval.config import CorpusSettings
 
 # The rules, by what they look at.
-MODALITY, VIEW, AGE, AGE_UNKNOWN, SOURCE_SIDE = "modality", "view", "age", "age_unknown", "source_side"
+MODALITY, BODY_PART, SOURCE_SIDE = "modality", "body_part", "source_side"
+VIEW, AGE, AGE_UNKNOWN = "view", "age", "age_unknown"
 
 
 class RejectedImage(Exception):

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from dataclasses import fields, replace
@@ -151,6 +153,79 @@ def test_16_bits_match_an_8_bit_export_of_the_same_window_within_one_grey_level(
 
 def test_a_flat_16_bit_image_is_black_and_no_division_by_zero() -> None:
     assert decoded(encoded(np.full((SIZE, SIZE), 4000, np.uint16))).pixels.max() == 0
+
+
+def deep_png(pixels: np.ndarray, kind: int, *chunks: bytes) -> bytes:
+    """A PNG of 16 bits of this colour type, which Pillow cannot write."""
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.astype(">u2"))
+    body = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+WIDE = np.random.default_rng(3).integers(100, 4096, (90, 70)).astype(np.uint16)  # 12 bits: all but black in 8 of 16
+OPAQUE, KEY = np.full_like(WIDE, 65535), chunk(b"tRNS", struct.pack(">3H", 200, 200, 200))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        deep_png(np.stack([WIDE] * 3, -1), 2),
+        deep_png(np.stack([WIDE] * 3, -1), 2, KEY),
+        deep_png(np.stack([WIDE, OPAQUE], -1), 4),
+        deep_png(np.stack([WIDE] * 3 + [WIDE // 2], -1), 6),
+        deep_png(WIDE, 0, chunk(b"tRNS", struct.pack(">H", 200))),
+    ],
+    ids=["RGB", "RGB-transparent", "grey-opacity", "RGBA", "grey-transparent"],
+)
+def test_16_bits_stored_with_colour_or_opacity_are_the_same_grey_values(data: bytes) -> None:
+    assert np.array_equal(decoded(data).pixels, decoded(encoded(WIDE)).pixels)
+
+
+def test_16_bit_colour_becomes_its_luminance_before_it_is_windowed() -> None:
+    colours = np.stack([WIDE, 4095 - WIDE, WIDE // 3], -1)
+    luminance = colours @ np.array([0.299, 0.587, 0.114])
+    export = np.rint((luminance - luminance.min()) / np.ptp(luminance) * 255).astype(np.uint8)
+    ours, theirs = decoded(deep_png(colours, 2)).pixels, decoded(encoded(export)).pixels
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [0, 2])
+def test_a_16_bit_file_that_is_cut_or_changed_is_damaged_and_one_without_end_mark_is_not(kind: int) -> None:
+    data = deep_png(WIDE if kind == 0 else np.stack([WIDE] * 3, -1), kind)
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 0xFF
+    for bad in (data[: len(data) // 2], data[:-20], bytes(changed)):
+        assert rejected(bad).reason == "damaged"
+    assert np.array_equal(decoded(data[:-12]).pixels, decoded(data).pixels)
+
+
+def test_nothing_of_what_a_16_bit_file_says_beside_its_pixels_is_printed() -> None:
+    profile = struct.pack(">I", 4000) + bytes(range(256)) * 15 + bytes(156)
+    notes = [
+        chunk(b"iCCP", b"DOE JANE\0\0" + zlib.compress(profile)),
+        chunk(b"sPLT", b"DOE JANE\0\x07"),
+        chunk(b"tEXt", b"DOE JANE" * 20),
+    ]
+    data = deep_png(WIDE, 0, *notes)
+    assert np.array_equal(decoded(data).pixels, decoded(encoded(WIDE)).pixels)
+    script = """
+import sys
+from cxr_retrieval.corpus.decoding import Limits, Recipe, decode
+decode(sys.stdin.buffer.read(), Recipe(64, "letterbox"), Limits(32, 1 << 20))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True, check=True)
+    assert (ran.stdout, ran.stderr) == (b"", b"")
+
+
+def test_a_recipe_that_cut_16_bit_colour_down_to_8_bits_refuses_it_and_reads_16_bit_grey_as_before() -> None:
+    before = replace(LETTERBOX, window="8-bit as it is, 16-bit from minimum to maximum", version=1)
+    for data in (deep_png(np.stack([WIDE] * 3, -1), 2), deep_png(np.stack([WIDE, OPAQUE], -1), 4)):
+        error = rejected(data, before)
+        assert error.reason == "unsupported"
+        assert before.id in error.text
+    assert np.array_equal(decoded(encoded(WIDE), before).pixels, decoded(encoded(WIDE)).pixels)
 
 
 def test_a_cmyk_jpeg_has_the_grey_values_of_its_picture() -> None:

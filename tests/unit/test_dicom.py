@@ -69,9 +69,9 @@ def png(grey: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def look_up_table(entries: np.ndarray, start: int, depth: int) -> Sequence:
+def look_up_table(entries: np.ndarray, start: int, depth: int, vr: str | None = None) -> Sequence:
     item = Dataset()
-    item.add_new("LUTDescriptor", "SS" if start < 0 else "US", [len(entries) % 65536, start, depth])
+    item.add_new("LUTDescriptor", vr or ("SS" if start < 0 else "US"), [len(entries) % 65536, start, depth])
     item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
     return Sequence([item])
 
@@ -146,9 +146,47 @@ def test_a_window_function_has_the_values_of_its_formula(
         {"WindowCenter": 2000, "WindowWidth": 100, "VOILUTFunction": "VENDOR"},
     ],
 )
-def test_without_a_window_that_can_be_applied_the_values_run_from_their_least_to_their_most(window: Any) -> None:
+def test_without_a_window_more_than_8_bits_run_from_their_least_to_their_most(window: Any) -> None:
     pixels = ramp() // 2 + 900
     assert np.array_equal(shown(dataset(pixels, **window)), from_least_to_most(pixels))
+
+
+HALF_OF_8_BITS = (ramp(8) // 2 + 60).astype(np.uint8)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("rescale", [{}, {"RescaleSlope": 1, "RescaleIntercept": 0}])
+@pytest.mark.parametrize("stored", ["8 of 8 bits", "8 of 16 bits", "RLE", "JPEG"])
+def test_8_bits_without_a_window_are_what_an_8_bit_png_of_them_is(
+    photometric: str, rescale: dict[str, int], stored: str
+) -> None:
+    pixels = HALF_OF_8_BITS.astype(np.uint16) if stored == "8 of 16 bits" else HALF_OF_8_BITS
+    made = dataset(pixels, 8, PhotometricInterpretation=photometric, **rescale)
+    if stored == "RLE":
+        made.compress(uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+    lossless = imagecodecs.jpeg8_encode(HALF_OF_8_BITS, lossless=True)
+    data = compressed(made, uid.JPEGLosslessSV1, lossless) if stored == "JPEG" else written(made)
+    export = 255 - HALF_OF_8_BITS if photometric == "MONOCHROME1" else HALF_OF_8_BITS
+    assert np.array_equal(decoded(data).pixels, decoded(png(export)).pixels)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(2, -100), (0.5, 0), (-1, 255), (-3, 7)])
+def test_8_bits_without_a_window_keep_their_grey_values_however_they_are_rescaled(slope: float, intercept: int) -> None:
+    grey = shown(dataset(HALF_OF_8_BITS, 8, RescaleSlope=slope, RescaleIntercept=intercept))
+    assert np.array_equal(grey, HALF_OF_8_BITS if slope > 0 else 255 - HALF_OF_8_BITS)
+
+
+def test_8_signed_bits_without_a_window_are_black_at_their_least_possible_value() -> None:
+    pixels = (HALF_OF_8_BITS.astype(int) - 128).astype(np.int8)
+    assert np.array_equal(shown(dataset(pixels, 8)), HALF_OF_8_BITS)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_without_a_window_it_is_the_bits_of_a_modality_table_that_count(depth: int) -> None:
+    entries = np.arange(256)[::-1] // 2 + (0 if depth == 8 else 1000)
+    grey = shown(dataset(HALF_OF_8_BITS, 8, ModalityLUTSequence=look_up_table(entries, 0, depth)))
+    values = entries[HALF_OF_8_BITS]
+    assert np.array_equal(grey, values if depth == 8 else from_least_to_most(values))
 
 
 def raw_element(data: bytes, name: str, vr: bytes, text: str) -> bytes:
@@ -226,6 +264,58 @@ def test_a_voi_table_may_begin_below_zero() -> None:
     entries = np.arange(4096)
     made = dataset(pixels, VOILUTSequence=look_up_table(entries, -2048, 12))
     assert np.array_equal(shown(made), from_least_to_most(pixels))
+
+
+@pytest.mark.parametrize("sequence", ["ModalityLUTSequence", "VOILUTSequence"])
+@pytest.mark.parametrize("count", [32767, 32768, 40000, 65535, 65536])
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_table_is_read_whole_however_many_entries_it_has(sequence: str, count: int, implicit: bool) -> None:
+    pixels = ramp(16, signed=True)
+    entries = np.rint(np.linspace(0, 65535, count)).astype(int)
+    made = dataset(pixels, 16, **{sequence: look_up_table(entries, -32768, 16)})
+    if implicit:  # nothing but the sign of the pixels says there whether a number of a table has one
+        made.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    expected = entries[np.minimum(pixels.astype(int) + 32768, count - 1)] / 65535 * 255
+    assert np.abs(shown(made) - expected).max() <= 0.5 + 1e-9
+
+
+# PS3.3 C.11.2.1.1: the first value that is mapped has a sign where what comes out of the modality stage may have one.
+@pytest.mark.parametrize(
+    ("pixels", "bits", "modality", "start", "told"),
+    [
+        (ramp(), 12, {"RescaleSlope": 1, "RescaleIntercept": -1024}, -1024, ("SS", -1024)),
+        (ramp(), 12, {"RescaleSlope": 1, "RescaleIntercept": -1024}, -1024, ("US", 65536 - 1024)),
+        (ramp(12, signed=True), 12, {}, -2048, ("US", 65536 - 2048)),
+        (ramp(), 12, {}, -1024, ("SS", -1024)),
+        (ramp(16), 16, {}, 40000, ("SS", 40000 - 65536)),
+        (
+            ramp(16, signed=True),
+            16,
+            {"ModalityLUTSequence": look_up_table(np.arange(65536), -32768, 16)},
+            40000,
+            ("US", 40000),
+        ),
+    ],
+    ids=["rescaled", "rescaled-unsigned", "signed-unsigned", "below-all", "unsigned-signed", "modality-table"],
+)
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_voi_table_begins_where_the_values_are_that_it_is_for(
+    pixels: np.ndarray, bits: int, modality: dict[str, Any], start: int, told: tuple[str, int], implicit: bool
+) -> None:
+    entries = np.arange(4096)
+    made = dataset(pixels, bits, **modality, VOILUTSequence=look_up_table(entries, told[1], 12, told[0]))
+    if implicit:
+        made.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    values = pixels.astype(int) + modality.get("RescaleIntercept", 32768 if modality else 0)
+    expected = entries[np.clip(values - start, 0, 4095)] / 4095 * 255
+    assert np.abs(shown(made) - expected).max() <= 0.5 + 1e-9
+
+
+def test_the_entries_of_a_table_have_no_sign_whatever_the_file_says() -> None:
+    entries = np.arange(4096) * 16
+    made = dataset(ramp(), VOILUTSequence=look_up_table(entries, 0, 16))
+    made.VOILUTSequence[0].add_new("LUTData", "SS", entries.astype(np.uint16).view(np.int16).tolist())
+    assert np.abs(shown(made) - ramp() * 16 / 65535 * 255).max() <= 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("big_endian", [False, True])
@@ -363,6 +453,21 @@ def test_run_lengths_show_every_value(colour: bool) -> None:
     expected = shown(made)
     made.compress(uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
     assert np.array_equal(shown(made), expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("syntax", "encode"), [(uid.RLELossless, None), *LOSSLESS])
+def test_values_in_the_high_bits_of_what_is_compressed_are_found_there(
+    syntax: uid.UID, encode: Any, signed: bool
+) -> None:
+    pixels = ramp(12, signed)
+    held = (pixels << 4).view(np.uint16) | np.arange(WIDTH, dtype=np.uint16) % 16
+    made = dataset(held, 16)
+    if encode is None:
+        made.compress(uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+    made.BitsStored, made.HighBit, made.PixelRepresentation = 12, 15, int(signed)
+    data = written(made) if encode is None else compressed(made, syntax, encode(held, 16))
+    assert np.array_equal(shown(data), shown(dataset(pixels)))
 
 
 LOSSY = [
@@ -587,7 +692,7 @@ def test_a_data_set_without_file_meta_information_is_refused_by_name(implicit: b
 
 
 def test_a_recipe_that_knows_no_dicom_refuses_it_and_says_what_to_do() -> None:
-    before = replace(RECIPE, window="8-bit as it is, 16-bit from minimum to maximum")
+    before = replace(RECIPE, window="8-bit as it is, 16-bit from minimum to maximum", version=1)
     assert before.id != RECIPE.id
     error = rejected(dataset(ramp()), recipe=before)
     assert error.reason == "unsupported"
@@ -652,11 +757,14 @@ def test_a_patient_id_is_read_in_its_character_set(charset: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "years"),
-    [("058Y", 58), ("000Y", 0), ("023M", 1), ("024M", 2), ("051W", 0), ("053W", 1), ("364D", 0), ("366D", 1),
+    [("058Y", 58), ("000Y", None), ("001Y", 1), ("000M", 0), ("011M", 0), ("023M", 1), ("024M", 2),
+     ("051W", 0), ("053W", 1), ("000D", 0), ("364D", 0), ("366D", 1),
      ("120Y", 120), ("121Y", None), ("999Y", None), ("", None), ("58", None), ("Y", None), ("058y", None),
      ("-58Y", None)],
 )  # fmt: skip
-def test_an_age_string_is_told_in_whole_years(text: str, years: int | None) -> None:
+def test_an_age_string_is_told_in_whole_years_and_no_age_at_all_is_not_that_of_an_infant(
+    text: str, years: int | None
+) -> None:
     assert age_years(text) == years
 
 

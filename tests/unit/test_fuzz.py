@@ -38,7 +38,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile
 from tests.dicoms import SECRET, dataset, ramp, written
 from tests.unit import test_archive, test_formats
-from tests.unit.test_decoding import chunk, encoded, grey
+from tests.unit.test_decoding import chunk, deep_png, encoded, grey
 from tests.unit.test_dicom import COLOURS, FACTS, LOSSLESS, LOSSY, compressed, look_up_table
 from tests.unit.test_vindr import VinDrFolder
 
@@ -116,6 +116,8 @@ def _pictures() -> list[bytes]:
     return [
         encoded(image, pnginfo=notes, exif=exif, icc_profile=b"profile" * 9, dpi=(72, 72)),
         encoded(grey(64, 48).astype(np.uint16) * 200),
+        deep_png(np.stack([ramp(16)] * 3, -1), 2),
+        deep_png(np.stack([ramp(16)] * 2, -1), 4),
         encoded(image.convert("P"), transparency=b"\x00\x80"),
         encoded(image.convert("RGBA")),
         encoded(image, save_all=True, append_images=[image.rotate(90)]),

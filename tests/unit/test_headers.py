@@ -109,6 +109,29 @@ def test_other_modalities_than_radiographs_are_excluded_by_rule(export: Export) 
     }
 
 
+def test_films_of_another_part_of_the_body_are_excluded_by_rule_and_what_tells_none_is_kept(export: Export) -> None:
+    kept = [
+        "CHEST",
+        "Chest",
+        "PORT CHEST",
+        "CHESTABDOMEN",
+        "THORAX",
+        "TORAX",
+        "LUNG",
+        "LUNGS",
+        "UNKNOWN",
+        "",
+        "C-SPINE",
+    ]
+    left_out = ["HAND", "ABDOMEN", "SKULL", "THORACICSPINE", "WHOLEBODY"]
+    export.put(silent=film(), ct=film(Modality="CT", BodyPartExamined="HAND"))
+    export.put(**{f"p{place}": film(BodyPartExamined=part) for place, part in enumerate(kept + left_out)})
+    rules = {name: row["excluded"] for name, row in export.rows().items()}
+    assert rules.pop("silent") is None
+    assert rules.pop("ct") == "modality"
+    assert [rules[f"p{place}"] for place in range(len(rules))] == [None] * len(kept) + ["body_part"] * len(left_out)
+
+
 def large(size: int, element: str = "long") -> bytes:
     """A film whose header has that many bytes before what tells of the image."""
     made = dataset(PIXELS)

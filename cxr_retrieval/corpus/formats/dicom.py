@@ -13,13 +13,15 @@ from cxr_retrieval.corpus.findings import FINDINGS, UNKNOWN
 from cxr_retrieval.corpus.formats.labels import GIVEN, Box, Label, Tables, header_of, quoted, records, view
 from cxr_retrieval.corpus.formats.observations import CELLS
 from cxr_retrieval.corpus.formats.vocabulary import OWN
-from cxr_retrieval.corpus.limits import MODALITY
+from cxr_retrieval.corpus.limits import BODY_PART, MODALITY
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile, canonical
 
 PATH, IMAGE, STUDY = "path", "SOPInstanceUID", "StudyInstanceUID"
 KEYS = (PATH, IMAGE, STUDY)  # columns that name a file (below the archive's folder), an image or all images of a study
 RADIOGRAPHS = ("CR", "DX", "DR", "RG", "OT")  # modalities of what may be a chest X-ray; so may be what names none
+CHEST = ("CHEST", "THORAX", "TORAX", "LUNG")  # one of them is in the body part of a chest X-ray
+ANY_PART = (None, "UNKNOWN", "UNDEFINED", "UNSPECIFIED", "OTHER", "NONE")  # body parts that do not say which
 
 
 class DicomFolder:
@@ -54,7 +56,7 @@ class DicomFolder:
             age_years=facts.age_years,
             sex=facts.sex,
             view=view(facts.view or ""),
-            excluded=None if facts.modality in (None, *RADIOGRAPHS) else MODALITY,
+            excluded=_rule(facts),
         )
 
     def labels(self, tables: Tables) -> Iterator[Label]:
@@ -82,6 +84,14 @@ class DicomFolder:
 
     def listed(self, _: Tables) -> Iterator[tuple[str, str]]:
         return iter(())
+
+
+def _rule(facts: DicomFacts) -> str | None:
+    """The rule that leaves out what its header says is no chest X-ray; None where it may be one."""
+    if facts.modality not in (None, *RADIOGRAPHS):
+        return MODALITY
+    part = facts.body_part
+    return None if part in ANY_PART or any(word in part for word in CHEST) else BODY_PART
 
 
 def _key(table: StoredFile) -> str:
