@@ -86,6 +86,8 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
     require_cpus(workers, training.cpus_per_worker, READ_CPUS, workers * training.gpu)
     require_trainable(settings, corpus)
     require_tracking(settings)
+    for caution in cautions(settings, workers):
+        console.say(f"warning: {caution}")
     draft.begin()
     progress_uri = storage.join(settings.workspace, "runs", draft.input_id, PROGRESS_FILE)
     trainer = trainer_of(settings, corpus, draft.input_id, tracking_server())
@@ -98,6 +100,16 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
         if stopped_early(settings, run):
             progress.end_early(f"no better for {training.patience} epochs")
         return _export(draft, settings, corpus, run), True
+
+
+def cautions(settings: Settings, workers: int) -> list[str]:
+    """What is allowed, and may not be what a person wants."""
+    if workers == 1 or settings.network.normalisation != "batch" or settings.training.gpu:
+        return []
+    return [
+        f"network.normalisation=batch on CPUs: each of {workers} workers has statistics of its own share of a batch, so"
+        " that another number of workers trains another model; group does not depend on it"
+    ]
 
 
 def _workers_to_begin_with(training: TrainingSettings) -> int:

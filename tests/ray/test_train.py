@@ -24,12 +24,12 @@ from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.progress import statuses
 from cxr_retrieval.training.model import Model
-from cxr_retrieval.training.run import model_draft, train, trainer_of, training_images
+from cxr_retrieval.training.run import cautions, model_draft, train, trainer_of, training_images
 from cxr_retrieval.training.state import STATE_FILE, load_state
 from cxr_retrieval.training.telling import PROGRESS_FILE
 from jobs.train import training_report
 from tests.commands import done
-from tests.processes import job, wait_until
+from tests.processes import TIMEOUT_S, job, wait_until
 
 EPOCHS, BATCH = 4, 8
 WHOLE_EPOCHS = 3  # of whole images only; then the crop, which is cut at whole pixels and jumps
@@ -61,6 +61,14 @@ def history(model: Artifact) -> list[dict[str, Any]]:
 
 def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != SPEED} for record in records]
+
+
+def same_curve(found: list[dict[str, Any]], straight: list[dict[str, Any]]) -> None:
+    """The same within what other sums round off; a crop is cut at whole pixels, and jumps."""
+    for name in ("loss", "ccloss", "cross_entropy", "centre_cosine"):
+        these, those = (np.array([record[name] for record in records]) for records in (found, straight))
+        assert these[:WHOLE_EPOCHS] == pytest.approx(those[:WHOLE_EPOCHS], rel=1e-4, abs=1e-5), name
+        assert these == pytest.approx(those, rel=0.05, abs=0.01), name
 
 
 def weights_hash(model: Artifact) -> str:
@@ -235,10 +243,31 @@ def test_two_workers_see_the_same_rows_and_give_the_same_loss(undisturbed, two_w
     assert artifact.counts["steps"] * WHOLE_EPOCHS / EPOCHS >= 20
     curve = [record["cross_entropy"] for record in history(artifact)]
     assert abs(curve[WHOLE_EPOCHS - 1] / curve[0] - 1) > 50 * 1e-4, "nothing was learnt: nothing could differ"
-    for name in ("loss", "ccloss", "cross_entropy", "centre_cosine"):
-        one, two = ([record[name] for record in history(model)] for model in (artifact, two_workers))
-        assert np.array(two[:WHOLE_EPOCHS]) == pytest.approx(np.array(one[:WHOLE_EPOCHS]), rel=1e-4, abs=1e-5), name
-        assert np.array(two) == pytest.approx(np.array(one), rel=0.05, abs=0.01), name
+    same_curve(history(two_workers), history(artifact))
+
+
+def test_one_of_two_workers_killed_amid_an_epoch_costs_nothing_of_the_curve(two_workers, phantom_archive, tmp_path):
+    run, log = tmp_path / "runs" / two_workers.input_id, tmp_path / "log"
+    command = ["train", *words(phantom_archive, tmp_path), "training.workers=2", "training.checkpoint_steps=2"]
+    with job(*command, log=log) as process:
+        wait_until(lambda: inside_a_later_epoch(run), process, log)
+        workers = train_workers(process.pid)
+        assert len(workers) == 2
+        os.kill(workers[-1], signal.SIGKILL)
+        wait_until(lambda: bool(set(train_workers(process.pid)) - set(workers)), process, log)
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()
+    model = artifacts.load(str(tmp_path / "models" / two_workers.input_id), "model")
+    assert model.counts == two_workers.counts
+    same_curve(history(model), history(two_workers))
+
+
+def test_batch_statistics_of_several_workers_on_cpus_are_warned_of(phantom_archive, tmp_path):
+    plain = settings(phantom_archive, tmp_path)
+    assert cautions(plain, 2) == []
+    batch = load_settings((), [*words(phantom_archive, tmp_path), "network.normalisation=batch"])
+    assert cautions(batch, 1) == []
+    (told,) = cautions(batch, 2)
+    assert told.startswith("network.normalisation=batch on CPUs: each of 2 workers")
 
 
 def test_a_run_of_two_workers_goes_on_with_one_and_gives_the_curve_of_one(
@@ -261,11 +290,7 @@ def test_a_run_of_two_workers_goes_on_with_one_and_gives_the_curve_of_one(
     after = load_state(trainer_of(one, corpus, "elastic", None).fit().checkpoint)["run"]
     assert after["history"][0] == before["history"][0], "nothing was trained again"
     assert after["step"] == artifact.counts["steps"]
-    for name in ("loss", "ccloss", "cross_entropy", "centre_cosine"):
-        found, straight = ([record[name] for record in records] for records in (after["history"], history(artifact)))
-        found, straight = np.array(found), np.array(straight)
-        assert found[:WHOLE_EPOCHS] == pytest.approx(straight[:WHOLE_EPOCHS], rel=1e-4, abs=1e-5), name
-        assert found == pytest.approx(straight, rel=0.05, abs=0.01), name
+    same_curve(after["history"], history(artifact))
 
 
 def test_a_run_that_ends_amid_pretraining_goes_on_to_the_same_curve_and_workers_change_nothing(
