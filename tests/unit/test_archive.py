@@ -271,7 +271,9 @@ def test_two_label_tables_are_refused_by_name(folder: Folder) -> None:
     assert re.search(r"two tables of one kind, \S+\.csv and \S+\.csv: keep one", folder.refused())
 
 
-@pytest.mark.parametrize("column", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Follow-up #"])
+@pytest.mark.parametrize(
+    "column", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Follow-up #", "Patient Gender"]
+)
 def test_a_missing_column_is_named(column: str, folder: Folder) -> None:
     folder.images("a.png").table(line("a.png"), header=HEADER.replace(column, "Something"))
     assert f"{TABLE}: column {column!r} is missing" in folder.refused()

@@ -3,10 +3,8 @@ unknown."""
 
 import csv
 import gzip
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,10 @@ from hypothesis import strategies as st
 from cxr_retrieval.config import CorpusSettings, load_settings
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.formats import FORMATS
 from cxr_retrieval.corpus.formats.labels import view
 from cxr_retrieval.corpus.formats.observations import OBSERVATIONS, Observations
 from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.storage import StoredFile
 
 NEVER = ["Infiltration", "Emphysema", "Fibrosis", "Hernia"]  # what CheXpert's labeller never labels
 PADCHEST_TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
@@ -512,24 +508,3 @@ def test_every_word_of_padchests_vocabulary_is_read_from_a_list(tmp_path: Path) 
     for n, meaning in enumerate(PADCHEST.meanings.values()):
         row = rows[f"{n}.png"]
         assert set(meaning.split()) == {*row["findings"], *(f"{name}?" for name in row["unknown"])}
-
-
-@pytest.mark.parametrize(
-    ("layout", "kind", "name"),
-    [
-        ("chexpert", "train", "chexpert_train.csv.gz"),
-        ("padchest", "PADCHEST_chest_x_ray_images_labels_160K", f"{PADCHEST_TABLE}.gz"),
-    ],
-)
-def test_the_tables_that_torchxrayvision_carries_are_read_with_every_row(layout: str, kind: str, name: str) -> None:
-    package = importlib.util.find_spec("torchxrayvision")
-    if package is None or package.origin is None:
-        pytest.skip("torchxrayvision is not installed: its tables are not part of this project")
-    file = Path(package.origin).parent / "data" / name
-    labels = FORMATS[layout](CorpusSettings(format=layout)).labels({kind: StoredFile(name, str(file), 1, 0.0)})
-    read = list(islice(labels, 20_000))
-    assert len({label.image for label in read}) == 20_000
-    assert {label.reason for label in read} <= {None, "excluded_by_archive"}
-    assert all(label.patient and label.study for label in read)
-    assert sum(label.age_years is None for label in read) < 10
-    assert {finding for label in read for finding in label.findings} >= {"Effusion", "Edema", "Pneumothorax"}

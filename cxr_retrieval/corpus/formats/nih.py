@@ -10,6 +10,7 @@ from cxr_retrieval.corpus.formats.labels import (
     Tables,
     age,
     coordinate,
+    header_of,
     lines,
     quoted,
     records,
@@ -26,9 +27,9 @@ COLUMNS = (
     "Follow-up #",
     "Patient ID",
     "Patient Age",
-    "Patient Gender",
     "View Position",
 )
+SEX = ("Patient Gender", "Patient Sex")  # one of them: the table that is for download now has the second
 
 
 class Nih:
@@ -52,7 +53,8 @@ class Nih:
         return path.rpartition("/")[2]
 
     def labels(self, tables: Tables) -> Iterator[Label]:
-        for image, found, follow_up, patient, years, sex, view in records(tables[TABLE], COLUMNS):
+        gender = next((name for name in SEX if name in header_of(tables[TABLE])), SEX[0])
+        for image, found, follow_up, patient, years, view, sex in records(tables[TABLE], (*COLUMNS, gender)):
             findings = [finding for finding in found.split("|") if finding != NO_FINDING]
             strange = next((finding for finding in findings if finding not in FINDINGS), None)
             yield Label(
