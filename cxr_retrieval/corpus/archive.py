@@ -24,9 +24,9 @@ from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
 from cxr_retrieval.corpus.formats import format_of, formats_with
-from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables
+from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables, filled
 from cxr_retrieval.corpus.headers import FACTS, OBJECT, STRETCH, UNREADABLE, Headers
-from cxr_retrieval.corpus.limits import exclusion
+from cxr_retrieval.corpus.limits import REMOVED, exclusion
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
@@ -36,7 +36,6 @@ NOTHING_TOLD = dict(vars(Label("")))
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", *DICOM_ENDINGS)
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
 WITHOUT_IMAGE = "DICOM without an image"
-REMOVED = "removed"  # what is told of an image whose patient was removed
 
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 TABLES = """
@@ -267,7 +266,13 @@ class Archive:
             else:
                 label = layout.header_label(row["path"], DicomFacts(**{name: row[name] for name, _ in FACTS}))
             facts = json.dumps(vars(label), default=str)
-            return {**row, "key": row["path"], "patient": row["patient_id"], "told_as": label.image, "facts": facts}
+            return {
+                **row,
+                "key": row["path"],
+                "patient": filled(row["patient_id"] or ""),
+                "told_as": label.image,
+                "facts": facts,
+            }
 
         rows = ({**kept(row), "unreadable": UNREADABLE} for row in headers.to_pylist())
         self._database.executemany(KEEP, rows)
@@ -294,7 +299,7 @@ class Archive:
             nonlocal count
             for label in self._format.labels(tables):
                 count += 1
-                yield label.image, label.patient, json.dumps(vars(label), default=str)
+                yield label.image, filled(label.patient), json.dumps(vars(label), default=str)
 
         self._database.executemany(
             "INSERT INTO labels (image, patient, facts) VALUES (?, ?, ?) ON CONFLICT (image) DO UPDATE SET twice = 1",

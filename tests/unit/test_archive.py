@@ -15,8 +15,9 @@ import pytest
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import archive
-from cxr_retrieval.corpus.archive import REMOVED, Archive, ignored_text
+from cxr_retrieval.corpus.archive import Archive, ignored_text
 from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.limits import REMOVED
 from cxr_retrieval.corpus.rows import rows_digest
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients, remove
@@ -132,6 +133,10 @@ def nobody(folder: Folder) -> None:
     folder.images("a.png", "b.png").table(line("a.png"), line("b.png", patient=" "))
 
 
+def nobody_by_a_programs_word(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), line("b.png", patient="NaN"))
+
+
 def labelled_twice(folder: Folder) -> None:
     folder.images("a.png", "b.png").table(line("b.png"), line("a.png"), line("b.png", "Mass"))
 
@@ -147,6 +152,7 @@ def line_cut_short(folder: Folder) -> None:
         (strange_finding, "unknown_finding", "finding 'Gout' is none of the 14"),
         (no_findings_written, "unknown_finding", "finding '' is none of the 14"),
         (nobody, "no_patient", "the label row names no patient"),
+        (nobody_by_a_programs_word, "no_patient", "the label row names no patient"),
         (labelled_twice, "labels_twice", "the label table has two rows for this image"),
         (line_cut_short, "no_patient", "the label row names no patient"),
     ],

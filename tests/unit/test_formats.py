@@ -354,9 +354,10 @@ def test_a_projection_is_one_of_three_views_where_that_is_sure(projection: str, 
     assert read(padchest(tmp_path, "['normal']", Projection=projection), "padchest")["0.png"]["view"] == ours
 
 
-def test_what_padchest_says_to_exclude_is_quarantined(tmp_path: Path) -> None:
-    row = read(padchest(tmp_path, "['normal']", Projection="EXCLUDE"), "padchest")["0.png"]
-    assert row["reason"] == "excluded_by_archive"
+@pytest.mark.parametrize("words", ["['normal']", "nan", "no list"])
+def test_what_padchest_says_to_exclude_is_excluded_and_not_quarantined(words: str, tmp_path: Path) -> None:
+    row = read(padchest(tmp_path, words, Projection="EXCLUDE"), "padchest")["0.png"]
+    assert (row["excluded"], row["reason"]) == ("by_archive", None)
 
 
 @pytest.mark.parametrize("cells", [{"PatientBirth": ""}, {"StudyDate_DICOM": ""}, {"PatientBirth": "2031.0"}])
@@ -418,6 +419,35 @@ def test_a_table_may_name_files_without_their_folders(tmp_path: Path) -> None:
     (tmp_path / "1.png").unlink()
     images(tmp_path, "d/1.png")
     assert read(tmp_path, "csv", columns=COLUMNS)["1.png"]["reason"] == "name_twice"
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "nan", "NaN", "None", "NULL", "NA", "n/a", "<NA>"])
+def test_a_cell_that_a_program_left_empty_is_no_patient_and_no_finding(nothing: str, tmp_path: Path) -> None:
+    table(
+        tmp_path / "list.csv",
+        "file,pid,seen",
+        {"file": "1.png", "pid": nothing, "seen": "Mass"},
+        {"file": "2.png", "pid": nothing, "seen": "Mass"},
+        {"file": "3.png", "pid": "x", "seen": nothing},
+    )
+    images(tmp_path, "1.png", "2.png", "3.png")
+    rows = read(tmp_path, "csv", columns=COLUMNS)
+    assert [rows[name]["reason"] for name in ("1.png", "2.png", "3.png")] == ["no_patient", "no_patient", None]
+    assert rows["1.png"]["text"] == "the label row names no patient"
+    assert (rows["3.png"]["unknown"], rows["3.png"]["other"]) == (list(FINDINGS), [])
+
+
+@pytest.mark.parametrize("layout", ["mimic", "padchest"])
+def test_a_patient_that_a_program_left_empty_is_none_in_any_format(layout: str, tmp_path: Path) -> None:
+    if layout == "mimic":
+        mimic(tmp_path)
+        file = tmp_path / METADATA
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b",10000764,", b",nan,")))
+        name = THIRD
+    else:
+        padchest(tmp_path, "['normal']", PatientID="nan")
+        name = "0.png"
+    assert read(tmp_path, layout)[name]["reason"] == "no_patient"
 
 
 def test_a_table_without_findings_leaves_all_unknown(tmp_path: Path) -> None:

@@ -10,7 +10,18 @@ from typing import Any
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, NO_FINDING, PRESENT, UNKNOWN
-from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, date, records, sex, view, whole_number
+from cxr_retrieval.corpus.formats.labels import (
+    Box,
+    Label,
+    Tables,
+    age,
+    date,
+    filled,
+    records,
+    sex,
+    view,
+    whole_number,
+)
 from cxr_retrieval.corpus.formats.vocabulary import Vocabulary
 from cxr_retrieval.storage import StoredFile
 
@@ -69,7 +80,7 @@ class ColumnMap:
 
     def _rows(self, file: StoredFile) -> Iterator[dict[str, str]]:
         for cells in records(file, list(self._columns.values())):
-            yield dict(zip(self._columns, cells, strict=True))
+            yield dict(zip(self._columns, map(filled, cells), strict=True))
 
     def _names(self, row: Mapping[str, str], key: str) -> list[str]:
         words = (word.strip() for word in row.get(key, "").split(self._separator))

@@ -23,6 +23,7 @@ MOST_ROW = 1 << 16  # characters; the longest rows known, PadChest's with their 
 MOST_UNPACKED, ALWAYS_UNPACKED = 200, 16 << 20
 MOST_PIXELS = 1e6  # that a box is long, or away from its image's corner
 MOST_QUOTED = 60
+NOTHING = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})  # as programs write it, in any case
 AGES = range(0, 121)  # tables have a few impossible ages, such as 414: unknown, the image stays
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
 VIEWS = {
@@ -192,6 +193,11 @@ def lines(file: StoredFile) -> Generator[list[str], None, None]:
         raise UserError(f"{file.uri} cannot be read as a table: {error}; copy it again") from None
     except FileNotFoundError:
         raise UserError(f"{file.uri}: there is no such table; check its name") from None
+
+
+def filled(cell: str) -> str:
+    """What a cell holds; nothing where it holds a program's word for nothing."""
+    return "" if cell.casefold() in NOTHING else cell
 
 
 def whole_number(text: str) -> int | None:
