@@ -77,10 +77,15 @@ def say_other_findings(counts: Mapping[str, int]) -> None:
 
 
 def warn_of_corpus(corpus: Artifact) -> None:
-    """A line each about files of other kinds in the archive, images with text in them and images of two patients, if
-    there are any."""
+    """A line each about files of other kinds in the archive, boxes that are left out, images with text in them and
+    images of two patients, if there are any."""
     if ignored := corpus.manifest["ignored_files"]:
         console.say(ignored_text(ignored))
+    if any((boxes := corpus.manifest["boxes_left_out"]).values()):
+        console.say(
+            f"boxes that are left out: {boxes['unknown_finding']:,} whose finding is none of the {len(FINDINGS)},"
+            f" {boxes['not_in_labels']:,} of a finding that their image does not have"
+        )
     if burned_in := corpus.manifest["burned_in"]:
         console.say(
             f"warning: images that hold burned-in text, by what their headers say (BurnedInAnnotation): {burned_in:,};"

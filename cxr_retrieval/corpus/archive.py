@@ -23,6 +23,7 @@ from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
+from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of, formats_with
 from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables, filled
 from cxr_retrieval.corpus.headers import FACTS, OBJECT, STRETCH, UNREADABLE, Headers
@@ -72,6 +73,12 @@ PLACED, NEW = f"{JOINED} WHERE place IS NOT NULL ORDER BY place, path", f"{JOINE
 THEIRS = """
 SELECT path FROM known WHERE removed OR patient IN (SELECT value FROM json_each(?))
 """
+UNKNOWN_BOXES = "DELETE FROM boxes WHERE finding NOT IN (SELECT value FROM json_each(?))"
+CONTRADICTED_BOXES = """
+DELETE FROM boxes WHERE image IN (SELECT image FROM labels) AND finding NOT IN (
+    SELECT value FROM labels, json_each(labels.facts, '$.findings') WHERE labels.image = boxes.image
+)
+"""
 BARE_NAMES = """
 UPDATE listing SET image = file_name(path), told_as = file_name(path)
 WHERE image NOT IN (SELECT image FROM labels) AND file_name(path) IN (SELECT image FROM labels)
@@ -110,7 +117,9 @@ class Archive:
     """What an archive holds: its rows, and what else was found.
 
     `rows` is the number of images; `ignored` says how many files of each other ending there are, which are neither
-    images that can be read nor the archive's tables; `table_hashes` are the SHA-256 of the tables by their paths.
+    images that can be read nor the archive's tables; `boxes_left_out` counts boxes whose finding is none of FINDINGS
+    (`unknown_finding`) or none that their image has (`not_in_labels`): where labels and boxes disagree, nothing says
+    what a crop should have found. `table_hashes` are the SHA-256 of the tables by their paths.
     `unscanned` files may be images or not, and their rows are not known yet: their headers are still to be read.
     """
 
@@ -144,9 +153,7 @@ class Archive:
                 self._read_headers(self._format, headers)
             self._require_whole(tables, others)
             self.label_rows = self._read_labels(tables)
-            self._database.executemany(
-                "INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", map(astuple, self._format.boxes(tables))
-            )
+            self.boxes_left_out = self._read_boxes(tables)
             if not isinstance(self._format, HeaderFormat):
                 self._database.execute(BARE_NAMES)
             self._database.executescript(INDEXES)
@@ -306,6 +313,14 @@ class Archive:
             rows(),
         )
         return count
+
+    def _read_boxes(self, tables: Tables) -> dict[str, int]:
+        """Read the boxes that have a finding of their image; how many others there are, by what is wrong with them."""
+        self._database.executemany(
+            "INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", map(astuple, self._format.boxes(tables))
+        )
+        unknown = self._database.execute(UNKNOWN_BOXES, (json.dumps(FINDINGS),)).rowcount
+        return {"unknown_finding": unknown, "not_in_labels": self._database.execute(CONTRADICTED_BOXES).rowcount}
 
     def _read_listed(self, tables: Tables) -> None:
         """Read the archive's own split. Raises UserError where it has none, and where it tears a patient apart."""

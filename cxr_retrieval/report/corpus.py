@@ -80,6 +80,7 @@ def write_corpus(
         label_rows=manifest["label_rows"],
         labels_without_image=manifest["labels_without_image"],
         ignored=sorted(manifest["ignored_files"].items()),
+        boxes_left_out=sum(manifest["boxes_left_out"].values()),
         left_out=left_out(manifest),
         findings=_findings(census),
         images=census.all.images,

@@ -231,6 +231,18 @@ def test_boxes_are_read_below_nihs_header_and_infiltrate_is_infiltration(folder:
     assert rows["b.png"]["boxes"] == []
 
 
+def test_a_box_of_a_finding_that_its_image_lacks_or_that_is_none_is_counted_and_not_kept(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png", "Mass"), line("b.png"), line("elsewhere.png", "Mass"))
+    boxes = ["a.png,Mass", "a.png,Bogus", "a.png,Nodule", "b.png,Mass", "elsewhere.png,Mass", "nobody.png,Mass"]
+    folder.table(
+        *(f"{box},1,2,30,40" for box in boxes), header="Image Index,Finding Label,Bbox [x,y,w,h],,,", name=BOXES
+    )
+    found = folder.read()
+    rows = {row["image_id"]: [box["finding"] for box in row["boxes"]] for row in in_order(found)}
+    assert rows == {"a.png": ["Mass"], "b.png": []}
+    assert found.boxes_left_out == {"unknown_finding": 1, "not_in_labels": 2}
+
+
 @pytest.mark.parametrize(
     "box", ["a.png,Mass,1,2,3", "a.png,Mass,1,2,3,x", "a.png,Mass,1,2,nan,4", "a.png,Mass,1,2,0,4"]
 )

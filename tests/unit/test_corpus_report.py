@@ -27,6 +27,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "label_rows": 1300,
         "labels_without_image": 66,
         "ignored_files": {".tif": 2},
+        "boxes_left_out": {"unknown_finding": 41, "not_in_labels": 0},
         "quarantine_reasons": {"no_label_row": 3, "damaged": 17},
         "exclusion_rules": {"age_unknown": 4, "view": 5},
         "duplicates_across_patients": 2,
@@ -90,7 +91,7 @@ def test_every_image_is_accounted_for_by_reason_and_rule() -> None:
     html = page()
     for what, why, count in told:
         assert [what, why, str(count)] in cells(html)
-    for number in ("1,234", "1,200", "66 of 1,300 label rows have no image", ".tif 2"):
+    for number in ("1,234", "1,200", "66 of 1,300 label rows have no image", ".tif 2", "41 boxes"):
         assert number in html
 
 
