@@ -164,6 +164,7 @@ class Archive:
             self.labels_without_image = self._count(
                 "SELECT count(*) FROM labels WHERE image NOT IN (SELECT told_as FROM listing)"
             )
+            self._require_labels()
         self.table_hashes = {file.path: storage.content_hash(file.uri) for file in tables.values()}
 
     def partitions(self) -> Iterator[pa.Table]:
@@ -297,6 +298,16 @@ class Archive:
                     f"{self.uri}: no {what} in it, which corpus.format={self._settings.format} needs"
                     f"{found or '; set corpus.format to the layout that the archive has'}"
                 )
+
+    def _require_labels(self) -> None:
+        """Raises UserError where there are label rows and none is of an image. No name is told: it may be a person."""
+        labelled = self._count("SELECT count(*) FROM labels")
+        if labelled and self.labels_without_image == labelled and not self.unscanned:
+            raise UserError(
+                f"{self.uri}: none of the {labelled:,} label rows is of an image in it;"
+                f" corpus.format={self._settings.format} knows an image by {self._format.known_by}: mend the tables,"
+                " or give those of these images"
+            )
 
     def _read_labels(self, tables: Tables) -> int:
         """Read the label tables; how many rows they have."""

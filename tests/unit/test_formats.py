@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from cxr_retrieval.config import CorpusSettings, load_settings
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.formats.column_map import ColumnMap
 from cxr_retrieval.corpus.formats.labels import view
 from cxr_retrieval.corpus.formats.observations import OBSERVATIONS, Observations
 from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.storage import StoredFile
 
 NEVER = ["Infiltration", "Emphysema", "Fibrosis", "Hernia"]  # what CheXpert's labeller never labels
 PADCHEST_TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
@@ -419,6 +421,39 @@ def test_a_table_may_name_files_without_their_folders(tmp_path: Path) -> None:
     (tmp_path / "1.png").unlink()
     images(tmp_path, "d/1.png")
     assert read(tmp_path, "csv", columns=COLUMNS)["1.png"]["reason"] == "name_twice"
+
+
+@pytest.mark.parametrize("path", ["{archive}/a/1.png", "file://{archive}/a/1.png", "./a/1.png", "././a/1.png", "1.png"])
+def test_a_table_may_name_an_image_by_any_path_that_leads_to_it(path: str, tmp_path: Path) -> None:
+    table(tmp_path / "list.csv", "file,pid,seen", {"file": path.format(archive=tmp_path), "pid": "x", "seen": "Mass"})
+    images(tmp_path, "a/1.png")
+    (row,) = read(tmp_path, "csv", columns=COLUMNS).values()
+    assert (row["reason"], row["findings"]) == (None, ["Mass"])
+
+
+def test_a_table_may_name_images_of_a_bucket_by_their_uris(tmp_path: Path) -> None:
+    table(
+        tmp_path / "list.csv",
+        "file,pid",
+        {"file": "s3://films/chest/a/1.png", "pid": "x"},
+        {"file": "s3://other/1.png"},
+    )
+    settings = CorpusSettings.model_validate(
+        {"archive": "s3://films/chest/", "format": "csv", "columns": {"image": "file", "patient": "pid"}}
+    )
+    labels = ColumnMap(settings).labels({"table": StoredFile("list.csv", str(tmp_path / "list.csv"), 0, 0.0)})
+    assert [label.image for label in labels] == ["a/1.png", "s3://other/1.png"]
+
+
+@pytest.mark.parametrize("path", ["/data/films/Smith/1.png", "s3://other/1.png", "C:\\films\\1.png", "../a/1.png", "9"])
+def test_a_table_that_names_no_image_of_the_archive_is_refused_and_no_name_is_told(path: str, tmp_path: Path) -> None:
+    table(tmp_path / "list.csv", "file,pid,seen", {"file": path, "pid": "x"}, {"file": f"{path}.png", "pid": "x"})
+    images(tmp_path, "a/1.png", "a/2.png")
+    told = refused(tmp_path, "csv", columns=COLUMNS)
+    assert told == (
+        f"{tmp_path}: none of the 2 label rows is of an image in it; corpus.format=csv knows an image by its path below"
+        " the archive or its file's name: mend the tables, or give those of these images"
+    )
 
 
 @pytest.mark.parametrize("nothing", ["", " ", "nan", "NaN", "None", "NULL", "NA", "n/a", "<NA>"])

@@ -107,15 +107,17 @@ def test_a_path_in_a_table_is_compared_with_the_listing_and_never_opened(
 ) -> None:
     archive = tmp_path / "archive"
     archive.mkdir()
-    for path in (tmp_path / "secret.png", archive / "a.png"):
+    for path in (tmp_path / "secret.png", archive / "a.png", archive / "b.png"):
         path.write_bytes(b"x")
-    (archive / "list.csv").write_text(f"file,pid\n{name},1\n{name.replace('secret', 'a')},1\n{tmp_path}/secret.png,1\n")
+    (archive / "list.csv").write_text(
+        f"file,pid\n{name},1\n{name.replace('secret', 'a')},1\n{tmp_path}/secret.png,1\nb.png,1\n"
+    )
     opened: list[str] = []
     for door in ("read_bytes", "open_text", "arrow_reader", "read_beginning"):
         real = getattr(storage, door)
         monkeypatch.setattr(storage, door, lambda uri, *rest, real=real: opened.append(uri) or real(uri, *rest))
     rows = read(archive, "csv", columns={"image": "file", "patient": "pid"})
-    assert [row["source_uri"] for row in rows.values()] == [str(archive / "a.png")]
+    assert [row["source_uri"] for row in rows.values()] == [f"{archive}/a.png", f"{archive}/b.png"]
     assert set(opened) == {str(archive / "list.csv")}
 
 

@@ -4,6 +4,7 @@ Findings are those of FINDINGS, in any case and with blanks or underscores, and 
 the table names is taken for one that was never labelled: unknown in all.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,14 +24,16 @@ from cxr_retrieval.corpus.formats.labels import (
     whole_number,
 )
 from cxr_retrieval.corpus.formats.vocabulary import Vocabulary
-from cxr_retrieval.storage import StoredFile
+from cxr_retrieval.storage import StoredFile, canonical
 
 TABLE = "table"
+HERE = re.compile(r"^(\./)+")
 SPELLINGS = {name.replace("_", " ").casefold(): name for name in (*FINDINGS, NO_FINDING)}
 
 
 class ColumnMap:
     name = "a plain table"
+    known_by = "its path below the archive or its file's name"
     needs: Mapping[str, str] = {TABLE: "table *.csv at its top"}
     lists: Mapping[str, str] | None = None
     companions: Sequence[str] = ()
@@ -38,6 +41,7 @@ class ColumnMap:
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._columns = {key: column for key, column in settings.columns.model_dump().items() if column}
+        self._root = f"{canonical(settings.archive)}/" if settings.archive else ""
         self._separator = printable(settings.separator)  # as cells come
         self._blank = ABSENT if settings.unmentioned == "absent" else UNKNOWN
 
@@ -59,7 +63,8 @@ class ColumnMap:
         vocabulary = Vocabulary({finding: finding for finding in named})
         for row in self._rows(tables[TABLE]):
             follow_up = row.get("follow_up", "")
-            image = row["image"].replace("\\", "/").removeprefix("./")
+            path = row["image"].replace("\\", "/").removeprefix("file://").removeprefix(self._root)
+            image = HERE.sub("", path)
             yield Label(
                 image,
                 row["patient"],

@@ -84,13 +84,14 @@ Tables = Mapping[str, StoredFile]
 class Format(Protocol):
     """The layout of an archive: which files are its tables, and what they tell.
 
-    `needs` are the kinds of tables without which it cannot be read, each by the name that a person knows, and `lists`
-    those that in addition the archive's own split needs; None: it has no split of its own. `companions` are beginnings
-    of names of files that belong to an archive and are not needed. `frame` is the side in pixels of the frame that
-    boxes are given in; None: the image's own.
+    `known_by` says to a person what the tables call an image. `needs` are the kinds of tables without which it cannot
+    be read, each by the name that a person knows, and `lists` those that in addition the archive's own split needs;
+    None: it has no split of its own. `companions` are beginnings of names of files that belong to an archive and are
+    not needed. `frame` is the side in pixels of the frame that boxes are given in; None: the image's own.
     """
 
     name: str
+    known_by: str
     needs: Mapping[str, str]
     lists: Mapping[str, str] | None
     companions: Sequence[str]

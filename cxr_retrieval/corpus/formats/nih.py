@@ -34,6 +34,7 @@ SEX = ("Patient Gender", "Patient Sex")  # one of them: the table that is for do
 
 class Nih:
     name = "NIH"
+    known_by = "its file's name"
     needs: Mapping[str, str] = {TABLE: f"label table {TABLE}*.csv"}
     lists: Mapping[str, str] | None = {TEST_LIST: f"NIH's {TEST_LIST}.txt"}
     companions: Sequence[str] = ("train_val_list",)

@@ -49,6 +49,7 @@ EXCLUDED = "EXCLUDE"  # a projection: what PadChest's authors found to be no ima
 
 class PadChest:
     name = "PadChest"
+    known_by = "its file's name"
     needs: Mapping[str, str] = {TABLE: f"label table {TABLE}*.csv"}
     lists: Mapping[str, str] | None = None
     companions: Sequence[str] = ()

@@ -43,6 +43,7 @@ class _Votes:
 
 class VinDr:
     name = "VinDr-CXR"
+    known_by = "its image_id"
     needs: Mapping[str, str] = {TRAIN_LABELS: f"label table annotations/{TRAIN_LABELS}.csv"}
     lists: Mapping[str, str] | None = {TEST_LABELS: f"annotations/{TEST_LABELS}.csv"}
     companions: Sequence[str] = ("LICENSE", "SHA256SUMS")
