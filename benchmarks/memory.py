@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.archive import large_archive
 from benchmarks.claim import Claim, publish
-from benchmarks.job import run_job
+from benchmarks.job import PUBLIC, run_job
 from cxr_retrieval.runtime import start_ray
 
 PART, SIDE, TIMES, ROUNDS = 256, 256, 8, 3
@@ -23,7 +23,7 @@ IMAGES = 4 * PART * (os.cpu_count() or 1)
 def peak(archive: str) -> float:
     """MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"workspace={folder}", f"corpus.archive={archive}", f"corpus.size={SIDE}"]
+        words = [f"workspace={folder}", f"corpus.archive={archive}", f"corpus.size={SIDE}", PUBLIC]
         return run_job("prepare", *words, f"corpus.partition_images={PART}")[1]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.archive import large_archive
 from benchmarks.claim import Claim, publish
-from benchmarks.job import run_job
+from benchmarks.job import PUBLIC, run_job
 from cxr_retrieval.artifacts import MANIFEST
 from cxr_retrieval.corpus.preparation import LATEST
 from cxr_retrieval.runtime import start_ray
@@ -35,7 +35,7 @@ def lose(corpora: Path) -> dict[Path, int]:
 
 def main() -> None:
     start_ray()
-    words = [f"corpus.archive={large_archive(IMAGES, SIDE)}"]
+    words = [f"corpus.archive={large_archive(IMAGES, SIDE)}", PUBLIC]
     words += [f"corpus.size={SIZE}", f"corpus.partition_images={IMAGES // PARTS}"]
     full, again = [], []
     for _ in range(ROUNDS):

@@ -10,7 +10,7 @@ from cxr_retrieval.config import PrivacySettings
 from cxr_retrieval.errors import UserError
 
 KEY_VARIABLE = "CXR_PRIVACY_KEY"
-LEAST_KEY_BYTES = 16
+LEAST_KEY_BYTES, LEAST_KEY_VARIETY = 16, 8  # how many bytes, and how many different ones
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,25 @@ class Pseudonyms:
 
     @classmethod
     def of(cls, settings: PrivacySettings) -> "Pseudonyms":
-        """Raises UserError where pseudonyms are wanted and there is no key, or one that can be guessed."""
+        """Blanks and line ends around a key are no part of it.
+
+        Raises UserError where pseudonyms are wanted and there is no key, or one that can be guessed.
+        """
         if not settings.pseudonymise:
             return cls(None)
         if settings.key_file is not None:
             try:
-                key = Path(settings.key_file).read_bytes().strip()
+                key = Path(settings.key_file).read_bytes()
             except OSError as error:
                 raise UserError(f"privacy.key_file={settings.key_file} cannot be read: {error.strerror}") from None
         else:
-            key = os.environ.get(KEY_VARIABLE, "").encode()
-        if len(key) < LEAST_KEY_BYTES:
+            key = os.environb.get(KEY_VARIABLE.encode(), b"")
+        key = key.strip()
+        if len(key) < LEAST_KEY_BYTES or len(set(key)) < LEAST_KEY_VARIETY:
             raise UserError(
-                f"privacy.pseudonymise is on and there is no key of {LEAST_KEY_BYTES} bytes or more: set {KEY_VARIABLE}"
-                " or privacy.key_file, or privacy.pseudonymise=false for an archive that is public"
+                f"privacy.pseudonymise is on and there is no key of {LEAST_KEY_BYTES} bytes or more,"
+                f" {LEAST_KEY_VARIETY} of them different: set {KEY_VARIABLE} or privacy.key_file"
+                " (`openssl rand -hex 32` makes a key), or privacy.pseudonymise=false for an archive that is public"
             )
         return cls(key)
 

@@ -103,11 +103,12 @@ def list_files(uri: str) -> Iterator[StoredFile]:
     """Every file below `uri`, streamed in the order of its path; names that begin with a dot are left out.
 
     What is neither file nor folder, such as a pipe or a link to nothing, is listed too: reading it tells that it is no
-    file. Raises UserError for a link that leads out of `uri` or in a circle: what lies elsewhere is not read.
+    file. Raises UserError for a link that leads out of `uri` or in a circle: what lies elsewhere is not read. No name
+    below `uri` is told: folders may be named after patients.
     """
     uri = canonical(uri)
     if not is_s3(uri):
-        yield from _list_local(uri, "", os.path.realpath(uri))
+        yield from _list_local(uri, "", uri)
         return
     for path, size, modified in s3.objects(uri):
         if not any(name.startswith(".") for name in path.split("/")):
@@ -275,34 +276,44 @@ def _require_file(path: str) -> None:
             raise FileNotFoundError(errno.ENOENT, "no file but a folder, pipe or device", path)
 
 
-def _require_within(link: str, root: str) -> None:
-    """Raises UserError for a link that leads out of the folder `root`, given without links, or in a circle."""
-    target = os.path.realpath(link)
+def _depth(prefix: str) -> str:
+    """Where a folder lies in the one that is listed, without a name."""
+    depth = prefix.count("/")
+    return f"{depth} folder{'s' if depth > 1 else ''} below it" if depth else "in it"
+
+
+def _require_within(link: str, top: str, prefix: str) -> None:
+    """Raises UserError for a link that leads out of the folder `top` or in a circle."""
+    target, root = os.path.realpath(link), os.path.realpath(top)
     if os.path.islink(target):  # what cannot be resolved
-        raise UserError(f"{link}: a link that leads in a circle: remove it")
+        raise _bad_link(top, prefix, "leads in a circle: remove it")
     if not target.startswith(f"{root.rstrip('/')}/") and target != root:
-        raise UserError(
-            f"{link}: a link that leads out of {root}, and what lies elsewhere is not read: move or mount it there"
-        )
+        raise _bad_link(top, prefix, "leads out of it, and what lies elsewhere is not read: move or mount it there")
+
+
+def _bad_link(top: str, prefix: str, what: str) -> UserError:
+    return UserError(f"{top}: a link {_depth(prefix)} {what}; `find {top} -type l` shows it")
 
 
 def _list_local(
-    folder: str, prefix: str, root: str, above: frozenset[tuple[int, int]] = frozenset()
+    folder: str, prefix: str, top: str, above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[StoredFile]:
-    with _explained(folder), os.scandir(folder) as entries:
+    named = f"{top}, {_depth(prefix)}" if prefix else top
+    hint = f"; `find {top} -type d ! -readable` shows it" if prefix else ""
+    with _explained(named, hint), os.scandir(folder) as entries:
         state = os.stat(folder)
         place = (state.st_dev, state.st_ino)
         if place in above:
-            raise UserError(f"{folder}: a link to a folder that it lies in: remove it")
+            raise _bad_link(top, prefix.rstrip("/"), "leads to a folder that it lies in: remove it")
         shown = [e for e in entries if not e.name.startswith(".")]
     for entry in shown:
         if entry.is_symlink():
-            _require_within(entry.path, root)
+            _require_within(entry.path, top, prefix)
     # A folder sorts as "name/": the order of whole paths, which is S3's order too.
     ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir() else e.name)
     for entry in ordered:
         if entry.is_dir():
-            yield from _list_local(entry.path, f"{prefix}{entry.name}/", root, above | {place})
+            yield from _list_local(entry.path, f"{prefix}{entry.name}/", top, above | {place})
         else:
             found = entry.stat(follow_symlinks=entry.is_file())
             yield StoredFile(prefix + entry.name, entry.path, found.st_size, found.st_mtime)
@@ -324,8 +335,8 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Turn what a user can mend about storage into one line; FileNotFoundError stays what it is."""
+def _explained(uri: str, hint: str = "") -> Iterator[None]:
+    """Turn what a user can mend about storage into one line, with a hint; FileNotFoundError stays what it is."""
     try:
         with s3.explained(uri):
             yield
@@ -341,7 +352,7 @@ def _explained(uri: str) -> Iterator[None]:
             errno.ENOTDIR: "a file stands where a folder is needed: choose another path",
         }
         if error.errno in remedies:
-            raise UserError(f"{uri}: {remedies[error.errno]}") from error
+            raise UserError(f"{uri}: {remedies[error.errno]}{hint}") from error
         raise
 
 

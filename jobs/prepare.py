@@ -23,6 +23,7 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import plan_corpus, prepare
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.report.corpus import Film, left_out, write_corpus
 from cxr_retrieval.report.gallery import Case
 from cxr_retrieval.runtime import start_ray
@@ -34,6 +35,7 @@ DUPLICATES_LOOKED_AT = 20
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
+    Pseudonyms.of(settings.privacy)  # before any work: the page needs the key, and a missing one is known at once
     start_ray(settings)
     corpus, worked = prepare(settings.corpus, settings.workspace, settings.privacy)
     show_corpus(corpus, worked)
@@ -75,10 +77,15 @@ def say_other_findings(counts: Mapping[str, int]) -> None:
 
 
 def warn_of_corpus(corpus: Artifact) -> None:
-    """A line each about files of other kinds in the archive, images with text in them and images of two patients, if
-    there are any."""
+    """A line each about files of other kinds in the archive, boxes that are left out, images with text in them and
+    images of two patients, if there are any."""
     if ignored := corpus.manifest["ignored_files"]:
         console.say(ignored_text(ignored))
+    if any((boxes := corpus.manifest["boxes_left_out"]).values()):
+        console.say(
+            f"boxes that are left out: {boxes['unknown_finding']:,} whose finding is none of the {len(FINDINGS)},"
+            f" {boxes['not_in_labels']:,} of a finding that their image does not have"
+        )
     if burned_in := corpus.manifest["burned_in"]:
         console.say(
             f"warning: images that hold burned-in text, by what their headers say (BurnedInAnnotation): {burned_in:,};"
@@ -92,9 +99,11 @@ def warn_of_corpus(corpus: Artifact) -> None:
 
 
 def corpus_report(settings: Settings, prepared: Artifact) -> str:
-    """Write the page of a corpus where there is none yet; returns where it is. A page with names is another page."""
-    names = not settings.privacy.pseudonymise
-    file = f"{prepared.input_id}{'.named' if names else ''}.html"
+    """Write the page of a corpus where there is none yet; returns where it is. Other names make another page: those of
+    another key, or of the archive. Raises UserError where pseudonyms are wanted and there is no key."""
+    pseudonyms = Pseudonyms.of(settings.privacy)
+    names = pseudonyms.key is None
+    file = f"{prepared.input_id}.{pseudonyms.key_id or 'named'}.html"
     page = storage.join(settings.workspace, "reports", "corpus", file)
     if storage.exists(page):
         return page
@@ -104,9 +113,8 @@ def corpus_report(settings: Settings, prepared: Artifact) -> str:
         finding: [_film(corpus, finding, example, names) for example in examples]
         for finding, examples in census.examples.items()
     }
-    quarantined = corpus.quarantined(LOOKED_AT) if names else []
-    duplicates = corpus.across_patients(DUPLICATES_LOOKED_AT) if names else []
-    html = write_corpus(settings.corpus.name, prepared.manifest, census, films, quarantined, duplicates, names)
+    quarantined, duplicates = corpus.quarantined(LOOKED_AT), corpus.across_patients(DUPLICATES_LOOKED_AT)
+    html = write_corpus(settings.corpus.name, prepared.manifest, census, films, quarantined, duplicates, pseudonyms)
     storage.write_bytes(page, html.encode())
     return page
 

@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 for name in ("STATE_ACTOR_RECONCILIATION", "PREEMPTION_WATCHER"):
     os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ["CXR_PRIVACY_KEY"] = "a key that all tests share"  # as whoever runs jobs has one
 # Tests run in several processes: a thread that spins at a barrier takes the core from another one's work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Worker processes wait for the next test instead of ending after a second: what they have imported stays imported.

@@ -23,10 +23,11 @@ from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
+from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of, formats_with
-from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables
+from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables, filled
 from cxr_retrieval.corpus.headers import FACTS, OBJECT, STRETCH, UNREADABLE, Headers
-from cxr_retrieval.corpus.limits import exclusion
+from cxr_retrieval.corpus.limits import REMOVED, exclusion
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
@@ -36,7 +37,6 @@ NOTHING_TOLD = dict(vars(Label("")))
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", *DICOM_ENDINGS)
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
 WITHOUT_IMAGE = "DICOM without an image"
-REMOVED = "removed"  # what is told of an image whose patient was removed
 
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 TABLES = """
@@ -72,6 +72,12 @@ FROM known LEFT JOIN placed ON key = path
 PLACED, NEW = f"{JOINED} WHERE place IS NOT NULL ORDER BY place, path", f"{JOINED} WHERE place IS NULL ORDER BY path"
 THEIRS = """
 SELECT path FROM known WHERE removed OR patient IN (SELECT value FROM json_each(?))
+"""
+UNKNOWN_BOXES = "DELETE FROM boxes WHERE finding NOT IN (SELECT value FROM json_each(?))"
+CONTRADICTED_BOXES = """
+DELETE FROM boxes WHERE image IN (SELECT image FROM labels) AND finding NOT IN (
+    SELECT value FROM labels, json_each(labels.facts, '$.findings') WHERE labels.image = boxes.image
+)
 """
 BARE_NAMES = """
 UPDATE listing SET image = file_name(path), told_as = file_name(path)
@@ -111,7 +117,9 @@ class Archive:
     """What an archive holds: its rows, and what else was found.
 
     `rows` is the number of images; `ignored` says how many files of each other ending there are, which are neither
-    images that can be read nor the archive's tables; `table_hashes` are the SHA-256 of the tables by their paths.
+    images that can be read nor the archive's tables; `boxes_left_out` counts boxes whose finding is none of FINDINGS
+    (`unknown_finding`) or none that their image has (`not_in_labels`): where labels and boxes disagree, nothing says
+    what a crop should have found. `table_hashes` are the SHA-256 of the tables by their paths.
     `unscanned` files may be images or not, and their rows are not known yet: their headers are still to be read.
     """
 
@@ -145,9 +153,7 @@ class Archive:
                 self._read_headers(self._format, headers)
             self._require_whole(tables, others)
             self.label_rows = self._read_labels(tables)
-            self._database.executemany(
-                "INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", map(astuple, self._format.boxes(tables))
-            )
+            self.boxes_left_out = self._read_boxes(tables)
             if not isinstance(self._format, HeaderFormat):
                 self._database.execute(BARE_NAMES)
             self._database.executescript(INDEXES)
@@ -158,6 +164,7 @@ class Archive:
             self.labels_without_image = self._count(
                 "SELECT count(*) FROM labels WHERE image NOT IN (SELECT told_as FROM listing)"
             )
+            self._require_labels()
         self.table_hashes = {file.path: storage.content_hash(file.uri) for file in tables.values()}
 
     def partitions(self) -> Iterator[pa.Table]:
@@ -267,7 +274,13 @@ class Archive:
             else:
                 label = layout.header_label(row["path"], DicomFacts(**{name: row[name] for name, _ in FACTS}))
             facts = json.dumps(vars(label), default=str)
-            return {**row, "key": row["path"], "patient": row["patient_id"], "told_as": label.image, "facts": facts}
+            return {
+                **row,
+                "key": row["path"],
+                "patient": filled(row["patient_id"] or ""),
+                "told_as": label.image,
+                "facts": facts,
+            }
 
         rows = ({**kept(row), "unreadable": UNREADABLE} for row in headers.to_pylist())
         self._database.executemany(KEEP, rows)
@@ -286,6 +299,16 @@ class Archive:
                     f"{found or '; set corpus.format to the layout that the archive has'}"
                 )
 
+    def _require_labels(self) -> None:
+        """Raises UserError where there are label rows and none is of an image. No name is told: it may be a person."""
+        labelled = self._count("SELECT count(*) FROM labels")
+        if labelled and self.labels_without_image == labelled and not self.unscanned:
+            raise UserError(
+                f"{self.uri}: none of the {labelled:,} label rows is of an image in it;"
+                f" corpus.format={self._settings.format} knows an image by {self._format.known_by}: mend the tables,"
+                " or give those of these images"
+            )
+
     def _read_labels(self, tables: Tables) -> int:
         """Read the label tables; how many rows they have."""
         count = 0
@@ -294,13 +317,21 @@ class Archive:
             nonlocal count
             for label in self._format.labels(tables):
                 count += 1
-                yield label.image, label.patient, json.dumps(vars(label), default=str)
+                yield label.image, filled(label.patient), json.dumps(vars(label), default=str)
 
         self._database.executemany(
             "INSERT INTO labels (image, patient, facts) VALUES (?, ?, ?) ON CONFLICT (image) DO UPDATE SET twice = 1",
             rows(),
         )
         return count
+
+    def _read_boxes(self, tables: Tables) -> dict[str, int]:
+        """Read the boxes that have a finding of their image; how many others there are, by what is wrong with them."""
+        self._database.executemany(
+            "INSERT INTO boxes VALUES (?, ?, ?, ?, ?, ?)", map(astuple, self._format.boxes(tables))
+        )
+        unknown = self._database.execute(UNKNOWN_BOXES, (json.dumps(FINDINGS),)).rowcount
+        return {"unknown_finding": unknown, "not_in_labels": self._database.execute(CONTRADICTED_BOXES).rowcount}
 
     def _read_listed(self, tables: Tables) -> None:
         """Read the archive's own split. Raises UserError where it has none, and where it tears a patient apart."""

@@ -26,11 +26,12 @@ def age_band(years: int | None) -> str | None:
 
 @dataclass
 class Tally:
-    """How many images a group has, how many of these show no finding, and how many have each finding, or may have it:
-    `int64 [C]`. A finding that is neither present nor unknown is absent."""
+    """How many images a group has, how many of these have no finding, all being absent, of how many that is not known
+    (none is present, and some are unknown), and how many have each finding, or may have it: `int64 [C]`."""
 
     images: int = 0
     without: int = 0
+    without_unknown: int = 0
     present_C: np.ndarray = field(default_factory=lambda: np.zeros(len(FINDINGS), np.int64))
     unknown_C: np.ndarray = field(default_factory=lambda: np.zeros(len(FINDINGS), np.int64))
 
@@ -52,7 +53,7 @@ class Census:
 
     `groups` are tallies by the name of a group and its value; `together_CC` counts the images that have both findings,
     `int64 [C, C]`; `other` counts findings in the archive's own words; `ages` counts (sex, age in years); `examples`
-    has at most EXAMPLES of each finding, and of images without one, each of another patient.
+    has at most EXAMPLES of each finding, and of images that have none, each of another patient.
     """
 
     def __init__(self) -> None:
@@ -79,12 +80,11 @@ class Census:
         self.together_CC += counts_NC.T @ counts_NC
         self.other.update(pc.list_flatten(table["other"]).to_pylist())
         self.ages.update((sex, years) for sex, years in zip(values["sex"], ages, strict=True) if years is not None)
-        self._choose(table, present_NC, part, first)
+        self._choose(table, [*present_NC.T, ~(present_NC | unknown_NC).any(1)], part, first)
 
-    def _choose(self, table: pa.Table, present_NC: np.ndarray, part: int, first: int) -> None:
+    def _choose(self, table: pa.Table, columns_CN: list[np.ndarray], part: int, first: int) -> None:
         patients, draws = table["patient_id"].to_pylist(), table["pixel_sha256"].to_pylist()
         boxed = [{box["finding"] for box in boxes} for boxes in table["boxes"].to_pylist()]
-        columns_CN = [*present_NC.T, ~present_NC.any(1)]
         for name, column_N in zip(self.examples, columns_CN, strict=True):
             found = [
                 Example(name not in boxed[row], draws[row], patients[row], part, first + row)
@@ -108,6 +108,9 @@ def _flags(column: pa.ChunkedArray) -> np.ndarray:
 
 def _count(tally: Tally, present_NC: np.ndarray, unknown_NC: np.ndarray) -> None:
     tally.images += len(present_NC)
-    tally.without += int((~present_NC.any(1)).sum())
+    none_N = ~present_NC.any(1)
+    open_N = unknown_NC.any(1)
+    tally.without += int((none_N & ~open_N).sum())
+    tally.without_unknown += int((none_N & open_N).sum())
     tally.present_C += present_NC.sum(0)
     tally.unknown_C += unknown_NC.sum(0)

@@ -7,23 +7,31 @@ from dataclasses import dataclass
 
 from cxr_retrieval.config import CorpusSettings
 
-# The rules, by what they look at.
-MODALITY, BODY_PART, SOURCE_SIDE = "modality", "body_part", "source_side"
-VIEW, AGE, AGE_UNKNOWN = "view", "age", "age_unknown"
+# Why an image cannot be used, and the rules that leave one out: docs/corpus.md says what each means.
+REASONS = (
+    *("damaged", "not_an_image", "too_small", "too_large", "unsupported", "unreadable", "bad_name", "name_twice"),
+    *("no_label_row", "labels_twice", "unknown_finding", "unknown_label", "no_patient"),
+)
+REMOVED, BY_ARCHIVE, MODALITY, BODY_PART = "removed", "by_archive", "modality", "body_part"
+VIEW, AGE, AGE_UNKNOWN, SOURCE_SIDE = "view", "age", "age_unknown", "source_side"
+# An image is counted by the first of these.
+RULES = (REMOVED, BY_ARCHIVE, MODALITY, BODY_PART, VIEW, AGE, AGE_UNKNOWN, SOURCE_SIDE)
 
 
 class RejectedImage(Exception):
-    """An image that cannot be prepared: a reason (one word, counted) and the text of what was found."""
+    """An image that cannot be prepared: one of REASONS, which is counted, and the text of what was found."""
 
     def __init__(self, reason: str, text: str) -> None:
+        assert reason in REASONS, reason
         super().__init__(f"{reason}: {text}")
         self.reason, self.text = reason, text
 
 
 class ExcludedImage(Exception):
-    """An image that a rule of the settings leaves out."""
+    """An image that one of RULES leaves out."""
 
     def __init__(self, rule: str) -> None:
+        assert rule in RULES, rule
         super().__init__(rule)
         self.rule = rule
 

@@ -348,6 +348,7 @@ def _finish(
         labels_without_image=archive.labels_without_image,
         label_tables=archive.table_hashes,
         ignored_files=archive.ignored,
+        boxes_left_out=archive.boxes_left_out,
         quarantine_reasons=dict(reasons),
         exclusion_rules=dict(rules),
         burned_in=sum(part.manifest["burned_in"] for part in parts),

@@ -9,6 +9,7 @@ import numpy as np
 from cxr_retrieval.corpus.census import AGE_BANDS, NOT_KNOWN, Census, Tally
 from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.splits import SPLITS
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.report.charts import Dimension, Matrix, Plane, choice_axis, matrix, number_axis, plane
 from cxr_retrieval.report.films import data_uri
 from cxr_retrieval.report.gallery import Case, described
@@ -54,16 +55,16 @@ def write_corpus(
     census: Census,
     films: Mapping[str, Sequence[Film]],
     quarantined: Sequence[Mapping[str, str]],
-    duplicates: Sequence[Mapping[str, Any]],
-    names: bool,
+    duplicates: Sequence[Mapping[str, str]],
+    pseudonyms: Pseudonyms,
 ) -> str:
     """The page of a prepared corpus, from its manifest, the census of its rows and examples of each finding.
 
     `quarantined` are examples with `image_id`, `reason` and `text`; `duplicates` those of images that another patient
-    has too, with `image_id` and `kept_image_id`. Both are told only where `names` may be: an error's text can hold a
-    file's name.
+    has too, with `image_id` and `kept_image_id`. Images are named by their `pseudonyms`; with a key the `text` of an
+    error, which can hold a file's name, is not told.
     """
-    counts, recipe = manifest["counts"], manifest["decode_recipe"]
+    counts, recipe, key_id = manifest["counts"], manifest["decode_recipe"], pseudonyms.key_id
     return render(
         "corpus.html.j2",
         title=f"Corpus {name}",
@@ -71,7 +72,7 @@ def write_corpus(
             ("Images prepared", counts["prepared"]),
             ("Patients", sum(facts["patients"] for facts in manifest["splits"].values())),
             ("Side in pixels", recipe["size"]),
-            ("Names", "as in the archive" if names else "not told"),
+            ("Names", f"pseudonyms by the key {key_id}" if key_id else "as in the archive"),
             ("Corpus", manifest["input_id"]),
             ("Content", manifest["content_id"]),
         ],
@@ -79,6 +80,7 @@ def write_corpus(
         label_rows=manifest["label_rows"],
         labels_without_image=manifest["labels_without_image"],
         ignored=sorted(manifest["ignored_files"].items()),
+        boxes_left_out=sum(manifest["boxes_left_out"].values()),
         left_out=left_out(manifest),
         findings=_findings(census),
         images=census.all.images,
@@ -92,9 +94,14 @@ def write_corpus(
         examples=_examples(films),
         size=recipe["size"],
         across=manifest["duplicates_across_patients"],
-        quarantined=quarantined if names else [],
-        duplicates=duplicates if names else [],
-        names=names,
+        quarantined=[
+            (pseudonyms.name("image", row["image_id"]), row["reason"], "" if key_id else row["text"])
+            for row in quarantined
+        ],
+        duplicates=[
+            [pseudonyms.name("image", row[column]) for column in ("image_id", "kept_image_id")] for row in duplicates
+        ],
+        names=not key_id,
         recipe=recipe,
         recipe_id=manifest["decode_recipe_id"],
         label_tables=sorted(manifest["label_tables"].items()),
@@ -119,7 +126,7 @@ def left_out(manifest: Mapping[str, Any]) -> list[tuple[str, str, int]]:
 
 
 def _findings(census: Census) -> list[dict[str, Any]]:
-    """One row a finding by falling number, then the images without one: how many in each split, and unknown."""
+    """One row a finding by falling number, then the images that have none: how many in each split, and unknown."""
     splits = [census.groups["split"][split] for split in SPLITS]
     order = np.argsort(-census.all.present_C, kind="stable").tolist()
     rows = [
@@ -132,8 +139,15 @@ def _findings(census: Census) -> list[dict[str, Any]]:
         }
         for place in order
     ]
-    none = {"name": NO_FINDING, "present": census.all.without, "unknown": 0, "split_unknown": [0] * len(splits)}
-    rows.append(none | {"splits": [tally.without for tally in splits]})
+    rows.append(
+        {
+            "name": NO_FINDING,
+            "present": census.all.without,
+            "unknown": census.all.without_unknown,
+            "splits": [tally.without for tally in splits],
+            "split_unknown": [tally.without_unknown for tally in splits],
+        }
+    )
     longest = max([1, *(row["present"] + row["unknown"] for row in rows[:-1])])
     for row in rows:
         # Images without a finding are most of an archive: on their scale nothing else could be seen.
@@ -157,7 +171,9 @@ def _group(title: str, tallies: Mapping[str, Tally], group: str) -> dict[str, An
         }
         for n, finding in enumerate(FINDINGS)
     ]
-    rows.append({"name": NO_FINDING, "cells": [_cell(tally, tally.without, 0) for tally in columns]})
+    rows.append(
+        {"name": NO_FINDING, "cells": [_cell(tally, tally.without, tally.without_unknown) for tally in columns]}
+    )
     return {"title": title, "values": values, "images": [tally.images for tally in columns], "rows": rows}
 
 

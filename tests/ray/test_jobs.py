@@ -169,7 +169,7 @@ def test_plans_say_what_would_run_and_leave_no_trace(world: World, tmp_path: Pat
 def test_without_a_key_a_pseudonymised_index_is_refused_before_any_work(world: World, tmp_path: Path) -> None:
     workspace, short_key = tmp_path / "none", tmp_path / "key"
     short_key.write_text("too short\n")
-    for name in ("index", "publish", "pipeline"):
+    for name in ("prepare", "index", "publish", "pipeline"):
         words = [f"workspace={workspace}", f"corpus.archive={world.archive}"]
         assert "set CXR_PRIVACY_KEY or privacy.key_file" in job(name, *words).error
         assert "16 bytes" in job(name, *words, f"privacy.key_file={short_key}").error

@@ -40,6 +40,7 @@ from cxr_retrieval.corpus.preparation import (
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError, user_error_in
+from cxr_retrieval.privacy import Pseudonyms
 from jobs import prepare as job
 from tests import commands
 
@@ -229,6 +230,9 @@ def test_the_page_of_a_corpus_shows_films_and_tells_names_only_where_they_are_no
         pages[hidden] = Path(told.splitlines()[-1].removeprefix("report: ")).read_text()
     assert not re.search(r"\d{8}_\d{3}|zz\.png|neither PNG", pages[True])
     assert all(name in pages[False] for name in (found[0], found[5], "zz.png", "neither PNG"))
+    keyed = Pseudonyms.of(PrivacySettings())
+    assert all(keyed.name("image", name) in pages[True] for name in (found[0], found[5], "zz.png"))
+    assert "not an image" in pages[True]
     for page in pages.values():
         assert page.count("<image ") == page.count('class="look"') > 20
         assert "A leak:" in page
@@ -264,7 +268,8 @@ def test_a_second_run_does_nothing_and_says_so(
     assert titles == ["Prepared corpus", "Prepared corpus (finished before, nothing to do)"]
     assert first.out.splitlines()[1:] == second.out.splitlines()[1:]
     assert f"prepare: {IMAGES} of {IMAGES} images" in first.err
-    assert second.err == f"report: {tmp_path}/reports/corpus/{corpus_id}.html\n"
+    key_id = Pseudonyms.of(settings.privacy).key_id
+    assert second.err == f"report: {tmp_path}/reports/corpus/{corpus_id}.{key_id}.html\n"
 
 
 def test_the_plan_says_how_many_shards_and_writes_nothing(

@@ -64,7 +64,7 @@ def test_every_job_command_of_the_readme_runs_as_it_stands(
     Path("my.yaml").write_text(yaml.safe_dump(settings))
     image = next((phantom_archive / "images").iterdir())
     Path("tune_spaces").symlink_to(Path(__file__).parents[2] / "tune_spaces")
-    monkeypatch.setenv(KEY_VARIABLE, "k" * 32)
+    monkeypatch.setenv(KEY_VARIABLE, "0123456789abcdef" * 4)
     commands = job_commands()
     assert len(commands) >= 8
     for command in commands:

@@ -15,8 +15,9 @@ import pytest
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import archive
-from cxr_retrieval.corpus.archive import REMOVED, Archive, ignored_text
+from cxr_retrieval.corpus.archive import Archive, ignored_text
 from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.limits import REMOVED
 from cxr_retrieval.corpus.rows import rows_digest
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients, remove
@@ -132,6 +133,10 @@ def nobody(folder: Folder) -> None:
     folder.images("a.png", "b.png").table(line("a.png"), line("b.png", patient=" "))
 
 
+def nobody_by_a_programs_word(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), line("b.png", patient="NaN"))
+
+
 def labelled_twice(folder: Folder) -> None:
     folder.images("a.png", "b.png").table(line("b.png"), line("a.png"), line("b.png", "Mass"))
 
@@ -147,6 +152,7 @@ def line_cut_short(folder: Folder) -> None:
         (strange_finding, "unknown_finding", "finding 'Gout' is none of the 14"),
         (no_findings_written, "unknown_finding", "finding '' is none of the 14"),
         (nobody, "no_patient", "the label row names no patient"),
+        (nobody_by_a_programs_word, "no_patient", "the label row names no patient"),
         (labelled_twice, "labels_twice", "the label table has two rows for this image"),
         (line_cut_short, "no_patient", "the label row names no patient"),
     ],
@@ -225,6 +231,18 @@ def test_boxes_are_read_below_nihs_header_and_infiltrate_is_infiltration(folder:
     assert rows["b.png"]["boxes"] == []
 
 
+def test_a_box_of_a_finding_that_its_image_lacks_or_that_is_none_is_counted_and_not_kept(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png", "Mass"), line("b.png"), line("elsewhere.png", "Mass"))
+    boxes = ["a.png,Mass", "a.png,Bogus", "a.png,Nodule", "b.png,Mass", "elsewhere.png,Mass", "nobody.png,Mass"]
+    folder.table(
+        *(f"{box},1,2,30,40" for box in boxes), header="Image Index,Finding Label,Bbox [x,y,w,h],,,", name=BOXES
+    )
+    found = folder.read()
+    rows = {row["image_id"]: [box["finding"] for box in row["boxes"]] for row in in_order(found)}
+    assert rows == {"a.png": ["Mass"], "b.png": []}
+    assert found.boxes_left_out == {"unknown_finding": 1, "not_in_labels": 2}
+
+
 @pytest.mark.parametrize(
     "box", ["a.png,Mass,1,2,3", "a.png,Mass,1,2,3,x", "a.png,Mass,1,2,nan,4", "a.png,Mass,1,2,0,4"]
 )
@@ -271,7 +289,9 @@ def test_two_label_tables_are_refused_by_name(folder: Folder) -> None:
     assert re.search(r"two tables of one kind, \S+\.csv and \S+\.csv: keep one", folder.refused())
 
 
-@pytest.mark.parametrize("column", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Follow-up #"])
+@pytest.mark.parametrize(
+    "column", ["Image Index", "Finding Labels", "Patient ID", "View Position", "Follow-up #", "Patient Gender"]
+)
 def test_a_missing_column_is_named(column: str, folder: Folder) -> None:
     folder.images("a.png").table(line("a.png"), header=HEADER.replace(column, "Something"))
     assert f"{TABLE}: column {column!r} is missing" in folder.refused()

@@ -68,12 +68,25 @@ def test_every_row_is_counted_in_each_group_by_its_own_value(seed: int, count: i
         for value, tally in made.groups[group].items():
             own = [row for row in rows if value_of(row, group) == value]
             assert tally.images == len(own) > 0
-            assert tally.without == sum(not row["findings"] for row in own)
+            assert tally.without == sum(not row["findings"] and not row["unknown"] for row in own)
+            assert tally.without_unknown == sum(not row["findings"] and bool(row["unknown"]) for row in own)
             for name, present, unknown in zip(FINDINGS, tally.present_C, tally.unknown_C, strict=True):
                 assert present == sum(name in row["findings"] for row in own)
                 assert unknown == sum(name in row["unknown"] for row in own)
     assert made.ages.total() == sum(row["age_years"] is not None for row in rows)
     assert made.other.total() == sum(len(row["other"]) for row in rows)
+
+
+def test_an_image_of_which_nothing_is_known_is_not_counted_as_one_without_a_finding() -> None:
+    nothing_known, healthy = [
+        row | {"findings": [], "unknown": unknown}
+        for row, unknown in zip(drawn(6, 2), (list(FINDINGS), []), strict=True)
+    ]
+    made = census([nothing_known])
+    assert (made.all.without, made.all.without_unknown, made.examples[NO_FINDING]) == (0, 1, [])
+    made = census([nothing_known, healthy])
+    assert (made.all.without, made.all.without_unknown) == (1, 1)
+    assert [example.place for example in made.examples[NO_FINDING]] == [1]
 
 
 def test_two_findings_are_together_where_one_image_has_both() -> None:
@@ -98,7 +111,8 @@ def test_examples_show_the_finding_boxes_first_and_each_another_patient() -> Non
         chosen = [rows[example.place] for example in examples]
         assert len({row["patient_id"] for row in chosen}) == len(chosen) == EXAMPLES or name == NO_FINDING
         if name == NO_FINDING:
-            assert all(not row["findings"] for row in chosen)
+            assert chosen
+            assert all(not row["findings"] and not row["unknown"] for row in chosen)
             continue
         assert all(name in row["findings"] for row in chosen)
         boxed = {row["patient_id"] for row in rows if any(box["finding"] == name for box in row["boxes"])}

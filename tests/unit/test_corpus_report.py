@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from cxr_retrieval.corpus.decoding import Recipe
-from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.report.corpus import Film, left_out, write_corpus
 from cxr_retrieval.report.gallery import Case
 from tests.unit.test_census import census, drawn
 
+KEYED, NAMED = Pseudonyms(b"a key for tests, long enough"), Pseudonyms(None)
 HOSTILE = "<b>00017_Smith.png</b>"
 SPLITS = {name: {"images": 10 * n, "patients": n, "findings": {}} for n, name in enumerate(("test", "train"), 3)}
 
@@ -25,6 +27,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "label_rows": 1300,
         "labels_without_image": 66,
         "ignored_files": {".tif": 2},
+        "boxes_left_out": {"unknown_finding": 41, "not_in_labels": 0},
         "quarantine_reasons": {"no_label_row": 3, "damaged": 17},
         "exclusion_rules": {"age_unknown": 4, "view": 5},
         "duplicates_across_patients": 2,
@@ -43,11 +46,17 @@ def films(names: bool) -> dict[str, list[Film]]:
     return {"Mass": [Film(case, [(1.5, 2.0, 30.0, 40.0)])], "Hernia": []}
 
 
-def page(names: bool = True, rows: int = 60, **changes: Any) -> str:
+def page(pseudonyms: Pseudonyms = NAMED, rows: int = 60, **changes: Any) -> str:
     quarantined = [{"image_id": HOSTILE, "reason": "not_an_image", "text": "begins with b'<i>'"}]
     duplicates = [{"image_id": HOSTILE, "kept_image_id": "00001_000.png"}]
     return write_corpus(
-        "chest", manifest(**changes), census(drawn(0, rows)), films(names), quarantined, duplicates, names
+        "chest",
+        manifest(**changes),
+        census(drawn(0, rows)),
+        films(names=pseudonyms is NAMED),
+        quarantined,
+        duplicates,
+        pseudonyms,
     )
 
 
@@ -82,7 +91,7 @@ def test_every_image_is_accounted_for_by_reason_and_rule() -> None:
     html = page()
     for what, why, count in told:
         assert [what, why, str(count)] in cells(html)
-    for number in ("1,234", "1,200", "66 of 1,300 label rows have no image", ".tif 2"):
+    for number in ("1,234", "1,200", "66 of 1,300 label rows have no image", ".tif 2", "41 boxes"):
         assert number in html
 
 
@@ -130,11 +139,35 @@ def test_an_example_is_shown_with_its_box_and_what_else_it_has() -> None:
 
 
 def test_names_are_told_only_where_they_may_be() -> None:
-    told, hidden = page(names=True), page(names=False)
+    told, hidden = page(), page(KEYED)
     for text in ("00017_Smith.png", "00001_000.png", "begins with"):
         assert text in told
         assert text not in hidden
     assert "quarantine.parquet" in hidden
+
+
+def test_quarantined_images_and_duplicates_have_pseudonyms_where_names_are_not_told() -> None:
+    html = page(KEYED)
+    own, kept = (KEYED.name("image", name) for name in (HOSTILE, "00001_000.png"))
+    assert [own, "not an image"] in cells(html)
+    assert [own, kept] in cells(html)
+    assert str(KEYED.key_id) in html  # another key gives other ones
+    assert [own, "not an image"] not in cells(page(Pseudonyms(b"another key for tests, long enough")))
+
+
+def test_no_finding_is_known_only_where_all_findings_are_absent() -> None:
+    rows = drawn(0, 60)
+    clear = [row for row in rows if not row["findings"] and not row["unknown"]]
+    unsure = [row for row in rows if not row["findings"] and row["unknown"]]
+    assert unsure
+    table = cells(page())
+    (found,) = [row for row in table if row[0] == NO_FINDING and len(row) == 8]
+    assert (found[2], found[7]) == (str(len(clear)), str(len(unsure)))
+    for cell, split in zip(found[4:7], ("train", "validation", "test"), strict=True):
+        maybe = sum(row["split"] == split for row in unsure)
+        assert cell.split() == [str(sum(row["split"] == split for row in clear)), *([f"?{maybe}"] if maybe else [])]
+    for group in [row for row in table if row[0] == NO_FINDING and len(row) != 8]:
+        assert sum(int(cell.partition("?")[2] or 0) for cell in group[1:]) == len(unsure)
 
 
 def test_the_page_tells_what_it_was_made_from() -> None:

@@ -3,10 +3,8 @@ unknown."""
 
 import csv
 import gzip
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from cxr_retrieval.config import CorpusSettings, load_settings
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.formats import FORMATS
+from cxr_retrieval.corpus.formats.column_map import ColumnMap
 from cxr_retrieval.corpus.formats.labels import view
 from cxr_retrieval.corpus.formats.observations import OBSERVATIONS, Observations
 from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST
@@ -358,9 +356,10 @@ def test_a_projection_is_one_of_three_views_where_that_is_sure(projection: str, 
     assert read(padchest(tmp_path, "['normal']", Projection=projection), "padchest")["0.png"]["view"] == ours
 
 
-def test_what_padchest_says_to_exclude_is_quarantined(tmp_path: Path) -> None:
-    row = read(padchest(tmp_path, "['normal']", Projection="EXCLUDE"), "padchest")["0.png"]
-    assert row["reason"] == "excluded_by_archive"
+@pytest.mark.parametrize("words", ["['normal']", "nan", "no list"])
+def test_what_padchest_says_to_exclude_is_excluded_and_not_quarantined(words: str, tmp_path: Path) -> None:
+    row = read(padchest(tmp_path, words, Projection="EXCLUDE"), "padchest")["0.png"]
+    assert (row["excluded"], row["reason"]) == ("by_archive", None)
 
 
 @pytest.mark.parametrize("cells", [{"PatientBirth": ""}, {"StudyDate_DICOM": ""}, {"PatientBirth": "2031.0"}])
@@ -422,6 +421,68 @@ def test_a_table_may_name_files_without_their_folders(tmp_path: Path) -> None:
     (tmp_path / "1.png").unlink()
     images(tmp_path, "d/1.png")
     assert read(tmp_path, "csv", columns=COLUMNS)["1.png"]["reason"] == "name_twice"
+
+
+@pytest.mark.parametrize("path", ["{archive}/a/1.png", "file://{archive}/a/1.png", "./a/1.png", "././a/1.png", "1.png"])
+def test_a_table_may_name_an_image_by_any_path_that_leads_to_it(path: str, tmp_path: Path) -> None:
+    table(tmp_path / "list.csv", "file,pid,seen", {"file": path.format(archive=tmp_path), "pid": "x", "seen": "Mass"})
+    images(tmp_path, "a/1.png")
+    (row,) = read(tmp_path, "csv", columns=COLUMNS).values()
+    assert (row["reason"], row["findings"]) == (None, ["Mass"])
+
+
+def test_a_table_may_name_images_of_a_bucket_by_their_uris(tmp_path: Path) -> None:
+    table(
+        tmp_path / "list.csv",
+        "file,pid",
+        {"file": "s3://films/chest/a/1.png", "pid": "x"},
+        {"file": "s3://other/1.png"},
+    )
+    settings = CorpusSettings.model_validate(
+        {"archive": "s3://films/chest/", "format": "csv", "columns": {"image": "file", "patient": "pid"}}
+    )
+    labels = ColumnMap(settings).labels({"table": StoredFile("list.csv", str(tmp_path / "list.csv"), 0, 0.0)})
+    assert [label.image for label in labels] == ["a/1.png", "s3://other/1.png"]
+
+
+@pytest.mark.parametrize("path", ["/data/films/Smith/1.png", "s3://other/1.png", "C:\\films\\1.png", "../a/1.png", "9"])
+def test_a_table_that_names_no_image_of_the_archive_is_refused_and_no_name_is_told(path: str, tmp_path: Path) -> None:
+    table(tmp_path / "list.csv", "file,pid,seen", {"file": path, "pid": "x"}, {"file": f"{path}.png", "pid": "x"})
+    images(tmp_path, "a/1.png", "a/2.png")
+    told = refused(tmp_path, "csv", columns=COLUMNS)
+    assert told == (
+        f"{tmp_path}: none of the 2 label rows is of an image in it; corpus.format=csv knows an image by its path below"
+        " the archive or its file's name: mend the tables, or give those of these images"
+    )
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "nan", "NaN", "None", "NULL", "NA", "n/a", "<NA>"])
+def test_a_cell_that_a_program_left_empty_is_no_patient_and_no_finding(nothing: str, tmp_path: Path) -> None:
+    table(
+        tmp_path / "list.csv",
+        "file,pid,seen",
+        {"file": "1.png", "pid": nothing, "seen": "Mass"},
+        {"file": "2.png", "pid": nothing, "seen": "Mass"},
+        {"file": "3.png", "pid": "x", "seen": nothing},
+    )
+    images(tmp_path, "1.png", "2.png", "3.png")
+    rows = read(tmp_path, "csv", columns=COLUMNS)
+    assert [rows[name]["reason"] for name in ("1.png", "2.png", "3.png")] == ["no_patient", "no_patient", None]
+    assert rows["1.png"]["text"] == "the label row names no patient"
+    assert (rows["3.png"]["unknown"], rows["3.png"]["other"]) == (list(FINDINGS), [])
+
+
+@pytest.mark.parametrize("layout", ["mimic", "padchest"])
+def test_a_patient_that_a_program_left_empty_is_none_in_any_format(layout: str, tmp_path: Path) -> None:
+    if layout == "mimic":
+        mimic(tmp_path)
+        file = tmp_path / METADATA
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b",10000764,", b",nan,")))
+        name = THIRD
+    else:
+        padchest(tmp_path, "['normal']", PatientID="nan")
+        name = "0.png"
+    assert read(tmp_path, layout)[name]["reason"] == "no_patient"
 
 
 def test_a_table_without_findings_leaves_all_unknown(tmp_path: Path) -> None:
@@ -512,24 +573,3 @@ def test_every_word_of_padchests_vocabulary_is_read_from_a_list(tmp_path: Path) 
     for n, meaning in enumerate(PADCHEST.meanings.values()):
         row = rows[f"{n}.png"]
         assert set(meaning.split()) == {*row["findings"], *(f"{name}?" for name in row["unknown"])}
-
-
-@pytest.mark.parametrize(
-    ("layout", "kind", "name"),
-    [
-        ("chexpert", "train", "chexpert_train.csv.gz"),
-        ("padchest", "PADCHEST_chest_x_ray_images_labels_160K", f"{PADCHEST_TABLE}.gz"),
-    ],
-)
-def test_the_tables_that_torchxrayvision_carries_are_read_with_every_row(layout: str, kind: str, name: str) -> None:
-    package = importlib.util.find_spec("torchxrayvision")
-    if package is None or package.origin is None:
-        pytest.skip("torchxrayvision is not installed: its tables are not part of this project")
-    file = Path(package.origin).parent / "data" / name
-    labels = FORMATS[layout](CorpusSettings(format=layout)).labels({kind: StoredFile(name, str(file), 1, 0.0)})
-    read = list(islice(labels, 20_000))
-    assert len({label.image for label in read}) == 20_000
-    assert {label.reason for label in read} <= {None, "excluded_by_archive"}
-    assert all(label.patient and label.study for label in read)
-    assert sum(label.age_years is None for label in read) < 10
-    assert {finding for label in read for finding in label.findings} >= {"Effusion", "Edema", "Pneumothorax"}

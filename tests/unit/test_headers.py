@@ -17,9 +17,10 @@ from pydicom.sequence import Sequence
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import headers as scanning
-from cxr_retrieval.corpus.archive import REMOVED, WITHOUT_IMAGE, Archive
+from cxr_retrieval.corpus.archive import WITHOUT_IMAGE, Archive
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.headers import HEADERS, HEADERS_FILE, Headers
+from cxr_retrieval.corpus.limits import REMOVED
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.removal import workspace_holdings
 from cxr_retrieval.privacy import Pseudonyms

@@ -107,15 +107,17 @@ def test_a_path_in_a_table_is_compared_with_the_listing_and_never_opened(
 ) -> None:
     archive = tmp_path / "archive"
     archive.mkdir()
-    for path in (tmp_path / "secret.png", archive / "a.png"):
+    for path in (tmp_path / "secret.png", archive / "a.png", archive / "b.png"):
         path.write_bytes(b"x")
-    (archive / "list.csv").write_text(f"file,pid\n{name},1\n{name.replace('secret', 'a')},1\n{tmp_path}/secret.png,1\n")
+    (archive / "list.csv").write_text(
+        f"file,pid\n{name},1\n{name.replace('secret', 'a')},1\n{tmp_path}/secret.png,1\nb.png,1\n"
+    )
     opened: list[str] = []
     for door in ("read_bytes", "open_text", "arrow_reader", "read_beginning"):
         real = getattr(storage, door)
         monkeypatch.setattr(storage, door, lambda uri, *rest, real=real: opened.append(uri) or real(uri, *rest))
     rows = read(archive, "csv", columns={"image": "file", "patient": "pid"})
-    assert [row["source_uri"] for row in rows.values()] == [str(archive / "a.png")]
+    assert [row["source_uri"] for row in rows.values()] == [f"{archive}/a.png", f"{archive}/b.png"]
     assert set(opened) == {str(archive / "list.csv")}
 
 
@@ -164,7 +166,7 @@ def test_a_link_out_of_the_archive_is_refused_before_it_is_followed(folder: Fold
     folder.path = tmp_path / "archive"
     folder.images("a.png").table(line("a.png"))
     (folder.path / "p.png").symlink_to("/etc/passwd")
-    assert "p.png: a link that leads out of" in folder.refused()
+    assert f"{folder.path}: a link in it leads out of it" in folder.refused()
 
 
 @pytest.mark.parametrize("side", ["1e300", "inf", "-1e7", "1e7"])

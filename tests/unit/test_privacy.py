@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from cxr_retrieval.config import PrivacySettings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.privacy import KEY_VARIABLE, LEAST_KEY_BYTES, Pseudonyms, row_id
+from cxr_retrieval.privacy import KEY_VARIABLE, LEAST_KEY_BYTES, LEAST_KEY_VARIETY, Pseudonyms, row_id
 
 KEY, OTHER = b"a key for tests, long enough", b"another key for tests, long enough"
+VARIED = "abcdefghijklmnopqrstuvwxyz"
 names = st.text(min_size=1, max_size=40)
 
 
@@ -33,13 +34,25 @@ def test_pseudonyms_are_wanted_unless_told_otherwise_and_need_a_key() -> None:
     assert "privacy.pseudonymise=false" in message
 
 
-@pytest.mark.parametrize("key", ["", "short", "x" * (LEAST_KEY_BYTES - 1), " " * 40 + "\n"])
-def test_a_key_that_can_be_guessed_is_refused_and_not_repeated(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["", "short", VARIED[: LEAST_KEY_BYTES - 1], " " * 40 + "\n", "a" * 64, "0123456" * 9])
+@pytest.mark.parametrize("door", ["file", "variable"])
+def test_a_key_that_can_be_guessed_is_refused_and_not_repeated(
+    door: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "key"
     file.write_text(key)
-    message = refused(PrivacySettings(key_file=str(file)))
-    assert f"no key of {LEAST_KEY_BYTES} bytes" in message
+    if door == "variable":
+        monkeypatch.setenv(KEY_VARIABLE, key)
+    message = refused(PrivacySettings(key_file=str(file) if door == "file" else None))
+    assert f"no key of {LEAST_KEY_BYTES} bytes or more, {LEAST_KEY_VARIETY} of them different" in message
+    assert "openssl rand -hex 32" in message
     assert not key.strip() or key not in message
+
+
+def test_a_key_of_the_least_length_and_variety_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = VARIED[:LEAST_KEY_VARIETY] * (LEAST_KEY_BYTES // LEAST_KEY_VARIETY)
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    assert Pseudonyms.of(PrivacySettings()) == Pseudonyms(key.encode())
 
 
 def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -51,7 +64,7 @@ def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_the_key_comes_from_the_variable_or_the_file_and_the_file_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY.decode())
+    monkeypatch.setenv(KEY_VARIABLE, f"{KEY.decode()}\r\n")  # as a secret that is kept as a file gives it
     assert Pseudonyms.of(PrivacySettings()) == Pseudonyms(KEY)
     (tmp_path / "key").write_bytes(OTHER + b"\n")  # as an editor leaves it
     assert Pseudonyms.of(PrivacySettings(key_file=str(tmp_path / "key"))) == Pseudonyms(OTHER)

@@ -1,7 +1,9 @@
 """Promises of the one door to files, on local folders; S3's own promises are tested against a server."""
 
 import contextlib
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,6 +183,24 @@ def test_file_uris_and_plain_paths_are_one(tmp_path: Path) -> None:
     assert storage.canonical("s3://bucket/key/") == "s3://bucket/key"
 
 
+def test_a_folder_that_may_not_be_read_is_refused_without_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(str(tmp_path / "Doe^John" / "1.png"), b"x")
+    real = os.scandir
+
+    def denied(folder: str) -> Any:
+        if folder.endswith("John"):
+            raise PermissionError(errno.EACCES, "denied", folder)
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=f"^{tmp_path}, 1 folder below it: permission denied: ") as caught:
+        list(storage.list_files(str(tmp_path)))
+    assert "Doe" not in str(caught.value)
+    assert f"`find {tmp_path} -type d ! -readable`" in str(caught.value)
+
+
 def test_links_within_a_folder_are_listed_and_one_in_a_circle_is_refused(tmp_path: Path) -> None:
     storage.write_bytes(str(tmp_path / "set" / "a.png"), b"a")
     (tmp_path / "again").symlink_to(tmp_path / "set")
@@ -188,23 +209,31 @@ def test_links_within_a_folder_are_listed_and_one_in_a_circle_is_refused(tmp_pat
     assert [file.path for file in found] == ["again/a.png", "b.png", "set/a.png"]
     assert [file.size for file in found] == [1, 1, 1]
     (tmp_path / "set" / "back").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="a link to a folder that it lies in"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: a link 1 folder below it leads to a folder that it lies in"):
         list(storage.list_files(str(tmp_path)))
     (tmp_path / "set" / "back").unlink()
     (tmp_path / "x").symlink_to("y")
     (tmp_path / "y").symlink_to("x")
-    with pytest.raises(UserError, match="/x: a link that leads in a circle: remove it"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: a link in it leads in a circle: remove it"):
         list(storage.list_files(str(tmp_path)))
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "elsewhere/a.png", "archive-2", "elsewhere/none"])
-@pytest.mark.parametrize("place", ["link.png", "deep/link.png"])
-def test_a_link_that_leads_out_of_a_folder_is_refused_by_name(target: str, place: str, tmp_path: Path) -> None:
-    for name in ("archive/deep/b.png", "elsewhere/a.png", "archive-2/c.png"):
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("link.png", "in it"), ("deep/link.png", "1 folder below it"), ("deep/er/link.png", "2 folders below it")],
+)
+def test_a_link_that_leads_out_of_a_folder_is_refused_without_the_names_on_its_way(
+    target: str, place: str, told: str, tmp_path: Path
+) -> None:
+    for name in ("archive/deep/er/b.png", "elsewhere/a.png", "archive-2/c.png"):
         storage.write_bytes(str(tmp_path / name), b"x")
     (tmp_path / "archive" / place).symlink_to(tmp_path / target)
-    with pytest.raises(UserError, match=f"{place}: a link that leads out of {tmp_path / 'archive'}, "):
-        list(storage.list_files(str(tmp_path / "archive")))
+    archive = tmp_path / "archive"
+    with pytest.raises(UserError, match=f"^{archive}: a link {told} leads out of it, ") as caught:
+        list(storage.list_files(str(archive)))
+    assert f"`find {archive} -type l`" in str(caught.value)
+    assert not {"deep", "link.png"} & set(re.split(r"[/\s:,`]", str(caught.value)))
     (tmp_path / "door").symlink_to(tmp_path / target)
     if target == "elsewhere":  # the folder that is listed may itself be a link
         assert [file.path for file in storage.list_files(str(tmp_path / "door"))] == ["a.png"]

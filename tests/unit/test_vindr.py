@@ -5,25 +5,32 @@ from typing import Any
 
 import pytest
 
+from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats.vindr import VinDr, _Drawn, merged, overlap
 from cxr_retrieval.errors import UserError
 from tests.dicoms import dataset, ramp, written
 from tests.exports import Export
 
-CLASSES = (
-    "Atelectasis",
-    "Nodule/Mass",
-    "Pleural effusion",
-    "Lung Opacity",
-    "Tuberculosis",
-    "Rib fracture",
-    "No finding",
-)
-LETTERS = "ANPLTR-"
+COLUMNS = [  # of image_labels_train.csv behind `image_id` and `rad_id`
+    *("Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture", "Consolidation"),
+    *("Edema", "Emphysema", "Enlarged PA", "ILD", "Infiltration", "Lung Opacity", "Lung cavity", "Lung cyst"),
+    *("Mediastinal shift", "Nodule/Mass", "Pleural effusion", "Pleural thickening", "Pneumothorax"),
+    *("Pulmonary fibrosis", "Rib fracture", "Other lesion", "COPD", "Lung tumor", "Pneumonia", "Tuberculosis"),
+    *("Other diseases", "No finding"),
+]
+LETTERS = {
+    "A": "Atelectasis",
+    "N": "Nodule/Mass",
+    "P": "Pleural effusion",
+    "L": "Lung Opacity",
+    "T": "Tuberculosis",
+    "R": "Rib fracture",
+    "-": "No finding",
+}
 
 
 class VinDrFolder(Export):
-    """An archive in VinDr-CXR's layout. What a reader says is written by the first letters of its CLASSES."""
+    """An archive in VinDr-CXR's layout. What a reader says is written by LETTERS."""
 
     format = "vindr"
 
@@ -35,10 +42,11 @@ class VinDrFolder(Export):
 
     def say(self, kind: str, **said: list[str]) -> "VinDrFolder":
         reader = ["rad_ID"] if kind == "train" else []
-        lines = [",".join(["image_id", *reader, *CLASSES])]
+        lines = [",".join(["image_id", *reader, *COLUMNS])]
         for image, readers in said.items():
             for n, letters in enumerate(readers):
-                cells = ["1" if letter in letters else "0" for letter in LETTERS]
+                seen = {LETTERS[letter] for letter in letters}
+                cells = ["1" if name in seen else "0" for name in COLUMNS]
                 lines.append(",".join([image, *([f"R{n}"] if reader else []), *cells]))
         return self._table(f"image_labels_{kind}", lines)
 
@@ -69,6 +77,17 @@ def test_two_of_three_readers_make_a_finding_and_one_alone_an_uncertain_one(vind
     assert rows["c"]["findings"] == []
     may_be = {"Infiltration", "Mass", "Nodule", "Pneumonia", "Consolidation"}  # what opacity and tuberculosis stand for
     assert set(rows["c"]["unknown"]) == {"Atelectasis", "Effusion", "Hernia", *may_be}
+
+
+def test_findings_that_a_table_has_no_column_for_are_unknown(vindr: VinDrFolder) -> None:
+    vindr.image("a").image("b")
+    vindr._table("image_labels_train", ["image_id,rad_id,Cardiomegaly,No finding", "a,R1,0,1", "a,R2,0,1", "b,R1,1,0"])
+    rows = vindr.rows()
+    never = [name for name in FINDINGS if name != "Cardiomegaly"]
+    assert [(rows[name]["findings"], rows[name]["unknown"]) for name in "ab"] == [
+        ([], never),
+        (["Cardiomegaly"], never),
+    ]
 
 
 def test_a_nodule_or_mass_is_one_of_both_and_not_known_which(vindr: VinDrFolder) -> None:
@@ -147,6 +166,6 @@ def test_a_vote_that_is_none_and_a_missing_table_are_refused(vindr: VinDrFolder)
     with pytest.raises(UserError, match=r"corpus.split=official needs annotations/image_labels_test.csv"):
         vindr.read(split="official")
     table = vindr.archive / "annotations" / "image_labels_train.csv"
-    table.write_text(table.read_text().replace("R0,1", "R0,7"))
+    table.write_text(table.read_text().replace("R0,0,1", "R0,0,7"))
     with pytest.raises(UserError, match=r"column 'Atelectasis' holds '7', which is neither 0 nor 1"):
         vindr.read()

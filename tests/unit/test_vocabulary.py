@@ -9,6 +9,45 @@ from hypothesis import strategies as st
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, PRESENT, UNKNOWN
 from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST, VINDR, VOCABULARIES, Vocabulary
 
+# PadChest's own tree, where a word of it means one of FINDINGS: the words right below each. Bustos et al. 2020 show it,
+# auriml/Rx-thorax-automatic-captioning has it whole.
+PADCHEST_TREE = {
+    "granuloma": ["calcified granuloma"],
+    "nodule": ["multiple nodules"],
+    "pseudonodule": ["nipple shadow", "end on vessel"],
+    "pneumothorax": ["hydropneumothorax"],
+    "infiltrates": ["interstitial pattern", "alveolar pattern"],
+    "interstitial pattern": [
+        "ground glass pattern",
+        "reticular interstitial pattern",
+        "reticulonodular interstitial pattern",
+        "miliary opacities",
+    ],
+    "alveolar pattern": ["consolidation", "air bronchogram"],
+    "consolidation": ["air bronchogram"],
+    "atelectasis": [
+        "total atelectasis",
+        "lobar atelectasis",
+        "segmental atelectasis",
+        "laminar atelectasis",
+        "round atelectasis",
+        "atelectasis basal",
+    ],
+    "fissure thickening": ["minor fissure thickening", "major fissure thickening", "loculated fissural effusion"],
+    "pleural thickening": ["apical pleural thickening", "calcified pleural thickening"],
+    "pleural plaques": ["calcified pleural plaques"],
+    "pleural effusion": [
+        "loculated pleural effusion",
+        "loculated fissural effusion",
+        "hydropneumothorax",
+        "empyema",
+        "hemothorax",
+    ],
+    "mass": ["mediastinal mass", "breast mass", "pleural mass", "pulmonary mass", "soft tissue mass"],
+    "pneumonia": ["atypical pneumonia"],
+    "tuberculosis": ["tuberculosis sequelae"],
+    "pulmonary fibrosis": ["post radiotherapy changes", "asbestosis signs"],
+}
 PAGE = Path(__file__).parents[2] / "docs" / "archives.md"
 NAMES = sorted({name for vocabulary in VOCABULARIES.values() for name in vocabulary.meanings} | {"gout"})
 
@@ -23,6 +62,27 @@ def test_a_name_that_may_be_either_makes_both_unknown_where_present_and_absent_w
 
 def test_a_name_may_mean_two_findings_at_once() -> None:
     assert PADCHEST.read({"hydropneumothorax": PRESENT}, ABSENT).findings == ["Effusion", "Pneumothorax"]
+
+
+@pytest.mark.parametrize("parent", PADCHEST_TREE)
+def test_what_a_word_of_padchest_means_every_word_below_it_in_padchests_tree_means_too(parent: str) -> None:
+    broad = PADCHEST.read({parent: PRESENT}, ABSENT)
+    assert broad.findings or broad.unknown
+    for child in PADCHEST_TREE[parent]:
+        narrow = PADCHEST.read({child: PRESENT}, ABSENT)
+        assert set(broad.findings) <= set(narrow.findings), child
+        assert set(broad.unknown) <= {*narrow.findings, *narrow.unknown}, child
+
+
+@pytest.mark.parametrize("word", ["hypoexpansion", "hypoexpansion basal", "volume loss"])
+def test_a_lung_that_holds_less_air_leaves_atelectasis_open(word: str) -> None:
+    assert PADCHEST.read({word: PRESENT}, ABSENT).unknown == ["Atelectasis"]
+
+
+def test_a_table_tells_nothing_of_findings_that_none_of_its_names_mean() -> None:
+    told = VINDR.among(["Cardiomegaly", "ILD", "something new"]).read({"something new": PRESENT}, ABSENT)
+    assert told.unknown == [name for name in FINDINGS if name not in ("Cardiomegaly", "Infiltration", "Fibrosis")]
+    assert told.other == ["something new"]
 
 
 def test_a_sure_name_decides_beside_one_that_may_be_it() -> None:

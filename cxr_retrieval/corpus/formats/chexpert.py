@@ -18,6 +18,7 @@ PERSON = ("Sex", "Age", "Frontal/Lateral", "AP/PA")  # the test table lacks them
 
 class CheXpert:
     name = "CheXpert"
+    known_by = "its patient's folder, its study's and its file's name"
     needs: Mapping[str, str] = {"train": "label table train.csv"}
     lists: Mapping[str, str] | None = {"valid": "CheXpert's valid.csv"}
     companions: Sequence[str] = ()

@@ -4,22 +4,36 @@ Findings are those of FINDINGS, in any case and with blanks or underscores, and 
 the table names is taken for one that was never labelled: unknown in all.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, NO_FINDING, PRESENT, UNKNOWN
-from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, date, records, sex, view, whole_number
+from cxr_retrieval.corpus.formats.labels import (
+    Box,
+    Label,
+    Tables,
+    age,
+    date,
+    filled,
+    records,
+    sex,
+    view,
+    whole_number,
+)
 from cxr_retrieval.corpus.formats.vocabulary import Vocabulary
-from cxr_retrieval.storage import StoredFile
+from cxr_retrieval.storage import StoredFile, canonical
 
 TABLE = "table"
+HERE = re.compile(r"^(\./)+")
 SPELLINGS = {name.replace("_", " ").casefold(): name for name in (*FINDINGS, NO_FINDING)}
 
 
 class ColumnMap:
     name = "a plain table"
+    known_by = "its path below the archive or its file's name"
     needs: Mapping[str, str] = {TABLE: "table *.csv at its top"}
     lists: Mapping[str, str] | None = None
     companions: Sequence[str] = ()
@@ -27,6 +41,7 @@ class ColumnMap:
 
     def __init__(self, settings: CorpusSettings) -> None:
         self._columns = {key: column for key, column in settings.columns.model_dump().items() if column}
+        self._root = f"{canonical(settings.archive)}/" if settings.archive else ""
         self._separator = printable(settings.separator)  # as cells come
         self._blank = ABSENT if settings.unmentioned == "absent" else UNKNOWN
 
@@ -48,7 +63,8 @@ class ColumnMap:
         vocabulary = Vocabulary({finding: finding for finding in named})
         for row in self._rows(tables[TABLE]):
             follow_up = row.get("follow_up", "")
-            image = row["image"].replace("\\", "/").removeprefix("./")
+            path = row["image"].replace("\\", "/").removeprefix("file://").removeprefix(self._root)
+            image = HERE.sub("", path)
             yield Label(
                 image,
                 row["patient"],
@@ -69,7 +85,7 @@ class ColumnMap:
 
     def _rows(self, file: StoredFile) -> Iterator[dict[str, str]]:
         for cells in records(file, list(self._columns.values())):
-            yield dict(zip(self._columns, cells, strict=True))
+            yield dict(zip(self._columns, map(filled, cells), strict=True))
 
     def _names(self, row: Mapping[str, str], key: str) -> list[str]:
         words = (word.strip() for word in row.get(key, "").split(self._separator))

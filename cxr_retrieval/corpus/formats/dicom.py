@@ -26,6 +26,7 @@ ANY_PART = (None, "UNKNOWN", "UNDEFINED", "UNSPECIFIED", "OTHER", "NONE")  # bod
 
 class DicomFolder:
     name = "a folder of DICOM"
+    known_by = f"one of {', '.join(KEYS)}"
     needs: Mapping[str, str] = {}
     lists: Mapping[str, str] | None = None
     companions: Sequence[str] = ()

@@ -23,6 +23,7 @@ MOST_ROW = 1 << 16  # characters; the longest rows known, PadChest's with their 
 MOST_UNPACKED, ALWAYS_UNPACKED = 200, 16 << 20
 MOST_PIXELS = 1e6  # that a box is long, or away from its image's corner
 MOST_QUOTED = 60
+NOTHING = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>"})  # as programs write it, in any case
 AGES = range(0, 121)  # tables have a few impossible ages, such as 414: unknown, the image stays
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O"}
 VIEWS = {
@@ -83,13 +84,14 @@ Tables = Mapping[str, StoredFile]
 class Format(Protocol):
     """The layout of an archive: which files are its tables, and what they tell.
 
-    `needs` are the kinds of tables without which it cannot be read, each by the name that a person knows, and `lists`
-    those that in addition the archive's own split needs; None: it has no split of its own. `companions` are beginnings
-    of names of files that belong to an archive and are not needed. `frame` is the side in pixels of the frame that
-    boxes are given in; None: the image's own.
+    `known_by` says to a person what the tables call an image. `needs` are the kinds of tables without which it cannot
+    be read, each by the name that a person knows, and `lists` those that in addition the archive's own split needs;
+    None: it has no split of its own. `companions` are beginnings of names of files that belong to an archive and are
+    not needed. `frame` is the side in pixels of the frame that boxes are given in; None: the image's own.
     """
 
     name: str
+    known_by: str
     needs: Mapping[str, str]
     lists: Mapping[str, str] | None
     companions: Sequence[str]
@@ -192,6 +194,11 @@ def lines(file: StoredFile) -> Generator[list[str], None, None]:
         raise UserError(f"{file.uri} cannot be read as a table: {error}; copy it again") from None
     except FileNotFoundError:
         raise UserError(f"{file.uri}: there is no such table; check its name") from None
+
+
+def filled(cell: str) -> str:
+    """What a cell holds; nothing where it holds a program's word for nothing."""
+    return "" if cell.casefold() in NOTHING else cell
 
 
 def whole_number(text: str) -> int | None:

@@ -25,6 +25,7 @@ SPLITS = {"train": TRAIN, "validate": VALIDATION, "test": TEST}
 
 class Mimic:
     name = "MIMIC-CXR-JPG"
+    known_by = "its dicom_id"
     needs: Mapping[str, str] = {"metadata": "table mimic-cxr-*-metadata.csv"}
     lists: Mapping[str, str] | None = {"split": "MIMIC's mimic-cxr-*-split.csv"}
     companions: Sequence[str] = ("mimic-cxr-", "IMAGE_FILENAMES", "README", "LICENSE.txt", "SHA256SUMS.txt")

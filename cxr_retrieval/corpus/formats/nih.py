@@ -10,6 +10,7 @@ from cxr_retrieval.corpus.formats.labels import (
     Tables,
     age,
     coordinate,
+    header_of,
     lines,
     quoted,
     records,
@@ -26,13 +27,14 @@ COLUMNS = (
     "Follow-up #",
     "Patient ID",
     "Patient Age",
-    "Patient Gender",
     "View Position",
 )
+SEX = ("Patient Gender", "Patient Sex")  # one of them: the table that is for download now has the second
 
 
 class Nih:
     name = "NIH"
+    known_by = "its file's name"
     needs: Mapping[str, str] = {TABLE: f"label table {TABLE}*.csv"}
     lists: Mapping[str, str] | None = {TEST_LIST: f"NIH's {TEST_LIST}.txt"}
     companions: Sequence[str] = ("train_val_list",)
@@ -52,7 +54,8 @@ class Nih:
         return path.rpartition("/")[2]
 
     def labels(self, tables: Tables) -> Iterator[Label]:
-        for image, found, follow_up, patient, years, sex, view in records(tables[TABLE], COLUMNS):
+        gender = next((name for name in SEX if name in header_of(tables[TABLE])), SEX[0])
+        for image, found, follow_up, patient, years, view, sex in records(tables[TABLE], (*COLUMNS, gender)):
             findings = [finding for finding in found.split("|") if finding != NO_FINDING]
             strange = next((finding for finding in findings if finding not in FINDINGS), None)
             yield Label(

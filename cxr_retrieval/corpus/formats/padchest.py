@@ -13,8 +13,21 @@ from typing import Any
 
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.findings import ABSENT, PRESENT, UNKNOWN
-from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, date, quoted, records, sex, view, whole_number
+from cxr_retrieval.corpus.formats.labels import (
+    Box,
+    Label,
+    Tables,
+    age,
+    date,
+    filled,
+    quoted,
+    records,
+    sex,
+    view,
+    whole_number,
+)
 from cxr_retrieval.corpus.formats.vocabulary import PADCHEST
+from cxr_retrieval.corpus.limits import BY_ARCHIVE
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K"
 COLUMNS = (
@@ -31,12 +44,12 @@ WORD = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 NORMAL = "normal"
 # As in an earlier study; a report that says too little; a sentence that got no label.
 NOT_THE_WHOLE = frozenset({"unchanged", "exclude", ""})
-NO_LIST = ("", "nan", "None")
 EXCLUDED = "EXCLUDE"  # a projection: what PadChest's authors found to be no image of a chest
 
 
 class PadChest:
     name = "PadChest"
+    known_by = "its file's name"
     needs: Mapping[str, str] = {TABLE: f"label table {TABLE}*.csv"}
     lists: Mapping[str, str] | None = None
     companions: Sequence[str] = ()
@@ -55,9 +68,7 @@ class PadChest:
     def labels(self, tables: Tables) -> Iterator[Label]:
         for image, patient, study, day, birth, gender, projection, words in records(tables[TABLE], COLUMNS):
             taken, born = date(day), whole_number(birth.removesuffix(".0"))
-            facts = _facts(words)
-            if projection == EXCLUDED:
-                facts = {"reason": "excluded_by_archive", "text": f"its projection is {EXCLUDED}"}
+            facts = {"excluded": BY_ARCHIVE} if projection == EXCLUDED else _facts(words)
             yield Label(
                 image,
                 patient,
@@ -78,7 +89,7 @@ class PadChest:
 
 def _facts(text: str) -> dict[str, Any]:
     """What a list of words tells, as fields of Label."""
-    if text in NO_LIST:
+    if not filled(text):
         return PADCHEST.read({}, UNKNOWN)._asdict()
     if not text.startswith("[") or WORD.sub("", text).strip("[], "):
         return {"reason": "unknown_label", "text": f"Labels is {quoted(text)}: no list of quoted words"}

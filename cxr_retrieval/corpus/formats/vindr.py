@@ -43,6 +43,7 @@ class _Votes:
 
 class VinDr:
     name = "VinDr-CXR"
+    known_by = "its image_id"
     needs: Mapping[str, str] = {TRAIN_LABELS: f"label table annotations/{TRAIN_LABELS}.csv"}
     lists: Mapping[str, str] | None = {TEST_LABELS: f"annotations/{TEST_LABELS}.csv"}
     companions: Sequence[str] = ("LICENSE", "SHA256SUMS")
@@ -67,8 +68,9 @@ class VinDr:
 
     def labels(self, tables: Tables) -> Iterator[Label]:
         for kind in (TRAIN_LABELS, TEST_LABELS):
+            vocabulary = VINDR.among(_classes(tables.get(kind)))
             for image, votes in _votes(tables.get(kind)).items():
-                told = VINDR.read({name: votes.state(name) for name in votes.classes}, ABSENT)
+                told = vocabulary.read({name: votes.state(name) for name in votes.classes}, ABSENT)
                 yield Label(image, patient=image, study=image, **told._asdict())
 
     def boxes(self, tables: Tables) -> Iterator[Box]:
@@ -130,12 +132,17 @@ def _mean(group: Sequence[_Drawn]) -> Corners:
     return left, top, right, bottom
 
 
+def _classes(table: StoredFile | None) -> list[str]:
+    """The classes that a table has columns of; nobody was asked for others."""
+    return [name for name in header_of(table) if name not in (IMAGE, NO_FINDING, *READERS)] if table else []
+
+
 def _votes(table: StoredFile | None) -> dict[str, _Votes]:
     """The readers' votes by image. Raises UserError for a cell that is neither 0 nor 1."""
     found: dict[str, _Votes] = {}
     if table is None:
         return found
-    classes = [name for name in header_of(table) if name not in (IMAGE, *READERS)]
+    classes = _classes(table)
     for image, *cells in records(table, [IMAGE, *classes]):
         votes = found.setdefault(image, _Votes())
         votes.readers += 1
@@ -144,7 +151,7 @@ def _votes(table: StoredFile | None) -> dict[str, _Votes]:
                 raise UserError(
                     f"{table.uri}: column {quoted(name)} holds {quoted(cell)}, which is neither 0 nor 1; copy it again"
                 )
-            if cell.startswith("1") and name != NO_FINDING:
+            if cell.startswith("1"):
                 votes.classes[name] += 1
     return found
 

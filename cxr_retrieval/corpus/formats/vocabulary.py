@@ -2,10 +2,11 @@
 
 A meaning is written as names of FINDINGS: `Effusion` is that finding; `Mass? Nodule?` may be any of them, so that all
 are unknown where the name is present, and absent where it is absent; an empty meaning is none of FINDINGS. Words are
-meant as the archive's own hierarchy of labels has them; what a broader word could stand for is marked with `?`.
+meant as the archive's own hierarchy of labels has them: what a word means, every word below it means too, and what a
+broader word could stand for is marked with `?`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, PRESENT, UNKNOWN
@@ -32,6 +33,10 @@ class Vocabulary:
         if strange := meant - set(FINDINGS):
             raise ValueError(f"{sorted(strange)} are none of FINDINGS")
         self.labelled = frozenset(meant)
+
+    def among(self, names: Iterable[str]) -> "Vocabulary":
+        """The vocabulary of a table that has these names and no others; what is not in this one is none of FINDINGS."""
+        return Vocabulary({name: self.meanings.get(name, "") for name in names})
 
     def read(self, states: Mapping[str, int], rest: int) -> Told:
         """What names in the states PRESENT, ABSENT or UNKNOWN tell of an image.
@@ -83,7 +88,7 @@ CHEXPERT = Vocabulary(
     }
 )
 
-# PadChest: 193 names, of which those that are not here are none of FINDINGS.
+# PadChest: 193 names, of which those that are not here are none of FINDINGS. They lie in a tree, which is followed.
 PADCHEST = Vocabulary(
     {
         "atelectasis": "Atelectasis",
@@ -94,24 +99,31 @@ PADCHEST = Vocabulary(
         "segmental atelectasis": "Atelectasis",
         "total atelectasis": "Atelectasis",
         "volume loss": "Atelectasis?",
+        "hypoexpansion": "Atelectasis?",
+        "hypoexpansion basal": "Atelectasis?",
         "cardiomegaly": "Cardiomegaly",
         "heart insufficiency": "Cardiomegaly? Edema?",
         "pleural effusion": "Effusion",
         "loculated pleural effusion": "Effusion",
-        "loculated fissural effusion": "Effusion",
+        "loculated fissural effusion": "Effusion Pleural_Thickening?",
         "hydropneumothorax": "Effusion Pneumothorax",
-        "empyema": "Effusion?",
+        "empyema": "Effusion",
+        "hemothorax": "Effusion",
         "costophrenic angle blunting": "Effusion? Pleural_Thickening?",
         "infiltrates": "Infiltration",
-        "alveolar pattern": "Infiltration? Pneumonia? Consolidation? Edema?",
-        "ground glass pattern": "Infiltration? Pneumonia? Edema?",
+        "alveolar pattern": "Infiltration Pneumonia? Consolidation? Edema?",
+        "ground glass pattern": "Infiltration Pneumonia? Edema? Fibrosis?",
         "increased density": "Infiltration? Mass? Nodule? Consolidation?",
-        "interstitial pattern": "Infiltration? Edema? Fibrosis?",
-        "reticular interstitial pattern": "Infiltration? Edema? Fibrosis?",
-        "reticulonodular interstitial pattern": "Infiltration? Nodule? Edema? Fibrosis?",
-        "miliary opacities": "Infiltration? Nodule?",
+        "interstitial pattern": "Infiltration Edema? Fibrosis?",
+        "reticular interstitial pattern": "Infiltration Edema? Fibrosis?",
+        "reticulonodular interstitial pattern": "Infiltration Nodule? Edema? Fibrosis?",
+        "miliary opacities": "Infiltration Nodule? Edema? Fibrosis?",
         "pulmonary mass": "Mass",
         "mass": "Mass?",
+        "breast mass": "Mass?",
+        "mediastinal mass": "Mass?",
+        "pleural mass": "Mass?",
+        "soft tissue mass": "Mass?",
         "lung metastasis": "Mass? Nodule?",
         "lepidic adenocarcinoma": "Mass? Nodule? Consolidation?",
         "nodule": "Nodule",
@@ -119,12 +131,17 @@ PADCHEST = Vocabulary(
         "granuloma": "Nodule?",
         "calcified granuloma": "Nodule?",
         "pseudonodule": "Nodule?",
+        "end on vessel": "Nodule?",
+        "nipple shadow": "Nodule?",
         "pneumonia": "Pneumonia",
         "atypical pneumonia": "Pneumonia",
         "tuberculosis": "Infiltration? Pneumonia? Consolidation?",
         "pneumothorax": "Pneumothorax",
-        "consolidation": "Consolidation",
-        "air bronchogram": "Pneumonia? Consolidation?",
+        "consolidation": "Infiltration Pneumonia? Consolidation Edema?",
+        "air bronchogram": "Infiltration Pneumonia? Consolidation Edema?",
+        "abscess": "Infiltration? Mass? Consolidation?",
+        "lymphangitis carcinomatosa": "Infiltration?",
+        "respiratory distress": "Infiltration? Consolidation? Edema?",
         "pulmonary edema": "Edema",
         "kerley lines": "Edema?",
         "hilar congestion": "Edema?",
@@ -134,11 +151,11 @@ PADCHEST = Vocabulary(
         "bullas": "Emphysema?",
         "hyperinflated lung": "Emphysema?",
         "pulmonary fibrosis": "Fibrosis",
-        "asbestosis signs": "Fibrosis? Pleural_Thickening?",
+        "asbestosis signs": "Fibrosis Pleural_Thickening?",
         "chronic changes": "Emphysema? Fibrosis?",
         "fibrotic band": "Fibrosis?",
-        "post radiotherapy changes": "Fibrosis?",
-        "tuberculosis sequelae": "Fibrosis? Pleural_Thickening?",
+        "post radiotherapy changes": "Fibrosis",
+        "tuberculosis sequelae": "Infiltration? Pneumonia? Consolidation? Fibrosis? Pleural_Thickening?",
         "pleural thickening": "Pleural_Thickening",
         "apical pleural thickening": "Pleural_Thickening",
         "calcified pleural thickening": "Pleural_Thickening",
