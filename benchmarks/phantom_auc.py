@@ -3,8 +3,8 @@
   python -m benchmarks.phantom_auc
 
 5,000 phantoms of 128 pixels, a fifth of the patients for testing; the network and recipe of
-`jobs/configs/nih_small.yaml` with cross-entropy only, for as many steps as ten minutes of two quiet cores take. The
-area under the ROC curve of each finding is of the test patients' films, by the mean of both passes' logits.
+`benchmarks.losses` with cross-entropy only, for as many steps as ten minutes of two quiet cores take. The area under
+the ROC curve of each finding is of the test patients' films, by the mean of both passes' logits.
 """
 
 import numpy as np
