@@ -40,7 +40,7 @@ from cxr_retrieval.storage import StoredFile
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND, HEADERS_FILE = "headers", "headers.parquet"
-VERSION = 2  # raise it with every change of what is read of a header
+VERSION = 3  # raise it with every change of what is read of a header
 STRETCH = 2048  # files of one task
 READS = 16  # files that a task reads at once: hides the latency of object storage
 LENGTHS = (64 << 10, 1 << 20, HEADER_ROOM)  # bytes of a file that are read, one after the other until its header ends
