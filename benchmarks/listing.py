@@ -27,7 +27,7 @@ from benchmarks.claim import Claim, publish
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus import preparation
-from cxr_retrieval.corpus.formats.nih import COLUMNS
+from cxr_retrieval.corpus.formats.nih import COLUMNS, SEX
 
 IMAGES, TIMES, ROUNDS = 1_000_000, 8, 3
 SECONDS, BYTES = 60, 500  # what is meant to be enough: in all, and of the temporary folder for an image
@@ -54,11 +54,11 @@ def name(number: int) -> str:
 def write_table(folder: str, images: int) -> None:
     """A label table of four images a patient."""
     with Path(folder, TABLE).open("w") as table:
-        table.write(",".join(COLUMNS) + "\n")
+        table.write(",".join((*COLUMNS, SEX[-1])) + "\n")
         for number in range(images):
             patient, follow_up = divmod(number, 4)
             found = "No Finding" if number % 2 else "Effusion|Cardiomegaly"
-            table.write(f"{name(number)},{found},{follow_up},{patient},{20 + patient % 60},{'FM'[patient % 2]},PA\n")
+            table.write(f"{name(number)},{found},{follow_up},{patient},{20 + patient % 60},PA,{'FM'[patient % 2]}\n")
 
 
 def unnamed_bytes() -> int:
