@@ -30,12 +30,18 @@ def png(grey_HW: np.ndarray) -> bytes:
 
 
 def large_archive(
-    images: int, size: int, encoded: Callable[[np.ndarray], bytes] = png, ending: str = ".png", name: str = "films-png"
+    images: int,
+    size: int,
+    encoded: Callable[[np.ndarray], bytes] = png,
+    ending: str = ".png",
+    name: str = "films-png",
+    alike: int = 1,
 ) -> str:
     """URI of an archive of so many films of `size` pixels a side, each a file of what `encoded` gives; needs Ray.
 
     Phantoms are moved sideways, by other pixels for every time that they are taken, and each time of another patient:
-    no two films have the same pixels. The archives of a `name` lie together; one that is there is taken.
+    `alike` films have the same pixels, by default no two. The archives of a `name` lie together; one that is there is
+    taken.
     """
     folder = RESULTS / f"{name}-{images}-{size}"
     if not (folder / TABLE_FILE).exists():
@@ -45,7 +51,7 @@ def large_archive(
         cores = os.cpu_count() or 1
         turns = [range(core, -(-images // len(rows)), cores) for core in range(cores)]
         with ProcessPoolExecutor(cores, get_context("spawn")) as processes:
-            shares = [(drawn, folder, [row[0] for row in rows], images, turn, encoded, ending) for turn in turns]
+            shares = [(drawn, folder, [row[0] for row in rows], images, turn, encoded, ending, alike) for turn in turns]
             list(processes.map(_write_films, *zip(*shares, strict=True)))
         table = io.StringIO()
         csv.writer(table).writerows([header, *_table_rows(rows, images, ending)])
@@ -71,11 +77,12 @@ def _write_films(
     turns: range,
     encoded: Callable[[np.ndarray], bytes],
     ending: str,
+    alike: int,
 ) -> None:
-    """Write all phantoms once a turn, moved by as many pixels, as far as the archive has so many films."""
+    """Write all phantoms once a turn, moved by a pixel every `alike` turns, as far as the archive has so many films."""
     for place, name in enumerate(names):
         grey_HW = cv2.imread(str(drawn / IMAGES / name), cv2.IMREAD_GRAYSCALE)
         for turn in turns:
             if turn * len(names) + place < images:
-                film_HW = np.ascontiguousarray(np.roll(grey_HW, turn, axis=1))
+                film_HW = np.ascontiguousarray(np.roll(grey_HW, turn // alike, axis=1))
                 (folder / IMAGES / _film_name(turn, name, ending)).write_bytes(encoded(film_HW))

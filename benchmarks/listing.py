@@ -2,12 +2,13 @@
 
   python -m benchmarks.listing
 
-The listing is simulated: names and sizes of files that are not there, told as fast as they are asked for, beside a real
-label table of as many rows. A real one adds the time of its requests, one for every thousand objects on S3. What a name
-means (twice in the archive, no label row) is known only when all are listed, so no partition starts before. Every run
-is a process of its own, and ends where it would hand the first partition to Ray.
+The listing is simulated: names, sizes and versions of files that are not there, told as fast as they are asked for,
+beside a real label table of as many rows. A real one adds the time of its requests, one for every thousand objects on
+S3. What a name means (twice in the archive, no label row) is known only when all are listed, so no partition starts
+before. Every run is a process of its own, and ends where it would hand the first partition to Ray.
 """
 
+import hashlib
 import os
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from benchmarks.claim import Claim, publish
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus import preparation
-from cxr_retrieval.corpus.formats.nih import COLUMNS
+from cxr_retrieval.corpus.formats.nih import COLUMNS, SEX
 
 IMAGES, TIMES, ROUNDS = 1_000_000, 8, 3
 SECONDS, BYTES = 60, 500  # what is meant to be enough: in all, and of the temporary folder for an image
@@ -42,7 +43,8 @@ def listing(folder: str, images: int) -> Iterator[storage.StoredFile]:
     yield storage.StoredFile(TABLE, f"{folder}/{TABLE}", os.path.getsize(f"{folder}/{TABLE}"), 0.0)
     for number in range(images):
         path = f"images/{name(number)}"
-        yield storage.StoredFile(path, f"{folder}/{path}", 400_000 + number % 1000, 0.0)
+        version = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big", signed=True)
+        yield storage.StoredFile(path, f"{folder}/{path}", 400_000 + number % 1000, 0.0, version)
 
 
 def name(number: int) -> str:
@@ -52,11 +54,11 @@ def name(number: int) -> str:
 def write_table(folder: str, images: int) -> None:
     """A label table of four images a patient."""
     with Path(folder, TABLE).open("w") as table:
-        table.write(",".join(COLUMNS) + "\n")
+        table.write(",".join((*COLUMNS, SEX[-1])) + "\n")
         for number in range(images):
             patient, follow_up = divmod(number, 4)
             found = "No Finding" if number % 2 else "Effusion|Cardiomegaly"
-            table.write(f"{name(number)},{found},{follow_up},{patient},{20 + patient % 60},{'FM'[patient % 2]},PA\n")
+            table.write(f"{name(number)},{found},{follow_up},{patient},{20 + patient % 60},PA,{'FM'[patient % 2]}\n")
 
 
 def unnamed_bytes() -> int:

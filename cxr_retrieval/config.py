@@ -53,6 +53,11 @@ class CorpusSettings(Section):
     )
     columns: ColumnSettings = ColumnSettings()
     separator: str = Field("|", min_length=1, description="what stands between findings of one cell (format = csv)")
+    labelled: list[str] | None = Field(
+        None,
+        description="findings that the table tells of, e.g. [Mass, Hernia] (format = csv); null: those that rows name,"
+        " and a row that is the first to name one prepares all images anew",
+    )
     uncertain: Literal["unknown", "present", "absent"] = Field(
         "unknown", description="what an uncertain finding is taken for (format = chexpert, mimic)"
     )

@@ -48,6 +48,11 @@ def nodes_cpus() -> list[float]:
     return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
 
 
+def nodes_memory() -> list[int]:
+    """The bytes that Ray may give to tasks on every node that is alive and has CPUs. Ray must be running."""
+    return [int(node["Resources"]["memory"]) for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
 def working_nodes() -> list[str]:
     """The ids of the nodes that are alive and have CPUs, which a head may lack; of all where none has any."""
     alive = [node for node in ray.nodes() if node["Alive"]]

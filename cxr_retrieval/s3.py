@@ -84,9 +84,9 @@ def exists(uri: str) -> bool:
     return True
 
 
-def objects(uri: str) -> Iterator[tuple[str, int, float]]:
+def objects(uri: str) -> Iterator[tuple[str, int, float, str]]:
     """Every object below `uri`, streamed: its key without the prefix, its size in bytes, when it was written (seconds
-    since 1970)."""
+    since 1970), its tag."""
     bucket, prefix = _bucket_key(uri + "/")
     after: dict[str, str] = {}
     while True:
@@ -94,7 +94,7 @@ def objects(uri: str) -> Iterator[tuple[str, int, float]]:
             page = _persistently(partial(client().list_objects_v2, Bucket=bucket, Prefix=prefix, **after))
         for entry in page.get("Contents", []):
             if path := entry["Key"].removeprefix(prefix):
-                yield path, entry["Size"], entry["LastModified"].timestamp()
+                yield path, entry["Size"], entry["LastModified"].timestamp(), entry["ETag"]
         if not page["IsTruncated"]:
             return
         after = {"ContinuationToken": page["NextContinuationToken"]}

@@ -31,12 +31,16 @@ CHUNK = 1 << 20
 @dataclass(frozen=True)
 class StoredFile:
     """A file: its path relative to the folder that was listed or written to, its URI, its size in bytes, and when it
-    was written last, in seconds since 1970."""
+    was written last, in seconds since 1970.
+
+    `version` is another one when its content is: of S3's ETag, or the local nanosecond that it was written in.
+    """
 
     path: str
     uri: str
     size: int
     modified: float
+    version: int = 0
 
 
 def canonical(uri: str) -> str:
@@ -110,9 +114,10 @@ def list_files(uri: str) -> Iterator[StoredFile]:
     if not is_s3(uri):
         yield from _list_local(uri, "", uri)
         return
-    for path, size, modified in s3.objects(uri):
+    for path, size, modified, tag in s3.objects(uri):
         if not any(name.startswith(".") for name in path.split("/")):
-            yield StoredFile(path, join(uri, path), size, modified)
+            version = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "big", signed=True)
+            yield StoredFile(path, join(uri, path), size, modified, version)
 
 
 def exists(uri: str) -> bool:
@@ -316,7 +321,7 @@ def _list_local(
             yield from _list_local(entry.path, f"{prefix}{entry.name}/", top, above | {place})
         else:
             found = entry.stat(follow_symlinks=entry.is_file())
-            yield StoredFile(prefix + entry.name, entry.path, found.st_size, found.st_mtime)
+            yield StoredFile(prefix + entry.name, entry.path, found.st_size, found.st_mtime, found.st_mtime_ns)
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -20,7 +20,7 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.archive import ignored_text
 from cxr_retrieval.corpus.census import Example
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.preparation import plan_corpus, prepare
+from cxr_retrieval.corpus.preparation import plan_corpus, prepare, task_memory
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.privacy import Pseudonyms
@@ -140,7 +140,7 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
     console.show_table(
         "Plan of prepare",
         ["images", "shards", "images to read", "bytes of pixels", "memory of a task (bytes)"],
-        [[images, len(planned.parts), to_read, to_read * pixels, 2 * corpus.partition_images * pixels]],
+        [[images, len(planned.parts), to_read, to_read * pixels, task_memory(corpus)]],
     )
     if planned.archive.unscanned:
         console.say(

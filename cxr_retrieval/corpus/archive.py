@@ -13,21 +13,24 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import chain, groupby, islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
+from cxr_retrieval.corpus.files import READS_AHEAD, UNREADABLE, is_readable
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of, formats_with
 from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables, filled
-from cxr_retrieval.corpus.headers import FACTS, OBJECT, STRETCH, UNREADABLE, Headers
-from cxr_retrieval.corpus.limits import REMOVED, exclusion
+from cxr_retrieval.corpus.headers import FACTS, OBJECT, STRETCH, Headers
+from cxr_retrieval.corpus.limits import NOT_LISTED, REMOVED, Limits, exclusion
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.corpus.splits import TEST, hash_split, listed_split
 from cxr_retrieval.errors import UserError
@@ -42,32 +45,34 @@ NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA cache_size = -65536;  -- 64 MiB; the rest is on disk
--- `told_as` is what the label tables call an image
-CREATE TABLE listing (path TEXT PRIMARY KEY, image TEXT, size INTEGER, modified REAL, told_as TEXT) WITHOUT ROWID;
+CREATE TABLE listing (path TEXT PRIMARY KEY, image TEXT, size INTEGER, version INTEGER) WITHOUT ROWID;
 CREATE TABLE headers (
-    key TEXT, size INTEGER, modified REAL, kind TEXT, reason TEXT, patient TEXT, told_as TEXT, facts TEXT,
-    PRIMARY KEY (key, size, modified)
-) WITHOUT ROWID;  -- key: a path, or the mark of a removed image, of which there are no facts
+    key TEXT, size INTEGER, version INTEGER, kind TEXT, reason TEXT, patient TEXT, told_as TEXT, facts TEXT,
+    PRIMARY KEY (key, size, version)
+) WITHOUT ROWID;  -- key: a path, or the mark of a removed image, of which nothing is told; told_as: its name in tables
 CREATE TABLE labels (image TEXT PRIMARY KEY, patient TEXT, facts TEXT, twice INTEGER DEFAULT 0) WITHOUT ROWID;
 CREATE TABLE boxes (image TEXT, finding TEXT, x REAL, y REAL, w REAL, h REAL);
-CREATE TABLE listed (image TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID;
+CREATE TABLE listed (image TEXT, split TEXT, PRIMARY KEY (image, split)) WITHOUT ROWID;
+CREATE TABLE patients (patient TEXT PRIMARY KEY, split TEXT, splits INTEGER) WITHOUT ROWID;  -- of whom one is listed
 CREATE TABLE placed (key TEXT PRIMARY KEY, place INTEGER) WITHOUT ROWID;  -- a path, or the mark of a removed image
+CREATE TABLE unreadable (path TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID;
 """
 INDEXES = """
 CREATE INDEX listing_image ON listing (image);
-CREATE INDEX listing_told_as ON listing (told_as);
 CREATE INDEX boxes_image ON boxes (image);
 CREATE VIEW known AS
-SELECT path, listing.image, listing.size, coalesce(nullif(labels.patient, ''), headers.patient) AS patient,
-    labels.facts AS label, headers.facts AS header, coalesce(twice, 0) AS twice,
-    headers.key IS NOT NULL AND headers.facts IS NULL AS removed, listed.split AS split
+SELECT path, listing.image, listing.size, listing.version,
+    coalesce(nullif(labels.patient, ''), headers.patient) AS patient, labels.facts AS label, headers.facts AS header,
+    coalesce(twice, 0) AS twice, headers.key IS NOT NULL AND headers.facts IS NULL AS removed, patients.split AS split
 FROM listing LEFT JOIN headers ON headers.key = path
-    LEFT JOIN labels ON labels.image = listing.told_as LEFT JOIN listed ON listed.image = listing.told_as;
+    LEFT JOIN labels ON labels.image = coalesce(headers.told_as, listing.image)
+    LEFT JOIN patients ON patients.patient = coalesce(nullif(labels.patient, ''), headers.patient);
 """
 JOINED = """
-SELECT known.*, place, (SELECT count(*) FROM listing AS other WHERE other.image = known.image) AS namesakes,
+SELECT known.*, place, unreadable.text AS unreadable,
+    (SELECT count(*) FROM listing AS other WHERE other.image = known.image) AS namesakes,
     EXISTS (SELECT 1 FROM boxes WHERE boxes.image = known.image) AS boxed
-FROM known LEFT JOIN placed ON key = path
+FROM known LEFT JOIN placed ON key = path LEFT JOIN unreadable USING (path)
 """
 PLACED, NEW = f"{JOINED} WHERE place IS NOT NULL ORDER BY place, path", f"{JOINED} WHERE place IS NULL ORDER BY path"
 THEIRS = """
@@ -80,36 +85,35 @@ DELETE FROM boxes WHERE image IN (SELECT image FROM labels) AND finding NOT IN (
 )
 """
 BARE_NAMES = """
-UPDATE listing SET image = file_name(path), told_as = file_name(path)
+UPDATE listing SET image = file_name(path)
 WHERE image NOT IN (SELECT image FROM labels) AND file_name(path) IN (SELECT image FROM labels)
     AND file_name(path) NOT IN (SELECT path FROM listing)
 """  # tables may call an image by its file's name alone, wherever it lies
-TORN_PATIENTS = """
-SELECT count(*) FROM (
-    SELECT 1 FROM known WHERE NOT twice AND patient != ''
-    GROUP BY patient HAVING count(DISTINCT ifnull(split, '')) > 1
-)
-"""
+LISTED_PATIENTS = """
+INSERT INTO patients SELECT patient, min(split), count(DISTINCT split) FROM labels JOIN listed USING (image)
+WHERE NOT twice AND patient != '' GROUP BY patient
+"""  # an image that is in no list goes with the patient's others
 KEEP = """
-INSERT INTO headers VALUES (:key, :size, :modified, :kind, :reason, :patient, :told_as, :facts)
-ON CONFLICT (key, size, modified) DO UPDATE
+INSERT INTO headers VALUES (:key, :size, :version, :kind, :reason, :patient, :told_as, :facts)
+ON CONFLICT (key, size, version) DO UPDATE
 SET kind = :kind, reason = :reason, patient = :patient, told_as = :told_as, facts = :facts WHERE reason = :unreadable
 """
 MARKED = """
-INSERT OR IGNORE INTO headers SELECT path, headers.size, headers.modified, kind, reason, patient, headers.told_as, facts
+INSERT OR IGNORE INTO headers SELECT path, headers.size, headers.version, kind, reason, patient, headers.told_as, facts
 FROM listing JOIN headers ON key = mark(path)
 """
 # What was kept of a file that is gone, or another one now, holds no more.
 CURRENT = """
 DELETE FROM headers WHERE NOT EXISTS (
-    SELECT 1 FROM listing WHERE path = key AND listing.size = headers.size AND listing.modified = headers.modified
+    SELECT 1 FROM listing WHERE path = key AND listing.size = headers.size AND listing.version = headers.version
 );
 CREATE TABLE unscanned AS
-SELECT path, size, modified FROM listing WHERE path NOT IN (SELECT key FROM headers) ORDER BY path;
+SELECT path, size, version FROM listing WHERE path NOT IN (SELECT key FROM headers) ORDER BY path;
 """
-SETTLED = """
-DELETE FROM listing WHERE path IN (SELECT key FROM headers WHERE kind != 'image');
-UPDATE listing SET told_as = headers.told_as FROM headers WHERE key = path;
+LABELS_WITHOUT_IMAGE = """
+SELECT count(*) FROM labels
+WHERE image NOT IN (SELECT image FROM listing)
+    AND image NOT IN (SELECT told_as FROM headers WHERE told_as IS NOT NULL)
 """
 
 
@@ -133,13 +137,14 @@ class Archive:
         """List the archive and read its tables. Raises UserError for one without images or label table.
 
         `before` are the partitions that the archive was cut into before: its images keep them, and new ones come in new
-        partitions. Images of `removed` patients keep their places too, and nothing is told of them. `headers` are those
-        of the archive's files, where its format asks for them.
+        partitions. Those that could not be read then are tried now. Images of `removed` patients keep their places too,
+        and nothing is told of them. `headers` are those of the archive's files, where its format asks for them.
         """
         if settings.archive is None:
             raise UserError("corpus.archive is not set: give the folder or s3:// prefix that holds the archive")
         self.uri = storage.canonical(settings.archive)
         self._settings, self._removed = settings, removed
+        self._max_bytes = Limits.of(settings).max_bytes
         self.ignored: Counter[str] = Counter()
         self.unscanned = 0
         self._database = sqlite3.connect("")  # a file that has no name: it is gone with this process, killed or not
@@ -161,9 +166,7 @@ class Archive:
                 self._read_listed(tables)
             self._place(before)
             self.rows = self._count("SELECT count(*) FROM listing")
-            self.labels_without_image = self._count(
-                "SELECT count(*) FROM labels WHERE image NOT IN (SELECT told_as FROM listing)"
-            )
+            self.labels_without_image = self._count(LABELS_WITHOUT_IMAGE)
             self._require_labels()
         self.table_hashes = {file.path: storage.content_hash(file.uri) for file in tables.values()}
 
@@ -181,6 +184,7 @@ class Archive:
         """Remember which partition every image was in before."""
         start = len(self.uri) + 1
         for place, rows in enumerate(before):
+            self._try_again(rows.filter(pc.equal(rows["reason"], UNREADABLE)))
             pairs = zip(rows["source_uri"].to_pylist(), rows["image_id"].to_pylist(), strict=True)
             keys = (mark if uri is None else uri[start:] for uri, mark in pairs)
             self._database.executemany("INSERT OR IGNORE INTO placed VALUES (?, ?)", ((key, place) for key in keys))
@@ -192,6 +196,14 @@ class Archive:
                 "INSERT OR IGNORE INTO placed SELECT ?, place FROM placed WHERE key = ?",
                 ((path, self._removed.mark(path)) for path in paths),
             )
+
+    def _try_again(self, rows: pa.Table) -> None:
+        """Remember which of some rows that could not be read before still cannot be."""
+        uris, start = rows["source_uri"].to_pylist(), len(self.uri) + 1
+        with ThreadPoolExecutor(READS_AHEAD) as pool:
+            found = zip(uris, rows["text"].to_pylist(), pool.map(is_readable, uris), strict=True)
+            still = [(uri[start:], text) for uri, text, readable in found if not readable]
+        self._database.executemany("INSERT INTO unreadable VALUES (?, ?)", still)
 
     def _count(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])
@@ -206,14 +218,13 @@ class Archive:
         endings = tuple(self._format.endings) if isinstance(self._format, HeaderFormat) else IMAGE_ENDINGS
         given = storage.canonical(self._settings.labels) if self._settings.labels else None
 
-        def images() -> Iterator[tuple[str, str, int, float, str]]:
+        def images() -> Iterator[tuple[str, str, int, int]]:
             for file in storage.list_files(self.uri):
                 name = file.path.rpartition("/")[2]
                 if file.uri == given:
                     continue
                 if name.lower().endswith(endings):
-                    image = self._format.image_of(file.path)
-                    yield file.path, image, file.size, file.modified, image
+                    yield file.path, self._format.image_of(file.path), file.size, file.version
                 elif kind := self._format.table_kind(file.path):
                     if kind in tables:
                         raise UserError(f"{self.uri}: two tables of one kind, {tables[kind].path} and {name}: keep one")
@@ -225,7 +236,7 @@ class Archive:
                         others.setdefault(other, name)
 
         try:
-            self._database.executemany("INSERT INTO listing VALUES (?, ?, ?, ?, ?)", images())
+            self._database.executemany("INSERT INTO listing VALUES (?, ?, ?, ?)", images())
         except FileNotFoundError:
             raise UserError(
                 f"{self.uri}: there is no such folder; set corpus.archive to the archive's folder or prefix"
@@ -252,7 +263,7 @@ class Archive:
             self.unscanned = 0
         for path, kind in self._database.execute("SELECT key, kind FROM headers WHERE kind != 'image'"):
             self.ignored[WITHOUT_IMAGE if kind == OBJECT else _ending(path.rpartition("/")[2])] += 1
-        self._database.executescript(SETTLED)
+        self._database.execute("DELETE FROM listing WHERE path IN (SELECT key FROM headers WHERE kind != 'image')")
 
     def _find_marked(self) -> None:
         """Give what was kept of removed patients' images to the paths that their marks stand for."""
@@ -261,9 +272,12 @@ class Archive:
             self._database.execute(MARKED)
 
     def _stretches(self) -> Iterator[list[storage.StoredFile]]:
-        found = self._database.execute("SELECT path, size, modified FROM unscanned ORDER BY rowid")
+        found = self._database.execute("SELECT path, size, version FROM unscanned ORDER BY rowid")
         while rows := found.fetchmany(STRETCH):
-            yield [storage.StoredFile(path, storage.join(self.uri, path), size, at) for path, size, at in rows]
+            yield [
+                storage.StoredFile(path, storage.join(self.uri, path), size, 0.0, version)
+                for path, size, version in rows
+            ]
 
     def _keep(self, layout: HeaderFormat, headers: pa.Table) -> None:
         def kept(row: dict[str, Any]) -> dict[str, Any]:
@@ -344,7 +358,8 @@ class Archive:
                 )
         listed = self._format.listed(tables)
         self._database.executemany("INSERT OR IGNORE INTO listed VALUES (?, ?)", listed)
-        if torn := self._count(TORN_PATIENTS):
+        self._database.execute(LISTED_PATIENTS)
+        if torn := self._count("SELECT count(*) FROM patients WHERE splits > 1"):
             raise UserError(
                 f"{self.uri}: patients whose images the archive puts into more than one split: {torn:,};"
                 " mend the archive's lists or use corpus.split=hash"
@@ -358,6 +373,7 @@ class Archive:
             "image_id": found["image"],
             "source_uri": storage.join(self.uri, found["path"]),
             "size": found["size"],
+            "version": found["version"],
         }
         if printable(found["path"]) != found["path"]:
             text = "its path has characters that cannot be shown; rename it"
@@ -378,27 +394,37 @@ class Archive:
             where = "header" if isinstance(self._format, HeaderFormat) else "label row"
             return {**row, "reason": "no_patient", "text": f"the {where} names no patient"}
         date = label["study_date"]
+        split = self._split(found["patient"], found["split"])
+        excluded = label["excluded"] or exclusion(settings, label["view"], label["age_years"])
+        excluded = excluded or (NOT_LISTED if split is None else None)
+        if not excluded and found["size"] > self._max_bytes:
+            text = (
+                f"{found['size']:,} bytes, more than {self._max_bytes:,}, which an image of corpus.max_pixels may take"
+            )
+            row |= {"reason": "too_large", "text": text}
+        elif not excluded and found["unreadable"]:
+            row |= {"reason": UNREADABLE, "text": found["unreadable"]}
         return {
             **row,
-            "excluded": label["excluded"] or exclusion(settings, label["view"], label["age_years"]),
+            "excluded": excluded,
             "patient_id": found["patient"],
             "study_id": label["study"],
             "study_date": datetime.date.fromisoformat(date) if date else None,
             **{name: label[name] for name in ("follow_up", "age_years", "sex", "view", "findings", "unknown", "other")},
             "boxes": self._boxes(found["image"]) if found["boxed"] else [],
-            "split": self._split(found["patient"], found["split"]),
+            "split": split,
         }
 
     def _boxes(self, image: str) -> list[dict[str, Any]]:
         boxes = self._database.execute("SELECT finding, x, y, w, h FROM boxes WHERE image = ? ORDER BY rowid", (image,))
         return [dict(box) for box in boxes]
 
-    def _split(self, patient: str, listed: str | None) -> str:
+    def _split(self, patient: str, listed: str | None) -> str | None:
         settings = self._settings
         if settings.split == "all_test":
             return TEST
         if settings.split == "official":
-            return listed_split(listed, patient, settings.split_seed, settings.validation_share)
+            return listed and listed_split(listed, patient, settings.split_seed, settings.validation_share)
         return hash_split(patient, settings.split_seed, settings.validation_share, settings.test_share)
 
 

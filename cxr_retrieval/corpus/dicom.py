@@ -22,7 +22,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 
 from cxr_retrieval.corpus import codestream
-from cxr_retrieval.corpus.limits import ExcludedImage, RejectedImage
+from cxr_retrieval.corpus.limits import HEADER_ROOM, ExcludedImage, RejectedImage
 
 # pydicom tells of odd values by quoting them: nothing that it says is let out.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -59,7 +59,6 @@ NATIVE = (
     uid.ExplicitVRBigEndian,
 )
 MOST = 1e12  # the largest number that is taken for one; infinity and no-number are neither
-HEADER_ROOM = 16 << 20  # bytes of a deflated file beside its pixels
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from cxr_retrieval.corpus import codestream
-from cxr_retrieval.corpus.dicom import HEADER_ROOM, NATIVE, burned_in, element, first, read_header, reading, whole
+from cxr_retrieval.corpus.dicom import NATIVE, burned_in, element, first, read_header, reading, whole
 from cxr_retrieval.corpus.greyscale import Scale, StoredBits, grey_table
-from cxr_retrieval.corpus.limits import Limits, RejectedImage
+from cxr_retrieval.corpus.limits import HEADER_ROOM, Limits, RejectedImage
 
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 PIXELS = (

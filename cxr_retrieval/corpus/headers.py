@@ -1,7 +1,7 @@
 """The headers of an archive's DICOM files: read once, in parallel, and kept for every later look at the archive.
 
 Headers are read for a *stretch* of the listing at a time, by one Ray task that writes an artifact. What is kept of a
-file holds as long as its path, size and time of writing do: a grown archive costs its new files, and a scan that was
+file holds as long as its path, size and version do: a grown archive costs its new files, and a scan that was
 killed goes on behind its last finished stretches.
 """
 
@@ -24,30 +24,28 @@ from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.dicom import (
     BARE_TEXT,
     DICOM_ENDINGS,
-    HEADER_ROOM,
     DicomFacts,
     is_bare_dicom,
     is_dicom,
     read_facts,
 )
+from cxr_retrieval.corpus.files import read_beginning
 from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.formats.labels import HeaderFormat
-from cxr_retrieval.corpus.limits import RejectedImage
+from cxr_retrieval.corpus.limits import HEADER_ROOM, RejectedImage
 from cxr_retrieval.corpus.rows import rows_digest
-from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import nodes_cpus
 from cxr_retrieval.storage import StoredFile
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND, HEADERS_FILE = "headers", "headers.parquet"
-VERSION = 2  # raise it with every change of what is read of a header
+VERSION = 3  # raise it with every change of what is read of a header
 STRETCH = 2048  # files of one task
 READS = 16  # files that a task reads at once: hides the latency of object storage
 LENGTHS = (64 << 10, 1 << 20, HEADER_ROOM)  # bytes of a file that are read, one after the other until its header ends
 
 IMAGE, OBJECT, FILE = "image", "object", "file"  # a DICOM image; DICOM without an image, such as reports; no DICOM
-UNREADABLE = "unreadable"  # why a file's header is not known that may be read at the next try
 
 FACTS = [  # the fields of DicomFacts
     ("image_uid", pa.string()),
@@ -69,7 +67,7 @@ HEADERS = pa.schema(
         ("path", pa.string()),
         ("mark", pa.string()),
         ("size", pa.int64()),
-        ("modified", pa.float64()),
+        ("version", pa.int64()),
         ("kind", pa.string()),
         ("reason", pa.string()),
         ("text", pa.string()),
@@ -143,8 +141,8 @@ class Headers:
         return {"archive": self.archive, "format": self.settings.format, "version": VERSION}
 
     def draft(self, files: Sequence[StoredFile]) -> Draft:
-        """What is kept of a stretch, by the paths, sizes and times of its files."""
-        listing = [{"path": file.path, "size": file.size, "modified": file.modified} for file in files]
+        """What is kept of a stretch, by the paths, sizes and versions of its files."""
+        listing = [{"path": file.path, "size": file.size, "version": file.version} for file in files]
         return Draft.under(self.folder, KIND, self._shaping, (rows_digest(pa.Table.from_pylist(listing)),))
 
 
@@ -167,7 +165,7 @@ def _read_stretch(headers: Headers, files: Sequence[StoredFile]) -> tuple[str, i
 
 def _row(headers: Headers, file: StoredFile) -> dict[str, Any]:
     """What is kept of a file."""
-    row: dict[str, Any] = {"path": file.path, "size": file.size, "modified": file.modified, "kind": IMAGE}
+    row: dict[str, Any] = {"path": file.path, "size": file.size, "version": file.version, "kind": IMAGE}
     try:
         facts = _facts(file)
     except RejectedImage as rejected:
@@ -186,7 +184,7 @@ def _facts(file: StoredFile) -> DicomFacts | None:
     """The facts of a file's header, read no further than it takes; None of a file that is no DICOM and is not called
     so. Raises RejectedImage."""
     for length in LENGTHS:
-        data = _beginning(file, length)
+        data = read_beginning(file.uri, length)
         if not is_dicom(data):
             if is_bare_dicom(data):
                 raise RejectedImage("not_an_image", BARE_TEXT)
@@ -200,14 +198,3 @@ def _facts(file: StoredFile) -> DicomFacts | None:
             if whole or rejected.reason != "damaged" or length == LENGTHS[-1]:
                 raise
     raise AssertionError("the last length either gives facts or a reason")
-
-
-def _beginning(file: StoredFile, length: int) -> bytes:
-    try:
-        return storage.read_beginning(file.uri, length)
-    except FileNotFoundError as error:
-        raise RejectedImage(UNREADABLE, str(error)) from None
-    except UserError as error:
-        if isinstance(error.__cause__, PermissionError):  # one file; a whole disk that fails ends the job
-            raise RejectedImage(UNREADABLE, str(error)) from None
-        raise

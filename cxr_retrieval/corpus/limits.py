@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from cxr_retrieval.config import CorpusSettings
 
+HEADER_ROOM = 16 << 20  # bytes of a file beside its pixels
 # Why an image cannot be used, and the rules that leave one out: docs/corpus.md says what each means.
 REASONS = (
     *("damaged", "not_an_image", "too_small", "too_large", "unsupported", "unreadable", "bad_name", "name_twice"),
     *("no_label_row", "labels_twice", "unknown_finding", "unknown_label", "no_patient"),
 )
 REMOVED, BY_ARCHIVE, MODALITY, BODY_PART = "removed", "by_archive", "modality", "body_part"
-VIEW, AGE, AGE_UNKNOWN, SOURCE_SIDE = "view", "age", "age_unknown", "source_side"
+VIEW, AGE, AGE_UNKNOWN = "view", "age", "age_unknown"
+NOT_LISTED, SOURCE_SIDE = "not_listed", "source_side"
 # An image is counted by the first of these.
-RULES = (REMOVED, BY_ARCHIVE, MODALITY, BODY_PART, VIEW, AGE, AGE_UNKNOWN, SOURCE_SIDE)
+RULES = (REMOVED, BY_ARCHIVE, MODALITY, BODY_PART, VIEW, AGE, AGE_UNKNOWN, NOT_LISTED, SOURCE_SIDE)
 
 
 class RejectedImage(Exception):
@@ -61,6 +63,15 @@ class Limits:
     min_side: int
     max_pixels: int
     source_side: int = 0
+
+    @property
+    def max_bytes(self) -> int:
+        """Of a file: what `max_pixels` take as 8-bit RGBA that is not compressed, and a header."""
+        return 4 * self.max_pixels + HEADER_ROOM
+
+    @classmethod
+    def of(cls, settings: CorpusSettings) -> "Limits":
+        return cls(settings.min_side, settings.max_pixels, settings.source_side or 0)
 
     def check(self, width: int, height: int) -> None:
         """For an image's size by its header: raise RejectedImage outside the limits, ExcludedImage where it is only

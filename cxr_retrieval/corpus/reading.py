@@ -15,6 +15,7 @@ from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.corpus.census import COLUMNS, Census
 from cxr_retrieval.corpus.decoding import Recipe
+from cxr_retrieval.corpus.exclusions import Exclusions
 from cxr_retrieval.corpus.findings import label_vector
 from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, KIND, QUARANTINE_FILE, ROWS_FILE
 from cxr_retrieval.errors import UserError
@@ -52,14 +53,12 @@ class Corpus:
         return [storage.join(uri, ROWS_FILE) for uri in self.artifact.part_uris]
 
     @cached_property
-    def excluded(self) -> dict[int, set[int]]:
-        """Rows that no reader sees, by part."""
-        with storage.arrow_reader(storage.join(self.artifact.uri, EXCLUSIONS_FILE)) as file:
-            table = pq.read_table(file, columns=["part", "row"])
-        found: dict[int, set[int]] = {}
-        for part, row in zip(table["part"].to_pylist(), table["row"].to_pylist(), strict=True):
-            found.setdefault(part, set()).add(row)
-        return found
+    def _exclusions(self) -> Exclusions:
+        return Exclusions.read(storage.join(self.artifact.uri, EXCLUSIONS_FILE))
+
+    def left_out(self, part: int) -> np.ndarray:
+        """The rows of a part that no reader sees: `int32 [N]`, ascending."""
+        return self._exclusions.of(part)
 
     def places(self, split: str, without: Sequence[str] = ()) -> np.ndarray:
         """Where the rows of a split are, left out those that have, or may have, one of the findings `without`: an array
@@ -72,7 +71,7 @@ class Corpus:
                 facts = parquet.read(["split", "findings", "unknown"] if without else ["split"])
             splits = np.asarray(facts["split"].to_pylist(), dtype=object)
             keep = splits == split
-            keep[list(self.excluded.get(part, ()))] = False
+            keep[self.left_out(part)] = False
             if without:
                 both = zip(facts["findings"].to_pylist(), facts["unknown"].to_pylist(), strict=True)
                 keep &= [set(without).isdisjoint([*findings, *unknown]) for findings, unknown in both]
@@ -88,7 +87,7 @@ class Corpus:
         """Where rows of a part are by their numbers among those that `batches` gives: an array of PLACE."""
         with storage.arrow_reader(self.files[part]) as file:
             place = _places(part, pq.ParquetFile(file))
-        seen = np.delete(place, list(self.excluded.get(part, ())))
+        seen = np.delete(place, self.left_out(part))
         return seen[list(numbers)]
 
     def take(self, places: np.ndarray, columns: Sequence[str]) -> pa.Table:
@@ -113,13 +112,12 @@ class Corpus:
 
     def batches(self, part: int, batch_size: int, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The rows of one part in order, excluded ones left out, at most `batch_size` at a time."""
-        left_out = self.excluded.get(part, set())
-        row = 0
+        left_out, row = self.left_out(part), 0
         with storage.arrow_reader(self.files[part]) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size, columns=list(columns)):
-                keep = [index for index in range(batch.num_rows) if row + index not in left_out]
+                keep = np.setdiff1d(np.arange(row, row + batch.num_rows), left_out, assume_unique=True) - row
                 row += batch.num_rows
-                if keep:
+                if len(keep):
                     table = pa.Table.from_batches([batch])
                     yield table if len(keep) == batch.num_rows else table.take(pa.array(keep))
 
@@ -151,8 +149,14 @@ class Corpus:
     def across_patients(self, most: int) -> list[dict[str, Any]]:
         """The first images that are left out for an image of another patient: `image_id`, `kept_image_id`."""
         with storage.arrow_reader(storage.join(self.artifact.uri, EXCLUSIONS_FILE)) as file:
-            table = pq.read_table(file, columns=["image_id", "kept_image_id", "same_patient"])
-        return table.filter(pc.invert(table["same_patient"])).slice(0, most).drop_columns("same_patient").to_pylist()
+            found: list[dict[str, Any]] = []
+            for batch in pq.ParquetFile(file).iter_batches(columns=["image_id", "kept_image_id", "same_patient"]):
+                found += (
+                    batch.filter(pc.invert(batch["same_patient"])).select(["image_id", "kept_image_id"]).to_pylist()
+                )
+                if len(found) >= most:
+                    break
+        return found[:most]
 
 
 def _places(part: int, parquet: pq.ParquetFile) -> np.ndarray:

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from cxr_retrieval.corpus.decoding import Recipe
+from cxr_retrieval.corpus.files import UNREADABLE
 
 BOX = pa.struct(
     [(name, pa.string() if name == "finding" else pa.float32()) for name in ("finding", "x", "y", "w", "h")]
@@ -31,6 +34,7 @@ ARCHIVE = pa.schema(
         ("image_id", pa.string()),
         ("source_uri", pa.string()),
         ("size", pa.int64()),
+        ("version", pa.int64()),  # of the file, see storage.StoredFile
         ("reason", pa.string()),
         ("text", pa.string()),
         ("excluded", pa.string()),
@@ -54,6 +58,19 @@ EXCLUSIONS = pa.schema(
         ("same_patient", pa.bool_()),
     ]
 )
+
+
+def as_read(rows: pa.Table, quarantined: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows by schema ARCHIVE after their files were read: those that are `quarantined` as UNREADABLE have that reason.
+
+    What else was found in a file is no part of them: it follows from the file.
+    """
+    found = {row["source_uri"]: row["text"] for row in quarantined if row["reason"] == UNREADABLE}
+    told = [
+        {**row, "reason": UNREADABLE, "text": found[row["source_uri"]]} if row["source_uri"] in found else row
+        for row in rows.to_pylist()
+    ]
+    return pa.Table.from_pylist(told, schema=ARCHIVE)
 
 
 def rows_digest(rows: pa.Table) -> str:

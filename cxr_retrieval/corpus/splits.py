@@ -4,6 +4,7 @@ import hashlib
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
+TRAIN_OR_VALIDATION = "train or validation"  # as an archive lists images of which it holds out none to choose by
 
 
 def patient_position(patient_id: str, salt: int | str) -> float:
@@ -20,8 +21,8 @@ def hash_split(patient_id: str, seed: int, validation_share: float, test_share: 
     return VALIDATION if position < test_share + validation_share else TRAIN
 
 
-def listed_split(listed: str | None, patient_id: str, seed: int, validation_share: float) -> str:
-    """The split that an archive lists; of patients whom it lists nowhere, some validate, taken by salted hash."""
-    if listed is not None:
+def listed_split(listed: str, patient_id: str, seed: int, validation_share: float) -> str:
+    """The split that an archive lists; of patients in TRAIN_OR_VALIDATION, some validate, taken by salted hash."""
+    if listed != TRAIN_OR_VALIDATION:
         return listed
     return VALIDATION if patient_position(patient_id, seed) < validation_share else TRAIN

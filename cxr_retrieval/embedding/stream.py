@@ -81,7 +81,7 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
     found = [artifacts.find(part.uri) for part in parts]
     with Progress.of(workspace, draft, "embed", _rows(corpus), before=_rows(corpus, found)) as progress:
         finished = _embed_parts(parts, found, settings, model_uri, corpus, progress)
-        excluded = sum(len(rows) for rows in corpus.excluded.values())
+        excluded = corpus.artifact.counts["duplicates"]
         counts = {
             "prepared": corpus.rows,
             "embedded": sum(part.counts["embedded"] for part in finished) - excluded,
@@ -209,7 +209,7 @@ def read_part(embeddings: Artifact, corpus: Corpus, part: int, model: Model, col
         facts = pq.read_table(file, columns=["pixel_sha256", *(name for name in columns if name != "pixel_sha256")])
     if not np.array_equal(table["pixel_id"].to_numpy(), _pixel_ids(facts["pixel_sha256"])):
         raise artifacts.AccountingError(f"part {part} of {embeddings.uri} holds other images than the corpus")
-    keep = np.setdiff1d(np.arange(table.num_rows), list(corpus.excluded.get(part, ())))
+    keep = np.setdiff1d(np.arange(table.num_rows), corpus.left_out(part))
     table, facts = table.take(pa.array(keep)), facts.take(pa.array(keep))
     shape = (len(keep), PASSES, network["steps"], network["dimensions"])
     z_NPSD = torch.as_tensor(_matrix(table["z"], np.float32).reshape(shape))

@@ -85,7 +85,7 @@ class Source:
     def part_rows(self) -> list[int]:
         """Rows of every part, duplicates left out."""
         parts = self.embeddings.manifest["parts"]
-        return [part["counts"]["embedded"] - len(self.corpus.excluded.get(n, ())) for n, part in enumerate(parts)]
+        return [part["counts"]["embedded"] - len(self.corpus.left_out(n)) for n, part in enumerate(parts)]
 
     def archive_rows(self) -> list[int]:
         """Images of the archive that every part was prepared from: they stay when a patient is removed."""
@@ -189,7 +189,7 @@ def _shards(
         if not rows:
             continue  # nothing of these parts was good, or is left
         left_out = {part: collisions[part] for part in parts if part in collisions}
-        excluded = [sorted(source.corpus.excluded.get(part, ())) for part in parts]
+        excluded = [source.corpus.left_out(part).tolist() for part in parts]
         shaping = {
             "embedding": source.embedding,
             "pseudonymised": pseudonyms.key_id,
@@ -344,9 +344,8 @@ def find_collisions(source: Source, pseudonyms: Pseudonyms) -> dict[int, list[in
     ids = []
     for part, uri in enumerate(source.corpus.files):
         with storage.arrow_reader(uri) as file:
-            names = pq.read_table(file, columns=["image_id"])["image_id"].to_pylist()
-        left_out = source.corpus.excluded.get(part, set())
-        kept = (name for row, name in enumerate(names) if row not in left_out)
+            names = pq.read_table(file, columns=["image_id"])["image_id"]
+        kept = names.take(pa.array(np.delete(np.arange(len(names)), source.corpus.left_out(part)))).to_pylist()
         ids.append(np.fromiter((row_id(pseudonyms.name("image", name)) for name in kept), np.int64))
     ends = np.cumsum([len(part) for part in ids])
     every = np.concatenate(ids)

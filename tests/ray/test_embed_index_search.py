@@ -22,6 +22,7 @@ from cxr_retrieval.artifacts import AccountingError, Artifact
 from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate
 from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, EvaluationSettings, IndexSettings, NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
+from cxr_retrieval.corpus.exclusions import Exclusions
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, ROWS_FILE, prepare
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
@@ -200,7 +201,7 @@ def test_duplicates_are_left_out_by_readers(world: World) -> None:
 def test_rows_left_out_are_those_of_their_place(world: World) -> None:
     model = Model.open(world.model.uri)
     corpus = Corpus(world.corpus.artifact)
-    corpus.__dict__["excluded"] = {0: {0, 5, 31}}
+    corpus.__dict__["_exclusions"] = Exclusions(np.zeros(3, np.int32), np.array([0, 5, 31], np.int32))
     whole = read_part(world.embedded, world.corpus, 0, model, ["image_id"])
     left = read_part(world.embedded, corpus, 0, model, ["image_id"])
     kept = np.setdiff1d(np.arange(32), [0, 5, 31])

@@ -84,7 +84,7 @@ class Hospital:
         """The first so many images of the phantoms are there now."""
         (self.archive / "images").mkdir(parents=True, exist_ok=True)
         for row in self.rows[:count]:
-            shutil.copy(phantoms / "images" / row[0], self.archive / "images" / row[0])
+            shutil.copy2(phantoms / "images" / row[0], self.archive / "images" / row[0])  # with its time
         lines = [",".join(row) for row in [self.header, *self.rows[:count]]]
         (self.archive / "Data_Entry_2017.csv").write_text("\n".join(lines) + "\n")
 

@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import time
+import tracemalloc
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,22 +27,26 @@ from cxr_retrieval.config import ColumnSettings, CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import preparation
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.decoding import Limits, decode
+from cxr_retrieval.corpus.exclusions import Exclusions
 from cxr_retrieval.corpus.preparation import (
+    MANIFEST_FILE,
     PART_KIND,
     QUARANTINE_FILE,
     ROWS_FILE,
-    find_duplicates,
+    find_prepared,
     plan_corpus,
     prepare,
     prepare_part,
     recipe_of,
     row_facts,
     schema_recipe,
+    task_memory,
 )
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.privacy import Pseudonyms
+from cxr_retrieval.runtime import nodes_memory
 from jobs import prepare as job
 from tests import commands
 
@@ -201,7 +207,7 @@ def test_a_patient_in_two_splits_is_never_shipped(archive: Path, tmp_path: Path)
         rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), [values])
     part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
     with pytest.raises(AccountingError, match="rows do not add up: patients"):
-        row_facts([part], find_duplicates([f"{part.uri}/{ROWS_FILE}"]))
+        row_facts([part], Exclusions(np.empty(0, np.int32), np.empty(0, np.int32)))
 
 
 def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(archive: Path, tmp_path: Path) -> None:
@@ -211,6 +217,104 @@ def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(archive: Path
     part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
     assert part.manifest["quarantine_reasons"] == {"unreadable": 1}
     assert part.counts["prepared"] == 15
+
+
+def test_a_file_that_grew_after_it_was_listed_is_not_read_to_its_end(archive: Path, tmp_path: Path) -> None:
+    settings = corpus_settings(archive)
+    rows = next(Archive(settings).partitions())
+    os.truncate(archive / "images" / names(archive)[3], 40 << 30)
+    tracemalloc.start()
+    part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert part.manifest["quarantine_reasons"] == {"unreadable": 1}
+    assert peak < 10_000_000
+
+
+def test_files_are_read_ahead_as_far_as_their_bytes_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, _: Any, /, *what: Any) -> Future[Any]:
+            begun.append(what[-1])
+            return Future()
+
+    monkeypatch.setattr(preparation, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(preparation, "BYTES_AHEAD", 100)
+    sizes = [10] * 20 + [101, 60, 60, 10, 10]
+    rows = [{"reason": None, "excluded": None, "source_uri": "", "size": size} for size in sizes]
+    rows.insert(3, {"reason": "no_patient", "excluded": None, "source_uri": "", "size": 10**12})
+    ahead = []
+    for number, _ in enumerate(preparation._fetched(rows)):
+        taken = sum(before["reason"] is None for before in rows[: number + 1])
+        ahead.append(len(begun) - taken)
+    assert begun == sizes
+    assert max(ahead) <= 8
+    assert ahead[20:] == [0, 1, 3, 2, 1, 0]
+
+
+def test_tasks_that_may_need_more_memory_than_a_node_has_run_one_at_a_time(
+    phantom_archive: Path, tmp_path: Path
+) -> None:
+    settings = corpus_settings(phantom_archive, max_pixels=10**12)
+    assert task_memory(settings) > max(nodes_memory())
+    assert prepare(settings, str(tmp_path))[0].counts["prepared"] == IMAGES
+
+
+def test_a_file_that_is_replaced_is_prepared_again_though_its_size_is_the_same(archive: Path, tmp_path: Path) -> None:
+    first, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    before = part_manifests(tmp_path / "work")
+    film = archive / "images" / names(archive)[20]
+    data = bytearray(film.read_bytes())
+    data[-1] ^= 1  # of the check sum of what ends a PNG: the pixels stay
+    film.write_bytes(data)
+    second, worked = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    assert worked
+    assert second.input_id != first.input_id
+    assert [one == two for one, two in zip(first.part_uris, second.part_uris, strict=True)].count(False) == 1
+    assert before.items() <= part_manifests(tmp_path / "work").items()
+    hashes = {row["image_id"]: row["source_sha256"] for row in rows_of(Corpus(second), ["image_id", "source_sha256"])}
+    assert hashes[film.name] == hashlib.sha256(data).digest()
+
+
+def test_a_file_that_could_not_be_read_is_tried_again_and_nothing_else_is(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film, away, settings = archive / "images" / names(archive)[20], tmp_path / "away.png", corpus_settings(archive)
+    begin = preparation._begin
+
+    def begin_and_lose(*what: Any) -> Any:
+        if film.exists():
+            film.rename(away)
+        return begin(*what)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "_begin", begin_and_lose)
+        first, _ = prepare(settings, str(tmp_path / "work"))
+    assert first.manifest["quarantine_reasons"] == {"unreadable": 1}
+    told = pq.read_table(f"{first.uri}/{MANIFEST_FILE}", columns=["image_id", "reason", "patient_id"]).to_pylist()
+    assert [row["image_id"] for row in told if row["reason"] == "unreadable" and row["patient_id"]] == [film.name]
+    before = part_manifests(tmp_path / "work")
+    away.rename(film)
+    second, worked = prepare(settings, str(tmp_path / "work"))
+    assert worked
+    assert second.counts["prepared"] == IMAGES
+    after = part_manifests(tmp_path / "work")
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 1
+    assert artifacts.load(first.uri, "corpus").manifest == first.manifest
+    # An id says what was read: the same archive has the same one where nothing ever failed.
+    assert prepare(settings, str(tmp_path / "other"))[0].input_id == second.input_id != first.input_id
+
+
+def test_a_file_that_still_cannot_be_read_makes_no_work(archive: Path, tmp_path: Path) -> None:
+    (archive / "images" / "zz.png").symlink_to("nothing")
+    label(archive, "zz.png,Mass,0,9001,50,F,PA,1,1,1,1")
+    first, _ = prepare(corpus_settings(archive), str(tmp_path))
+    assert quarantined(first)["zz.png"][0] == "unreadable"
+    second, worked = prepare(corpus_settings(archive), str(tmp_path))
+    assert (second.manifest, worked) == (first.manifest, False)
+    assert find_prepared(corpus_settings(archive), str(tmp_path)).input_id == first.input_id
 
 
 def test_the_page_of_a_corpus_shows_films_and_tells_names_only_where_they_are_no_patients(
@@ -246,11 +350,11 @@ def test_an_example_is_found_behind_rows_that_no_reader_sees(archive: Path, tmp_
     shutil.copy(archive / "images" / names(archive)[40], archive / "images" / "00.png")
     label(archive, "00.png,Mass,0,9002,50,F,PA,1,1,1,1")
     corpus = Corpus(prepare(corpus_settings(archive), str(tmp_path / "work"))[0])
-    ((part, left_out),) = corpus.excluded.items()
+    (part,) = (part for part in range(len(corpus.files)) if len(corpus.left_out(part)))
     seen = [row["image_id"] for table in corpus.batches(part, 5, ["image_id"]) for row in table.to_pylist()]
     places = corpus.places_of(part, range(len(seen)))
     assert corpus.take(places, ["image_id"])["image_id"].to_pylist() == seen
-    assert left_out.isdisjoint(places["row"].tolist())
+    assert set(corpus.left_out(part)).isdisjoint(places["row"])
 
 
 def test_a_second_run_does_nothing_and_says_so(

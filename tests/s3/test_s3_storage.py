@@ -72,6 +72,15 @@ def test_what_is_written_is_read_listed_and_there(s3: str) -> None:
     storage.delete(f"{s3}/b")  # nothing is there any more, which is what was asked for
 
 
+def test_an_object_of_other_bytes_has_another_version_and_of_the_same_bytes_the_same(s3: str) -> None:
+    versions = []
+    for data in (b"one", b"two", b"one"):
+        storage.write_bytes(f"{s3}/a", data)
+        (file,) = storage.list_files(s3)
+        versions.append(file.version)
+    assert versions[0] == versions[2] != versions[1]
+
+
 def test_the_beginning_of_an_object_is_read_alone_and_again_where_it_is_cut(s3: str, faults: FaultProxy) -> None:
     storage.write_bytes(f"{s3}/long", bytes(range(250)) * 4000)
     storage.write_bytes(f"{s3}/empty", b"")

@@ -311,10 +311,16 @@ def test_a_compressed_table_that_is_damaged_is_named(whole: bool, folder: Folder
     assert f"{TABLE}.gz cannot be read as a table" in folder.refused()
 
 
+def lists(folder: Folder, train: list[str], test: list[str]) -> None:
+    """NIH's own split."""
+    for name, images in (("train_val_list.txt", train), ("test_list.txt", test)):
+        (folder.path / name).write_text("\n".join(images) + "\n")
+
+
 def test_nihs_lists_decide_the_split(folder: Folder) -> None:
     names = [f"{n:03d}.png" for n in range(60)]
     folder.images(*names).table(*(line(name, patient=str(n // 2)) for n, name in enumerate(names)))
-    (folder.path / "test_list.txt").write_text("\n".join(names[40:]) + "\n")
+    lists(folder, names[:40], names[40:])
     rows = folder.rows(split="official", validation_share=0.3)
     assert all((rows[name]["split"] == "test") == (n >= 40) for n, name in enumerate(names))
     assert {rows[name]["split"] for name in names[:40]} == {"train", "validation"}
@@ -322,13 +328,33 @@ def test_nihs_lists_decide_the_split(folder: Folder) -> None:
 
 def test_nihs_lists_are_needed_where_they_are_asked_for(folder: Folder) -> None:
     folder.images("a.png").table(line("a.png"))
+    assert "corpus.split=official needs NIH's train_val_list.txt" in folder.refused(split="official")
+    folder.table(name="train_val_list.txt")
     assert "corpus.split=official needs NIH's test_list.txt" in folder.refused(split="official")
 
 
 def test_a_list_that_tears_a_patient_apart_is_refused_before_any_work(folder: Folder) -> None:
     folder.images("a.png", "b.png", "c.png").table(line("a.png"), line("b.png"), line("c.png", patient="2"))
-    (folder.path / "test_list.txt").write_text("a.png\nc.png\n")
+    lists(folder, ["b.png"], ["a.png", "c.png"])
     assert "puts into more than one split: 1;" in folder.refused(split="official")
+    lists(folder, ["a.png", "b.png", "c.png"], ["c.png"])
+    assert "puts into more than one split: 1;" in folder.refused(split="official")
+
+
+def test_a_film_in_no_list_goes_with_its_patient_and_one_of_an_unlisted_patient_is_left_out(folder: Folder) -> None:
+    folder.images("a.png", "b.png", "c.png", "d.png", "e.png")
+    whose = {"a.png": "1", "b.png": "1", "c.png": "2", "d.png": "2", "e.png": "3"}
+    folder.table(*(line(name, patient=patient) for name, patient in whose.items()))
+    lists(folder, ["c.png"], ["a.png", "gone.png"])
+    rows = folder.rows(split="official", validation_share=0.001)
+    assert {name: row["split"] for name, row in rows.items() if not row["excluded"]} == {
+        "a.png": "test",
+        "b.png": "test",
+        "c.png": "train",
+        "d.png": "train",
+    }
+    assert rows["e.png"]["excluded"] == "not_listed"
+    assert folder.rows()["e.png"]["excluded"] is None
 
 
 def test_everything_can_be_test(folder: Folder) -> None:
@@ -358,9 +384,20 @@ def test_the_digest_follows_labels_and_files_and_not_the_chunks_of_the_table(fol
     seen.add(digest())
     (folder.path / "a.png").write_bytes(b"longer than it was before")
     seen.add(digest())
+    (folder.path / "a.png").write_bytes(b"of that size, and other ones")
+    (folder.path / "a.png").write_bytes(b"shorter than it was before"[:25])
+    seen.add(digest())
     folder.images("c.png")
     seen.add(digest())
-    assert len(seen) == 4
+    assert len(seen) == 5
+
+
+def test_a_file_that_is_larger_than_any_image_is_refused_by_its_listing(folder: Folder) -> None:
+    folder.images("a.png", "b.png").table(line("a.png"), line("b.png"))
+    os.truncate(folder.path / "a.png", 40 << 30)
+    rows = folder.rows(max_pixels=1000)
+    assert (rows["a.png"]["reason"], rows["b.png"]["reason"]) == ("too_large", None)
+    assert rows["a.png"]["text"].startswith("42,949,672,960 bytes, more than 16,781,216,")
 
 
 def test_a_name_that_is_no_text_is_refused(folder: Folder) -> None:

@@ -405,6 +405,30 @@ def test_a_plain_table_is_read_by_its_map(tmp_path: Path) -> None:
     assert rows["a/3.png"]["unknown"] == never
 
 
+def test_findings_that_a_table_is_said_to_tell_of_stay_the_same_when_it_grows(tmp_path: Path) -> None:
+    def told(**settings: Any) -> dict[str, Any]:
+        return read(tmp_path, "csv", columns=COLUMNS, **settings)["1.png"]
+
+    images(tmp_path, "1.png", "2.png")
+    rows = [{"file": "1.png", "pid": "x", "seen": "Mass"}]
+    table(tmp_path / "list.csv", "file,pid,seen", *rows)
+    first, said = told(), told(labelled=["Mass", "Edema"])
+    assert said["unknown"] == [name for name in FINDINGS if name not in ("Mass", "Edema")]
+    table(tmp_path / "list.csv", "file,pid,seen", *rows, {"file": "2.png", "pid": "y", "seen": "Hernia"})
+    assert told() != first
+    assert told(labelled=["Mass", "Edema"]) == said
+    other = read(tmp_path, "csv", columns=COLUMNS, labelled=["Mass", "Edema"])["2.png"]
+    assert other["findings"] == ["Hernia"]
+    assert "Hernia" not in other["unknown"]
+
+
+def test_a_labelled_finding_that_is_none_of_ours_is_refused_by_its_name(tmp_path: Path) -> None:
+    table(tmp_path / "list.csv", "file,pid,seen", {"file": "1.png", "pid": "x"})
+    images(tmp_path, "1.png")
+    with pytest.raises(UserError, match=r"^corpus.labelled: 'Gout' is no finding; they are Atelectasis, "):
+        read(tmp_path, "csv", columns=COLUMNS, labelled=["Mass", "Gout"])
+
+
 def test_a_table_may_name_files_without_their_folders(tmp_path: Path) -> None:
     table(
         tmp_path / "list.csv",

@@ -230,7 +230,7 @@ def _nih(folder: Path) -> None:
     found = test_archive.Folder(folder).images("a.png", "b.png", "c/d.png")
     found.table(*(test_archive.line(name, "Mass|Hernia", patient=name) for name in ("a.png", "b.png", "d.png")))
     found.table("a.png,Mass,1,2,3,4", header="Image Index,Finding Label,Bbox [x,y,w,h],,,", name=test_archive.BOXES)
-    found.table("d.png", header="a.png", name="test_list.txt")
+    found.table("d.png", header="a.png", name="test_list.txt").table(header="b.png", name="train_val_list.txt")
 
 
 def _chexpert(folder: Path) -> None:

@@ -278,7 +278,7 @@ def test_four_times_the_headers_hold_no_more_memory(export: Export, monkeypatch:
 
         def tables(images: int = images) -> Iterator[pa.Table]:
             for start in range(0, images, 1000):
-                rows = [{**kept, "path": f"{n:06d}", "size": 10, "modified": 0.0} for n in range(start, start + 1000)]
+                rows = [{**kept, "path": f"{n:06d}", "size": 10, "version": 0} for n in range(start, start + 1000)]
                 yield pa.Table.from_pylist(rows, schema=HEADERS)
 
         monkeypatch.setattr(storage, "list_files", lambda _, listed=listed: listed)

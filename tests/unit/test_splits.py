@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.archive import Archive
-from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION, hash_split, listed_split, patient_position
+from cxr_retrieval.corpus.splits import (
+    TEST,
+    TRAIN,
+    TRAIN_OR_VALIDATION,
+    VALIDATION,
+    hash_split,
+    listed_split,
+    patient_position,
+)
 
 names = st.text(min_size=1, max_size=12)
 shares = st.floats(0.01, 0.4)
@@ -62,7 +70,7 @@ def test_the_place_of_a_patient_is_what_it_has_always_been() -> None:
 
 
 def test_the_official_list_is_test_and_validation_comes_from_the_others() -> None:
-    others = Counter(listed_split(None, str(patient), 0, 0.1) for patient in range(5000))
+    others = Counter(listed_split(TRAIN_OR_VALIDATION, str(patient), 0, 0.1) for patient in range(5000))
     assert {listed_split(TEST, str(patient), 0, 0.1) for patient in range(100)} == {TEST}
     assert set(others) == {TRAIN, VALIDATION}
     assert abs(others[VALIDATION] / 5000 - 0.1) < 0.02

@@ -146,6 +146,18 @@ def test_a_staged_write_that_is_killed_leaves_the_old_file(tmp_path: Path) -> No
     assert storage.read_bytes(uri) == b"new"
 
 
+def test_a_file_of_other_bytes_has_another_version_though_its_size_is_the_same(tmp_path: Path) -> None:
+    def version() -> int:
+        (file,) = storage.list_files(str(tmp_path))
+        return file.version
+
+    (tmp_path / "a").write_bytes(b"one")
+    one = version()
+    assert version() == one
+    os.utime(tmp_path / "a", ns=(one, one + 1))  # a time of floating seconds would not tell these
+    assert version() != one
+
+
 def test_listing_is_in_the_order_of_paths_and_without_dot_names(tmp_path: Path) -> None:
     names = ["b", "a/z", "a.b", "a/.hidden", ".git/config", "a-b/c", "a/sub/y", "B", "\u00e9", ".dot", "a0"]
     for name in names:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, age, records, sex, view, whole_number
 from cxr_retrieval.corpus.formats.observations import OBSERVATIONS, Observations
-from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION
+from cxr_retrieval.corpus.splits import TEST, TRAIN, TRAIN_OR_VALIDATION, VALIDATION
 
 TABLES = {"train.csv": "train", "valid.csv": "valid", "test.csv": "test", "test_labels.csv": "test"}
 COLUMNS = ("Path", *OBSERVATIONS)
@@ -57,7 +57,9 @@ class CheXpert:
     def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
         """The small download has no test images: there, what CheXpert holds out, `valid`, is what is tested on, and
         validation patients are taken from `train`."""
-        splits = {"train": TRAIN, "valid": VALIDATION, "test": TEST} if "test" in tables else {"valid": TEST}
+        whole = "test" in tables
+        splits = {"train": TRAIN, "valid": VALIDATION, "test": TEST}
+        splits = splits if whole else {"train": TRAIN_OR_VALIDATION, "valid": TEST}
         for kind, split in splits.items():
             for (path,) in records(tables[kind], ("Path",)):
                 yield self.image_of(path), split

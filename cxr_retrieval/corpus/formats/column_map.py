@@ -1,7 +1,7 @@
 """Any one table with a header beside the images, whose columns `corpus.columns` tells (`corpus.format=csv`).
 
-Findings are those of FINDINGS, in any case and with blanks or underscores, and `No Finding`. A finding that no row of
-the table names is taken for one that was never labelled: unknown in all.
+Findings are those of FINDINGS, in any case and with blanks or underscores, and `No Finding`. Those that the
+table tells of are `corpus.labelled`, or all that a row names; others are unknown but where they are named.
 """
 
 import re
@@ -23,7 +23,8 @@ from cxr_retrieval.corpus.formats.labels import (
     view,
     whole_number,
 )
-from cxr_retrieval.corpus.formats.vocabulary import Vocabulary
+from cxr_retrieval.corpus.formats.vocabulary import OWN
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile, canonical
 
 TABLE = "table"
@@ -43,6 +44,9 @@ class ColumnMap:
         self._columns = {key: column for key, column in settings.columns.model_dump().items() if column}
         self._root = f"{canonical(settings.archive)}/" if settings.archive else ""
         self._separator = printable(settings.separator)  # as cells come
+        self._labelled = settings.labelled
+        if strange := set(settings.labelled or ()) - set(FINDINGS):
+            raise UserError(f"corpus.labelled: {min(strange)!r} is no finding; they are {', '.join(FINDINGS)}")
         self._blank = ABSENT if settings.unmentioned == "absent" else UNKNOWN
 
     @staticmethod
@@ -53,14 +57,7 @@ class ColumnMap:
         return path
 
     def labels(self, tables: Tables) -> Iterator[Label]:
-        named = {
-            name
-            for row in self._rows(tables[TABLE])
-            for key in ("findings", "unknown")
-            for name in self._names(row, key)
-            if name in FINDINGS
-        }
-        vocabulary = Vocabulary({finding: finding for finding in named})
+        labelled = self._labelled if self._labelled is not None else self._named(tables[TABLE])
         for row in self._rows(tables[TABLE]):
             follow_up = row.get("follow_up", "")
             path = row["image"].replace("\\", "/").removeprefix("file://").removeprefix(self._root)
@@ -74,7 +71,7 @@ class ColumnMap:
                 age_years=age(whole_number(row.get("age", "").removesuffix("Y").partition(".")[0])),
                 sex=sex(row.get("sex", "")),
                 view=view(row.get("view", "")),
-                **self._facts(row, vocabulary),
+                **self._facts(row, labelled),
             )
 
     def boxes(self, _: Tables) -> Iterator[Box]:
@@ -87,12 +84,24 @@ class ColumnMap:
         for cells in records(file, list(self._columns.values())):
             yield dict(zip(self._columns, map(filled, cells), strict=True))
 
+    def _named(self, file: StoredFile) -> list[str]:
+        """The findings that a row of the table names, sure or uncertain."""
+        named = {
+            name
+            for row in self._rows(file)
+            for key in ("findings", "unknown")
+            for name in self._names(row, key)
+            if name in FINDINGS
+        }
+        return sorted(named)
+
     def _names(self, row: Mapping[str, str], key: str) -> list[str]:
         words = (word.strip() for word in row.get(key, "").split(self._separator))
         return [SPELLINGS.get(word.replace("_", " ").casefold(), word) for word in words if word]
 
-    def _facts(self, row: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, Any]:
+    def _facts(self, row: Mapping[str, str], labelled: Sequence[str]) -> dict[str, Any]:
         found = self._names(row, "findings")
         states = dict.fromkeys(self._names(row, "unknown"), UNKNOWN) | dict.fromkeys(found, PRESENT)
         states.pop(NO_FINDING, None)
-        return vocabulary.read(states, ABSENT if found else self._blank)._asdict()
+        untold = dict.fromkeys(labelled, ABSENT if found else self._blank)
+        return OWN.read(untold | states, UNKNOWN)._asdict()

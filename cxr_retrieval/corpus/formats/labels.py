@@ -113,7 +113,8 @@ class Format(Protocol):
         """Every box. Raises UserError."""
 
     def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
-        """Images with the split, one of SPLITS, that the archive itself puts them into. Raises UserError."""
+        """Images with the split, of SPLITS or TRAIN_OR_VALIDATION, that the archive itself puts them into. Raises
+        UserError."""
 
 
 @runtime_checkable

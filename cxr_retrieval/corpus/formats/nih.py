@@ -17,10 +17,11 @@ from cxr_retrieval.corpus.formats.labels import (
     whole_number,
 )
 from cxr_retrieval.corpus.formats.vocabulary import NIH
-from cxr_retrieval.corpus.splits import TEST
+from cxr_retrieval.corpus.splits import TEST, TRAIN_OR_VALIDATION
 from cxr_retrieval.errors import UserError
 
-TABLE, BOXES, TEST_LIST = "Data_Entry_2017", "BBox_List_2017", "test_list"
+TABLE, BOXES = "Data_Entry_2017", "BBox_List_2017"
+LISTS = {"train_val_list": TRAIN_OR_VALIDATION, "test_list": TEST}
 COLUMNS = (
     "Image Index",
     "Finding Labels",
@@ -36,8 +37,8 @@ class Nih:
     name = "NIH"
     known_by = "its file's name"
     needs: Mapping[str, str] = {TABLE: f"label table {TABLE}*.csv"}
-    lists: Mapping[str, str] | None = {TEST_LIST: f"NIH's {TEST_LIST}.txt"}
-    companions: Sequence[str] = ("train_val_list",)
+    lists: Mapping[str, str] | None = {kind: f"NIH's {kind}.txt" for kind in LISTS}
+    companions: Sequence[str] = ()
     frame: int | None = 1024
 
     def __init__(self, _: CorpusSettings) -> None: ...
@@ -48,7 +49,7 @@ class Nih:
             return None
         if path.startswith(TABLE):
             return TABLE if path.endswith((".csv", ".csv.gz")) else None
-        return next((kind for kind in (BOXES, TEST_LIST) if path.startswith(kind)), None)
+        return next((kind for kind in (BOXES, *LISTS) if path.startswith(kind)), None)
 
     def image_of(self, path: str) -> str:
         return path.rpartition("/")[2]
@@ -88,4 +89,4 @@ class Nih:
             yield Box(row[0], NIH.meanings.get(row[1], row[1]), x, y, w, h)
 
     def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
-        return ((row[0], TEST) for row in lines(tables[TEST_LIST]) if row)
+        return ((row[0], split) for kind, split in LISTS.items() for row in lines(tables[kind]) if row)

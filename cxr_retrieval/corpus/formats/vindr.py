@@ -14,7 +14,7 @@ from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, PRESENT, UNKNOWN
 from cxr_retrieval.corpus.formats.labels import Box, Label, Tables, coordinate, header_of, quoted, records, view
 from cxr_retrieval.corpus.formats.vocabulary import VINDR
-from cxr_retrieval.corpus.splits import TEST
+from cxr_retrieval.corpus.splits import TEST, TRAIN_OR_VALIDATION
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile
 
@@ -87,7 +87,8 @@ class VinDr:
                         yield Box(image, finding, left, top, right - left, bottom - top)
 
     def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
-        return ((image, TEST) for image in _votes(tables[TEST_LABELS]))
+        lists = {TRAIN_LABELS: TRAIN_OR_VALIDATION, TEST_LABELS: TEST}
+        return ((image, split) for kind, split in lists.items() for image in _votes(tables[kind]))
 
 
 Corners = tuple[float, float, float, float]
