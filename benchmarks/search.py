@@ -39,12 +39,13 @@ from cxr_retrieval.console import show_table
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.index import versions
-from cxr_retrieval.index.build import KIND, SIDECAR, THUMBNAIL_GROUP
+from cxr_retrieval.index.build import KIND
 from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.filters import EVERYTHING, Filters
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, index_of, train
 from cxr_retrieval.index.search import MODEL_PATH, WEIGHTS_PATH, Query, Retriever
 from cxr_retrieval.index.shards import INDEX_FILE, Shards
+from cxr_retrieval.index.source import SIDECAR, THUMBNAIL_GROUP
 from cxr_retrieval.network.progressive import uncentred
 from cxr_retrieval.privacy import row_id
 from cxr_retrieval.training.model import KIND as MODEL_KIND

@@ -19,10 +19,11 @@ from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import KIND as EMBEDDINGS
 from cxr_retrieval.embedding.stream import embed, embeddings_draft
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.build import KIND, Source, build_index, index_draft
+from cxr_retrieval.index.build import KIND, build_index, index_draft
 from cxr_retrieval.index.files import files_of
 from cxr_retrieval.index.plan import GIB, IndexPlan, plan_index
 from cxr_retrieval.index.shards import INDEX_FILE
+from cxr_retrieval.index.source import Source
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.report.index import write_index_page
 from cxr_retrieval.runtime import start_ray

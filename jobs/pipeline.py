@@ -25,8 +25,9 @@ from cxr_retrieval.corpus.preparation import plan_corpus, prepare
 from cxr_retrieval.corpus.reading import Corpus, labels_of
 from cxr_retrieval.corpus.splits import TRAIN
 from cxr_retrieval.embedding.stream import embed
-from cxr_retrieval.index.build import Source, build_index
+from cxr_retrieval.index.build import build_index
 from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.index.source import Source
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.run import model_draft, model_of, train

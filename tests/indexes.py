@@ -24,11 +24,12 @@ from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.phantom import radiographs
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
-from cxr_retrieval.index.build import KIND, SIDECAR, THUMBNAIL_GROUP
+from cxr_retrieval.index.build import KIND
 from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.plan import plan_index
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, index_of, train
 from cxr_retrieval.index.shards import INDEX_FILE
+from cxr_retrieval.index.source import SIDECAR, THUMBNAIL_GROUP
 from cxr_retrieval.index.versions import publish
 from cxr_retrieval.network.progressive import embeddings, uncentred
 from cxr_retrieval.privacy import row_id

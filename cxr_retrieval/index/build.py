@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import cv2
 import faiss
 import numpy as np
 import pyarrow as pa
@@ -24,72 +23,28 @@ from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation
 from cxr_retrieval.config import IndexSettings
 from cxr_retrieval.console import say
-from cxr_retrieval.corpus.reading import Corpus, pixels_of
-from cxr_retrieval.embedding.stream import read_part
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.files import SHARD_KIND, SHARD_PART_FILES, located
 from cxr_retrieval.index.plan import FLOAT_BYTES, IndexPlan, plan_index, shard_bytes, whole_parts
 from cxr_retrieval.index.proof import prove
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, list_sizes, train
 from cxr_retrieval.index.shards import INDEX_FILE
-from cxr_retrieval.network.progressive import Output, embeddings
-from cxr_retrieval.privacy import Pseudonyms, row_id
+from cxr_retrieval.index.source import (
+    FACTS,
+    THUMBNAIL_GROUP,
+    Source,
+    find_collisions,
+    sidecar_of,
+    thumbnails_of,
+    vectors_of,
+)
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
 KIND, QUANTIZER_KIND = "index", "index-quantizer"
 EMPTY_FILE = "empty.faiss"  # a trained index without rows: what a shard begins with
 ADDS_UP = Equation("embedded", ("indexed", "id_collisions"))
-THUMBNAIL_SIDE, THUMBNAIL_QUALITY, THUMBNAIL_GROUP = 256, 85, 64
-FACTS = [
-    "image_id",
-    "patient_id",
-    "study_date",
-    "view",
-    "sex",
-    "age_years",
-    "findings",
-    "unknown",
-    "source_uri",
-    "pixel_sha256",
-    "split",
-]
-SIDECAR = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("image_id", pa.string()),
-        ("patient", pa.string()),
-        ("study_date", pa.date32()),
-        ("view", pa.string()),
-        ("sex", pa.string()),
-        ("age_years", pa.int16()),
-        ("findings", pa.list_(pa.string())),
-        ("unknown", pa.list_(pa.string())),
-        ("crop", pa.list_(pa.int32(), 4)),
-        ("source", pa.string()),
-        ("pixel_sha256", pa.binary(32)),
-        ("held_out", pa.bool_()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What an index is built from. Small enough to send to a worker; everything heavy is read where it is needed."""
-
-    corpus: Corpus
-    embeddings: Artifact
-    model_uri: str
-    embedding: str
-
-    def part_rows(self) -> list[int]:
-        """Rows of every part, duplicates left out."""
-        parts = self.embeddings.manifest["parts"]
-        return [part["counts"]["embedded"] - len(self.corpus.left_out(n)) for n, part in enumerate(parts)]
-
-    def archive_rows(self) -> list[int]:
-        """Images of the archive that every part was prepared from: they stay when a patient is removed."""
-        return [part["counts"]["archive"] for part in self.corpus.artifact.manifest["parts"]]
 
 
 @dataclass(frozen=True)
@@ -268,15 +223,6 @@ def _dimensions(model: Model, embedding: str) -> int:
     return model.embedding_sizes[embedding]
 
 
-def _vectors(source: Source, model: Model, part: int, columns: list[str]) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-    """Unit vectors float16 [N, D], crops [N, 4] and facts of one part."""
-    embedded = read_part(source.embeddings, source.corpus, part, model, columns)
-    empty = embedded.z_PSND.new_zeros(0)
-    output = Output(embedded.z_PSND, empty, embedded.joint_PNC, empty, empty)
-    vectors = embeddings(output, model.centring)[source.embedding].numpy()
-    return vectors.astype(np.float16), embedded.crop_N4, embedded.facts
-
-
 def _trained(plan: IndexPlan, settings: IndexSettings, workspace: str, source: Source) -> tuple[Artifact | None, Any]:
     """What the shards share, trained in a task where it is not there yet: the artifact, and a reference to its content;
     none for an exact index.
@@ -318,7 +264,7 @@ def _sample(parts: range, first: int, stride: int, source: Source) -> np.ndarray
     model = Model.open(source.model_uri)
     taken = []
     for part in parts:
-        vectors_ND, _, _ = _vectors(source, model, part, [])
+        vectors_ND, _, _ = vectors_of(source, model, part, [])
         taken.append(vectors_ND[-first % stride :: stride])
         first += len(vectors_ND)
     return np.concatenate(taken)
@@ -335,31 +281,6 @@ def _train_quantizer(plan: IndexPlan, draft: Draft, corpus: str, *sample: np.nda
     return storage.retries() - before
 
 
-def find_collisions(source: Source, pseudonyms: Pseudonyms) -> dict[int, list[int]]:
-    """Embedded rows whose id an earlier row has already, by part: they are left out of the index and counted.
-
-    Rows are numbered within their part, duplicates left out. Holds 24 bytes a row. With 63 bits one collision is to be
-    expected among some four thousand million images.
-    """
-    ids = []
-    for part, uri in enumerate(source.corpus.files):
-        with storage.arrow_reader(uri) as file:
-            names = pq.read_table(file, columns=["image_id"])["image_id"]
-        kept = names.take(pa.array(np.delete(np.arange(len(names)), source.corpus.left_out(part)))).to_pylist()
-        ids.append(np.fromiter((row_id(pseudonyms.name("image", name)) for name in kept), np.int64))
-    ends = np.cumsum([len(part) for part in ids])
-    every = np.concatenate(ids)
-    ordered = np.sort(every)
-    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    places = np.flatnonzero(np.isin(every, twice)) if len(twice) else np.empty(0, np.int64)
-    _, first = np.unique(every[places], return_index=True)
-    later: dict[int, list[int]] = {}
-    for place in np.delete(places, first).tolist():
-        part = int(np.searchsorted(ends, place, side="right"))
-        later.setdefault(part, []).append(place - int(ends[part]) + len(ids[part]))
-    return later
-
-
 def _build_shard(
     shard: _Shard, plan: IndexPlan, source: Source, pseudonyms: Pseudonyms, trained: Trained | None
 ) -> tuple[int, int]:
@@ -370,8 +291,8 @@ def _build_shard(
     sidecars: list[pa.Table] = []
     thumbnails: list[pa.Table] = []
     for part in shard.parts:
-        vectors_ND, crops_N4, facts = _vectors(source, model, part, FACTS)
-        tables = _sidecar(facts, crops_N4, pseudonyms), _thumbnails(source.corpus, part)
+        vectors_ND, crops_N4, facts = vectors_of(source, model, part, FACTS)
+        tables = sidecar_of(facts, crops_N4, pseudonyms), thumbnails_of(source.corpus, part)
         assert len(vectors_ND) == len(tables[0]) == len(tables[1]), "a shard lost rows"
         kept = np.setdiff1d(np.arange(len(vectors_ND)), shard.left_out.get(part, ()))
         vectors.append(vectors_ND[kept])
@@ -392,41 +313,3 @@ def _build_shard(
     sizes = list_sizes(index).tolist() if trained else []
     draft.finish(files, {"indexed": len(rows_ND)}, list_sizes=sizes)
     return len(rows_ND), storage.retries() - before
-
-
-def _sidecar(facts: pa.Table, crops_N4: np.ndarray, pseudonyms: Pseudonyms) -> pa.Table:
-    """What a hit shows and a filter needs, with names as they may be known outside the corpus."""
-    images = [pseudonyms.name("image", name) for name in facts["image_id"].to_pylist()]
-    columns = {
-        "id": [row_id(name) for name in images],
-        "image_id": images,
-        "patient": [pseudonyms.name("patient", name) for name in facts["patient_id"].to_pylist()],
-        "crop": crops_N4.tolist(),
-        "source": [pseudonyms.name("source", name) for name in facts["source_uri"].to_pylist()],
-        "held_out": [split != "train" for split in facts["split"].to_pylist()],
-    }
-    arrays = [
-        pa.array(columns[field.name], field.type)
-        if field.name in columns
-        else facts[field.name].combine_chunks().cast(field.type)
-        for field in SIDECAR
-    ]
-    return pa.Table.from_arrays(arrays, schema=SIDECAR)
-
-
-def _thumbnails(corpus: Corpus, part: int) -> pa.Table:
-    """JPEGs of the rows of a part, duplicates left out, at most 256 pixels a side."""
-    found = [
-        _jpeg(pixels)
-        for table in corpus.batches(part, THUMBNAIL_GROUP, ["pixels"])
-        for pixels in pixels_of(table, corpus.recipe.size)
-    ]
-    return pa.table({"jpeg": pa.array(found, pa.binary())})
-
-
-def _jpeg(pixels: np.ndarray) -> bytes:
-    if max(pixels.shape) > THUMBNAIL_SIDE:
-        pixels = cv2.resize(pixels, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
-    done, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, THUMBNAIL_QUALITY])
-    assert done, "an 8-bit grey image always encodes"
-    return bytes(data)

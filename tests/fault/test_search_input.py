@@ -27,8 +27,9 @@ from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.index import cache
-from cxr_retrieval.index.build import Source, build_index
+from cxr_retrieval.index.build import build_index
 from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.index.source import Source
 from cxr_retrieval.index.versions import publish, resolve
 from cxr_retrieval.network.progressive import uncentred
 from cxr_retrieval.privacy import Pseudonyms

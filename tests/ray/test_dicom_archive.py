@@ -22,7 +22,8 @@ from cxr_retrieval.corpus.headers import Headers
 from cxr_retrieval.corpus.preparation import QUARANTINE_FILE, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed
-from cxr_retrieval.index.build import Source, build_index
+from cxr_retrieval.index.build import build_index
+from cxr_retrieval.index.source import Source
 from cxr_retrieval.privacy import Pseudonyms
 from jobs import prepare as job
 from tests import commands

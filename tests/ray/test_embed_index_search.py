@@ -30,13 +30,15 @@ from cxr_retrieval.embedding.stream import EMBEDDINGS_FILE, embed, read_part
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.images import read_images
 from cxr_retrieval.index import build as building
+from cxr_retrieval.index import source
 from cxr_retrieval.index import cache, plan, proof
-from cxr_retrieval.index.build import SIDECAR, Source, build_index
+from cxr_retrieval.index.build import build_index
 from cxr_retrieval.index.files import files_of, shard_files
 from cxr_retrieval.index.plan import whole_parts
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, list_sizes
 from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.index.shards import EXACT_BELOW, INDEX_FILE, Shards
+from cxr_retrieval.index.source import SIDECAR, Source
 from cxr_retrieval.index.versions import publish
 from cxr_retrieval.network.progressive import embeddings
 from cxr_retrieval.privacy import Pseudonyms, row_id
@@ -401,10 +403,10 @@ def test_a_shard_that_is_lost_fails_the_build(world: World, monkeypatch: pytest.
 
 
 def test_collisions_are_the_later_rows_of_equal_ids(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert building.find_collisions(world.source, PLAIN) == {}
+    assert source.find_collisions(world.source, PLAIN) == {}
     twin, copy = world.table[3]["image_id"], world.table[40]["image_id"]
-    monkeypatch.setattr(building, "row_id", lambda name: row_id(twin if name == copy else name))
-    assert building.find_collisions(world.source, PLAIN) == {1: [8]}
+    monkeypatch.setattr(source, "row_id", lambda name: row_id(twin if name == copy else name))
+    assert source.find_collisions(world.source, PLAIN) == {1: [8]}
 
 
 # ---- privacy

@@ -26,7 +26,7 @@ from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache, plan
-from cxr_retrieval.index.build import Source, build_index
+from cxr_retrieval.index.build import build_index
 from cxr_retrieval.index.files import files_of
 from cxr_retrieval.index.groups import InProcess
 from cxr_retrieval.index.lifecycle import rollback
@@ -34,6 +34,7 @@ from cxr_retrieval.index.quantizer import QUANTIZER_FILE
 from cxr_retrieval.index.removal import published_holdings, purge, workspace_holdings
 from cxr_retrieval.index.search import Retriever, UnknownImage
 from cxr_retrieval.index.shards import Shards
+from cxr_retrieval.index.source import Source
 from cxr_retrieval.index.versions import Published, publish
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import RemovedPatients, remove

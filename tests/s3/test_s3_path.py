@@ -20,8 +20,9 @@ from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed, read_part
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache
-from cxr_retrieval.index.build import Source, build_index
+from cxr_retrieval.index.build import build_index
 from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.index.source import Source
 from cxr_retrieval.index.versions import publish, resolve, verify
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.training.model import Model
