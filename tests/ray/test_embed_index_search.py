@@ -30,8 +30,7 @@ from cxr_retrieval.embedding.stream import EMBEDDINGS_FILE, embed, read_part
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.images import read_images
 from cxr_retrieval.index import build as building
-from cxr_retrieval.index import source
-from cxr_retrieval.index import cache, plan, proof
+from cxr_retrieval.index import cache, plan, proof, source
 from cxr_retrieval.index.build import build_index
 from cxr_retrieval.index.files import files_of, shard_files
 from cxr_retrieval.index.plan import whole_parts
