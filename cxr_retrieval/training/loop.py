@@ -283,9 +283,11 @@ class Worker:
         record["centre_cosine"] = [table.mean_cosine for table in centres.geometry()]
         record["centres_collapsed"] = any(centres.collapsed())
         self.state.history.append(record)
-        self.state.keep_best(
-            self.optimisation.averaged.module.state_dict(), centres.vectors_TCD, self.validation.resampled
-        )
+        # Before, the crop or CCLoss has not been trained: on few validation patients such an epoch may look best.
+        if self.optimisation.progress >= max(self.settings.losses.contrastive_from, self.settings.training.crop_from):
+            self.state.keep_best(
+                self.optimisation.averaged.module.state_dict(), centres.vectors_TCD, self.validation.resampled
+            )
         self.tracker.log(self.state.step, epoch_figures(record))
         self.tracker.send()
         self._tell(record["epoch"], self.order.steps, force=True)

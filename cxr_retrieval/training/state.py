@@ -83,8 +83,8 @@ class RunState:
         self.sums, self.looked = {}, (0.0, 0.0)
 
     def keep_best(self, network: Mapping[str, Tensor], centres_TCD: Tensor, resampled: list[float]) -> None:
-        """Keep weights and centres, and `Validation.resampled`, where the last epoch's best embedding is ahead of every
-        earlier one's."""
+        """Keep weights and centres, and `Validation.resampled`, where the last epoch's best embedding is ahead of those
+        of all epochs that were kept before."""
         value = curve_point(self.history[-1])["value"]
         if value > self.best_map:
             self.best_map, self.best_epoch = value, self.history[-1]["epoch"]
@@ -93,8 +93,8 @@ class RunState:
             self.best_resampled = resampled
 
     def epochs_since_best(self) -> int:
-        """How many of the last epochs were no better than the best one before them."""
-        return len(self.history) - 1 - self.best_epoch
+        """How many of the last epochs were no better than the best one before them; 0 while none is kept."""
+        return len(self.history) - 1 - self.best_epoch if self.best_epoch >= 0 else 0
 
     def curve(self) -> list[dict[str, float]]:
         """A point for every epoch so far, also for those before a restart."""
