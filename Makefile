@@ -46,7 +46,7 @@ submitted:  ## what cluster-demo submits to the cluster that RAY_API_SERVER_ADDR
 
 test: $(READY)  ## install what is needed, lint, type-check, check import direction, run every test
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
-	$(BIN)/python -m pytest tests --ignore=tests/unit -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --ignore=tests/unit -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 lint: $(READY)  ## formatting, lint, types, import direction
 	$(BIN)/ruff format --check .
