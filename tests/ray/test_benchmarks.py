@@ -131,8 +131,9 @@ def test_losses_are_compared_seed_by_seed_and_only_what_is_missing_is_run(
     for name, facts in summary["test/global"].items():
         assert set(facts["figures"]) == set(losses.NAMES)
         assert ("ccloss_minus_this" in facts) == (name != "CCLoss")
-    for written in json.loads((tmp_path / "losses.json").read_text()):
-        _check(written)
+    for written in json.loads((tmp_path / "losses-tiny.json").read_text()):
+        assert written["ratio"] > 0
+        assert not written["holds"], "one seed shows nothing"
     with pytest.raises(SystemExit, match="choose another --name"):
         losses.main([*words[:2], "--minutes=0.02", "--seeds=1"])
     losses.file_of(tmp_path / "tiny", "all pairs", 0).unlink()

@@ -145,9 +145,8 @@ def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
     assert [epoch["epoch"] for epoch in facts["history"]] == [0, 1]
     assert not facts["history"][-1]["centres_collapsed"]
     undisturbed = tmp_path / "undisturbed"
-    for name in ("prepare", "train"):
-        with job(name, f"workspace={undisturbed}", *words[1:], log=log, RAY_ADDRESS=cluster.address) as process:
-            assert process.wait(TIMEOUT_S) == 0, log.read_text()
+    with job("train", f"workspace={undisturbed}", *words[1:], log=log, RAY_ADDRESS=cluster.address) as process:
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()
     (straight,) = manifests(undisturbed, "model")
     losses = [[epoch["loss"] for epoch in json.loads(run.read("model.json"))["history"]] for run in (model, straight)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

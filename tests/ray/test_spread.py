@@ -1,5 +1,6 @@
 """Promises of shards that a cluster holds: the same answers as in one process, and nothing lost with a holder."""
 
+import contextlib
 import os
 import re
 import signal
@@ -236,11 +237,15 @@ def test_the_server_spreads_shards_where_there_is_a_cluster(fresh, monkeypatch: 
 
 
 def holders_now() -> set[int]:
-    return {
-        int(process.name)
-        for process in Path("/proc").glob("[0-9]*")
-        if alive(int(process.name)) and (process / "cmdline").read_bytes().startswith(b"ray::ShardHolder")
-    }
+    """Process ids of the shard holders of this session's Ray: another session's tests may have some too."""
+    raylet = ray.get(ray.remote(num_cpus=0)(lambda: os.getppid()).remote())
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == raylet and (process / "cmdline").read_bytes().startswith(b"ray::ShardHolder"):
+                found.add(int(process.name))
+    return found
 
 
 def test_the_job_asks_holders_on_the_cluster_and_they_end_with_it_however_it_ends(fresh, tmp_path: Path) -> None:
