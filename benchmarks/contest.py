@@ -33,7 +33,14 @@ from cxr_retrieval.network.progressive import Output, centred, uncentred
 from cxr_retrieval.training.augmentation import augment
 from cxr_retrieval.training.model import build_network, normalised
 from cxr_retrieval.training.objective import Contrast, Objective, begin_crop, gather_centres
-from cxr_retrieval.training.optimisation import autocast_of, forget_moments, optimizer_of, rate_share, running_average
+from cxr_retrieval.training.optimisation import (
+    autocast_of,
+    forget_moments,
+    optimizer_of,
+    rate_share,
+    reaches,
+    running_average,
+)
 
 NETWORK = NetworkSettings(normalisation="batch", whole_side=64, crop_side=64)
 STEPS, DIMENSIONS = NETWORK.steps, NETWORK.dimensions
@@ -233,6 +240,8 @@ class Contest:
         train_step = self._stepper(rival)
         while self.step < until:
             began = self._clock()
+            if isinstance(rival, Centred) and reaches(self.step, self.steps, CROP_FROM):
+                begin_crop(rival.centres)
             train_step(self.step / self.steps)
             self.step += 1
             self.seconds += self._clock() - began
@@ -260,10 +269,8 @@ class Contest:
         rows = self._rows_of(self.step)
         images = augment(normalised(self.train_images.pixels[rows], self.recipe, self.device), generator)
         labels_BC, targets_BK = self.train_images.labels[rows].to(self.device), targets_NK[rows].to(self.device)
-        crop = share >= CROP_FROM
-        if crop and isinstance(rival, Centred) and not share - 1 / self.steps >= CROP_FROM:
-            begin_crop(rival.centres)
         with self.autocast():
+            crop = share >= CROP_FROM
             output = Output(*self.network(images.contiguous(memory_format=torch.channels_last), crop=crop))
         loss, _ = objective(output, labels_BC, contrast, share)
         loss.backward()

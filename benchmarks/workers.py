@@ -3,7 +3,8 @@
   python -m benchmarks.workers
 
 Every worker and every run repeats a step on one batch in memory, as many images a core: what differs is that workers
-add their gradients up after each."""
+add their gradients up after each.
+"""
 
 import asyncio
 import os

@@ -255,7 +255,7 @@ class Worker:
 
     def _require_no_explosion(self) -> None:
         """Before a checkpoint is written: it would be a bad one. The same on every worker, as the averaged sums are."""
-        if self.state.has_exploded():
+        if self.state.look_for_explosion():
             raise self.optimisation.lost(f"the loss is over {EXPLODED:g} times what it was, and over that of the start")
 
     def _share_buffers(self) -> None:

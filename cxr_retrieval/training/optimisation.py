@@ -74,8 +74,7 @@ class Optimisation:
 
     def reaches(self, share: float) -> bool:
         """Whether the running step is the first one after `share` of its phase, and not the phase's first."""
-        done, steps = self._place()
-        return done > 0 and (done - 1) / steps < share <= done / steps
+        return reaches(*self._place(), share)
 
     def _place(self) -> tuple[int, int]:
         """Steps of the running phase: those that have gone by, and all."""
@@ -211,6 +210,11 @@ def forget_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
     """
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
+
+
+def reaches(done: int, steps: int, share: float) -> bool:
+    """Whether the step after `done` of so many is the first one after `share` of them, and not the very first."""
+    return done > 0 and (done - 1) / steps < share <= done / steps
 
 
 def rate_share(step: float, total: float, warmup_share: float) -> float:

@@ -58,7 +58,7 @@ class RunState:
             record[f"{name}_by_table"] = means
         return record
 
-    def has_exploded(self) -> bool:
+    def look_for_explosion(self) -> bool:
         """Whether the mean loss since the last look, which this is the next, is over EXPLODED times that of the best
         stretch between two looks, and over that of the phase's first one.
 

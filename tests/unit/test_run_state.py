@@ -57,25 +57,25 @@ def steps(state: RunState, *losses: float) -> None:
 def test_a_loss_over_ten_times_that_of_the_best_stretch_is_an_explosion(loss: float, exploded: bool) -> None:
     state = RunState()
     state.add({"loss": torch.tensor(1e-3)})  # another phase, another loss
-    assert not state.has_exploded()
+    assert not state.look_for_explosion()
     state.end_epoch()
-    assert not state.has_exploded(), "no step was taken yet"
+    assert not state.look_for_explosion(), "no step was taken yet"
     for good in (0.9, 0.2, 0.4):
         steps(state, 0.5 * good, 1.5 * good)
-        assert not state.has_exploded(), "a first stretch has none to compare with, and the others are fine"
+        assert not state.look_for_explosion(), "a first stretch has none to compare with, and the others are fine"
         state.end_epoch()
     steps(state, 0.5 * loss, 1.5 * loss)  # it is their mean that counts
-    assert state.has_exploded() is exploded
+    assert state.look_for_explosion() is exploded
 
 
 def test_an_explosion_late_in_an_epoch_is_not_hidden_by_its_good_beginning_nor_by_a_restart() -> None:
     state = RunState()
     for _ in range(8):
         steps(state, *[0.2] * 100)
-        assert not state.has_exploded()
+        assert not state.look_for_explosion()
     state = RunState(**vars(state))
     steps(state, *[5.0] * 100)
-    assert state.has_exploded()
+    assert state.look_for_explosion()
     assert state.mean_losses()["cross_entropy"] < 10 * 0.2
 
 
@@ -83,16 +83,16 @@ def test_a_loss_that_had_nearly_vanished_and_is_small_again_is_no_explosion() ->
     state = RunState()
     for good in (0.7, 0.001):
         steps(state, good)
-        assert not state.has_exploded()
+        assert not state.look_for_explosion()
     steps(state, 0.5)
-    assert not state.has_exploded()
+    assert not state.look_for_explosion()
 
 
 def test_pretraining_is_compared_with_itself() -> None:
     state = RunState()
     for loss, exploded in ((1.0, False), (9.0, False), (12.0, True)):
         state.add({"loss": torch.tensor(loss)})
-        assert state.has_exploded() is exploded
+        assert state.look_for_explosion() is exploded
 
 
 def test_an_epoch_without_labels_has_a_loss_and_no_place_in_the_curve() -> None:
