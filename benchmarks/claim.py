@@ -5,8 +5,9 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cxr_retrieval.console import show_table
 
@@ -15,7 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Claim:
-    """`ratio` is the median of `samples`, each a ratio of two measurements taken side by side."""
+    """`ratio` is the median of `samples`, each a ratio of two measurements taken side by side; `details` are written
+    and not printed."""
 
     claim: str
     against: str
@@ -25,6 +27,7 @@ class Claim:
     samples: list[float]
     machine: str
     figures: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, claim: str, against: str, target: float, samples: Sequence[float], **figures: float) -> "Claim":

@@ -31,8 +31,11 @@ os.environ.update(STORE.variables | {"AWS_ENDPOINT_URL": f"http://{HOST}:{PROXY_
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
     os.environ.pop(name, None)
 
-# What `make fuzz` asks for; how many files that are, tests/unit/test_fuzz.py says.
-hypothesis.settings.register_profile("fuzz")
+# No example has a deadline: a busy machine is no failure. `fuzz` is what `make fuzz` asks for; how many files that are,
+# tests/unit/test_fuzz.py says.
+for name in ("tests", "fuzz"):
+    hypothesis.settings.register_profile(name, deadline=None)
+hypothesis.settings.load_profile("tests")
 
 NIH_SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "nih"
 

@@ -265,7 +265,7 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
             if row["excluded"]:
                 raise ExcludedImage(row["excluded"])
             data = coming.result()
-            image = decode(data, recipe, limits)
+            image = _decoded(data, recipe, limits)
             prepared.append(_prepared_row(row, data, image, recipe, frame))
             burned_in += image.burned_in
         except RejectedImage as rejected:
@@ -306,6 +306,14 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
         exclusion_rules=dict(excluded),
         burned_in=burned_in,
     )
+
+
+def _decoded(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
+    """`decode`; an image for which memory does not suffice is refused alone, and tried again by the next run."""
+    try:
+        return decode(data, recipe, limits)
+    except MemoryError:
+        raise RejectedImage(UNREADABLE, "there was not enough memory to decode it") from None
 
 
 def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:

@@ -219,6 +219,24 @@ def test_an_image_that_vanishes_after_it_was_listed_is_quarantined(archive: Path
     assert part.counts["prepared"] == 15
 
 
+def test_an_image_for_which_memory_does_not_suffice_is_quarantined_alone(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = corpus_settings(archive)
+    rows = next(Archive(settings).partitions()).slice(0, 16)
+    decode, large = preparation.decode, (archive / "images" / names(archive)[3]).read_bytes()
+
+    def short_of_memory(data: bytes, *what: Any) -> Any:
+        if data == large:
+            raise MemoryError
+        return decode(data, *what)
+
+    monkeypatch.setattr(preparation, "decode", short_of_memory)
+    part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
+    assert part.manifest["quarantine_reasons"] == {"unreadable": 1}
+    assert part.counts["prepared"] == 15
+
+
 def test_a_file_that_grew_after_it_was_listed_is_not_read_to_its_end(archive: Path, tmp_path: Path) -> None:
     settings = corpus_settings(archive)
     rows = next(Archive(settings).partitions())

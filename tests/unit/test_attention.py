@@ -40,7 +40,7 @@ def components(mask_HW: np.ndarray) -> list[set[tuple[int, int]]]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(MASKS)
 def test_largest_component_is_that_of_a_flood_fill(mask_BHW):
     result_BHW = largest_component(torch.from_numpy(mask_BHW)).numpy()
@@ -62,7 +62,7 @@ def test_a_snake_through_the_whole_map_is_one_component():
     assert torch.equal(largest_component(snake_HW[None])[0], snake_HW.bool())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(HEATS, st.floats(0.05, 0.95), st.floats(0.05, 1), st.sampled_from([(128, 128), (97, 130)]))
 def test_boxes_lie_inside_the_image_and_are_no_smaller_than_the_minimum(heat_BHW, threshold, minimum, image_size):
     boxes_B4 = crop_boxes(torch.from_numpy(heat_BHW), threshold, image_size, minimum)
@@ -76,7 +76,7 @@ def test_boxes_lie_inside_the_image_and_are_no_smaller_than_the_minimum(heat_BHW
         assert h >= minimum * image_size[0] - 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(HEATS, st.floats(0.1, 0.9), st.floats(0.1, 0.9))
 def test_a_higher_threshold_never_gives_a_larger_component(heat_BHW, one, other):
     # Not so for boxes: a thin diagonal that survives can have a wider box than the square that did not.
@@ -85,7 +85,7 @@ def test_a_higher_threshold_never_gives_a_larger_component(heat_BHW, one, other)
     assert (high_B <= low_B).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 7), st.integers(0, 7), st.floats(0.5, 3), st.floats(0.2, 0.9), st.floats(0.05, 0.6))
 def test_the_crop_of_a_single_peak_contains_its_maximum(row, column, width, threshold, minimum):
     place = torch.arange(8.0)

@@ -55,7 +55,7 @@ def pairs_of(targets_BC: Tensor) -> tuple[set[tuple[int, int]], set[tuple[int, i
     return alike, unlike
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6))
 def test_pairs_that_an_unknown_finding_leaves_open_take_no_part(seed):
     targets_BC = several(seed)

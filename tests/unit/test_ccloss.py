@@ -84,7 +84,7 @@ def batch(images=6, classes=5, dimensions=6, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sample=batches(), margin=st.floats(0.1, 2.0), negative_weight=st.floats(0.0, 3.0), temperature=st.floats(0.05, 2.0)
 )
@@ -250,7 +250,7 @@ def test_wrong_settings_and_shapes_are_refused_by_name():
         multi_label_cross_entropy(z_BD[:, :5], targets_BC, smoothing=1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sample=batches(), smoothing=st.floats(0.0, 0.9))
 def test_cross_entropy_is_its_equation(sample, smoothing):
     _, _, targets_BC, weights_C = sample

@@ -58,7 +58,7 @@ def value_of(row: dict[str, Any], group: str) -> str:
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(0, 60))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_row_is_counted_in_each_group_by_its_own_value(seed: int, count: int) -> None:
     rows = drawn(seed, count)
     made = census(rows, batch=17)

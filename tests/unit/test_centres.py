@@ -71,7 +71,7 @@ def test_drawing_centres_leaves_the_global_generator_alone():
     assert torch.rand(3).equal(expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     images=st.integers(0, 9), seed=st.integers(0, 2**32 - 1), rate=st.floats(0.0, 1.0), length=st.sampled_from([1, 3])
 )

@@ -192,7 +192,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
     augment=st.booleans(),
     side=st.none() | st.integers(32, 1024),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_dumped_loads_back_to_the_same_settings(
     tmp_path_factory: pytest.TempPathFactory, archive: Any, name: str, views: Any, weight: float, rate: float,
     augment: bool, side: Any,

@@ -140,7 +140,7 @@ def test_one_bit_becomes_black_and_white() -> None:
 
 
 @given(low=st.integers(0, 40_000), width=st.integers(1, 25_535), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_16_bits_match_an_8_bit_export_of_the_same_window_within_one_grey_level(
     low: int, width: int, seed: int
 ) -> None:

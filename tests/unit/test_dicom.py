@@ -103,7 +103,7 @@ windows = st.fixed_dictionaries(
 
 
 @given(window=windows, signed=st.booleans(), rounded=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_png_that_was_exported_by_the_same_window_gives_the_same_pixels_within_one_grey_level(
     window: dict[str, Any], signed: bool, rounded: bool
 ) -> None:

@@ -23,7 +23,7 @@ def shard(path: Path, names: list[str], looks: list[int], patients: list[str] | 
 
 
 @given(parts=st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), max_size=12), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_lowest_name_of_equal_pixels_stays_and_all_others_are_told_in_order(
     parts: list[list[tuple[int, int]]], tmp_path_factory: object
 ) -> None:

@@ -51,7 +51,7 @@ THOROUGH = settings.get_current_profile_name() == "fuzz"
 
 def examples(count: int) -> settings:
     """So many files, the same ones in every run; or as many as the profile `fuzz` says, and other ones."""
-    return settings(max_examples=50 * count if THOROUGH else count, derandomize=not THOROUGH, deadline=None)
+    return settings(max_examples=50 * count if THOROUGH else count, derandomize=not THOROUGH)
 
 
 def _memory(name: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_retrieval.config import IndexSettings
@@ -29,7 +29,6 @@ DIMENSIONS = st.integers(1, 4096)
 MANY = 1000  # shards of one plan: more would only make the test slow
 DOCUMENT = Path(__file__).parents[2] / "docs" / "index.md"
 TABLE_DIMENSIONS = 768
-UNHURRIED = settings(deadline=None)  # a plan of many shards takes longer on a machine that has other work
 
 
 def inverted(rows: int, dimensions: int = 96, **changes: float) -> IndexPlan:
@@ -44,7 +43,6 @@ def shard_rows_for(rows: int) -> st.SearchStrategy[int]:
 SIZES = ROWS.flatmap(lambda rows: st.tuples(st.just(rows), shard_rows_for(rows)))
 
 
-@UNHURRIED
 @given(SIZES, DIMENSIONS, st.floats(0.01, 1000))
 def test_there_are_as_many_shards_as_their_rows_need(
     sizes: tuple[int, int], dimensions: int, latency_ms: float
@@ -74,14 +72,12 @@ def test_a_corpus_that_grows_keeps_its_shards_but_the_last(sizes: list[int], mor
     assert whole_parts([*sizes, *more], most)[: len(before) - 1] == before[:-1]
 
 
-@UNHURRIED
 @given(st.integers(1, 10**7), DIMENSIONS, st.floats(0.05, 64))
 def test_no_shard_takes_more_memory_to_build_than_a_machine_has(rows: int, dimensions: int, memory_gib: float) -> None:
     plan = plan_index(rows, dimensions, IndexSettings(memory_gib=memory_gib))
     assert shard_bytes(plan.shard_rows, dimensions) <= memory_gib * GIB
 
 
-@UNHURRIED
 @given(ROWS, DIMENSIONS, st.floats(0.1, 1000), st.floats(0.5, 64))
 def test_an_index_is_exact_where_comparing_all_rows_is_fast_enough_and_they_fit(
     rows: int, dimensions: int, latency_ms: float, memory_gib: float
@@ -95,13 +91,11 @@ def test_an_index_is_exact_where_comparing_all_rows_is_fast_enough_and_they_fit(
         assert "index.latency_ms" in plan.why["kind"] or "index.memory_gib" in plan.why["kind"]
 
 
-@UNHURRIED
 @given(ROWS, DIMENSIONS)
 def test_only_an_exact_index_is_planned_for_a_recall_of_one(rows: int, dimensions: int) -> None:
     assert plan_index(rows, dimensions, IndexSettings(recall_target=1, latency_ms=1e-9)).lists == 0
 
 
-@UNHURRIED
 @given(st.integers(2, 10**9))
 def test_lists_are_a_power_of_two_near_four_roots_and_can_be_trained(rows: int) -> None:
     plan = inverted(rows)
@@ -114,7 +108,6 @@ def test_lists_are_a_power_of_two_near_four_roots_and_can_be_trained(rows: int) 
         assert plan.lists >= 4 * rows**0.5 / 2**0.5
 
 
-@UNHURRIED
 @given(st.integers(10**4, 10**9), st.sampled_from([96, 384, 768, 1536]), st.floats(4, 512))
 def test_a_code_is_the_longest_that_fits_and_keeps_the_recall_target(
     rows: int, dimensions: int, memory_gib: float
@@ -128,14 +121,12 @@ def test_a_code_is_the_longest_that_fits_and_keeps_the_recall_target(
     assert strict.code.recall == 1.0
 
 
-@UNHURRIED
 @given(st.integers(10**4, 10**9), st.integers(10**3, 10**6))
 def test_shards_do_not_change_what_kind_of_index_is_built(rows: int, shard_rows: int) -> None:
     one, many = (inverted(rows, shard_rows=size, memory_gib=1e6) for size in (rows, max(shard_rows, rows // MANY)))
     assert (one.factory, one.training_rows, one.bytes) == (many.factory, many.training_rows, many.bytes)
 
 
-@UNHURRIED
 @given(ROWS, DIMENSIONS, st.floats(1, 1000))
 def test_every_choice_has_its_reason_in_a_sentence(rows: int, dimensions: int, latency_ms: float) -> None:
     plan = plan_index(rows, dimensions, IndexSettings(latency_ms=latency_ms))
@@ -145,7 +136,6 @@ def test_every_choice_has_its_reason_in_a_sentence(rows: int, dimensions: int, l
     assert all(reason and "\n" not in reason for reason in plan.why.values())
 
 
-@UNHURRIED
 @given(st.integers(0, 1 << 20))
 def test_probes_ascend_by_at_most_twofold_to_all_lists_so_that_codes_alone_limit_recall(lists: int) -> None:
     probes = plan_probes(lists)

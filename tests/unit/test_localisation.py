@@ -25,7 +25,7 @@ def pixels(rectangle: list[int]) -> set[tuple[int, int]]:
     return {(column, row) for column in range(x, x + width) for row in range(y, y + height)}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rectangles(), rectangles())
 def test_overlap_equals_counted_pixels(box: list[int], crop: list[int]) -> None:
     hits = crop_hits(torch.tensor([box]), torch.tensor([crop]))
@@ -37,7 +37,7 @@ def test_overlap_equals_counted_pixels(box: list[int], crop: list[int]) -> None:
     assert hits["centre_in_crop"].item() is inside
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rectangles())
 def test_control_keeps_the_shape_and_sits_in_the_centre(crop: list[int]) -> None:
     x, y, width, height = centred_crop(torch.tensor([crop]), SIDE)[0].tolist()

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_retrieval.config import LossSettings
@@ -55,7 +55,6 @@ def test_shallow_steps_come_first():
     assert step_weights(0.15, 3, 0.3) == pytest.approx([1.0, 1.0, 0.5])
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(1, 4), st.floats(0.01, 1))
 def test_weights_fall_with_depth_and_all_are_full_after_their_share(progress, steps, share):
     weights = step_weights(progress, steps, share)
@@ -66,7 +65,6 @@ def test_weights_fall_with_depth_and_all_are_full_after_their_share(progress, st
         assert weights == pytest.approx([1.0] * steps)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 4), st.floats(0.01, 1))
 def test_no_weight_falls_as_training_goes_on(one, other, steps, share):
     before, after = (step_weights(progress, steps, share) for progress in sorted((one, other)))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_retrieval.corpus.reading import PLACE
@@ -30,7 +30,6 @@ def order(**changes) -> Order:
     return Order(**plain | changes)
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 5))
 def test_every_row_comes_at_most_once_and_fewer_than_a_batch_wait(plan, epoch):
     rows = plan.epoch(epoch)
@@ -42,7 +41,6 @@ def test_every_row_comes_at_most_once_and_fewer_than_a_batch_wait(plan, epoch):
     assert 0 <= total - rows.size < plan.batch_size
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 5))
 def test_the_same_seed_and_epoch_give_the_same_order(plan, epoch):
     again = Order(plan.group_rows.copy(), plan.seed, plan.batch_size, plan.lanes, plan.window)
@@ -60,7 +58,6 @@ def test_no_row_waits_for_ever():
     assert len(seen) == 63
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 5), st.data())
 def test_the_images_of_a_step_do_not_depend_on_the_number_of_workers(plan, epoch, data):
     first = data.draw(st.integers(0, plan.steps - 1))
@@ -73,7 +70,6 @@ def test_the_images_of_a_step_do_not_depend_on_the_number_of_workers(plan, epoch
         assert np.array_equal(np.sort(np.concatenate(shares, axis=2)[:, 0]), expected)
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 5), st.sampled_from((2, 3)))
 def test_the_images_of_a_micro_batch_do_not_depend_on_the_number_of_workers(plan, epoch, parts):
     plan = replace(plan, group_rows=np.asarray([*plan.group_rows, plan.batch_size * parts]), batch_size=LANES * parts)
@@ -89,7 +85,6 @@ def test_the_images_of_a_micro_batch_do_not_depend_on_the_number_of_workers(plan
     assert all(np.array_equal(micro_batches(workers), alone) for workers in WORKERS)
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(1, 4), st.data())
 def test_windows_cover_every_step_that_is_left_once_and_in_order(plan, epochs, data):
     first_step = data.draw(st.integers(0, epochs * plan.steps))
@@ -99,7 +94,6 @@ def test_windows_cover_every_step_that_is_left_once_and_in_order(plan, epochs, d
     assert all(0 < last - first <= plan.window_steps for _, first, last in windows)
 
 
-@settings(deadline=None)
 @given(orders(), st.integers(0, 3))
 def test_a_window_reads_few_row_groups_however_it_is_shuffled(plan, epoch):
     """Each lane of a window is a permutation of rows that lie one after another in the order of the groups."""
@@ -139,7 +133,6 @@ def test_too_few_images_are_refused_with_both_numbers():
         order(group_rows=np.asarray([10, 5]))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 9)), min_size=1, unique=True))
 def test_group_rows_counts_each_group_of_each_part(rows):
     places = np.asarray(sorted(rows), PLACE)

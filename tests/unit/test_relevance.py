@@ -19,7 +19,7 @@ def label_pairs(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
     return draw(st.lists(row, min_size=1, max_size=5)), draw(st.lists(row, min_size=1, max_size=5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(label_pairs())
 def test_every_pair_follows_its_definition(pair: tuple[list[list[int]], list[list[int]]]) -> None:
     query, gallery = pair
@@ -35,7 +35,7 @@ def test_every_pair_follows_its_definition(pair: tuple[list[list[int]], list[lis
             assert exact[q, g] == (left == right and -1 not in left)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(label_pairs())
 def test_relevance_does_not_depend_on_who_asks(pair: tuple[list[list[int]], list[list[int]]]) -> None:
     query, gallery = labels(*pair[0]), labels(*pair[1])

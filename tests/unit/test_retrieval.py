@@ -112,7 +112,7 @@ def assert_same_figures(left: QueryFigures, right: QueryFigures) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=field.name)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 24), st.booleans(), st.booleans())
 def test_figures_equal_plain_loops(seed: int, images: int, ties: bool, grouped: bool) -> None:
     case = archive(seed, images, ties=ties)
@@ -125,7 +125,7 @@ def test_figures_equal_plain_loops(seed: int, images: int, ties: bool, grouped: 
         torch.testing.assert_close(getattr(figures, name).double(), wanted, rtol=0, atol=1e-12, msg=name)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 60), st.integers(1, 12), st.booleans())
 def test_block_size_changes_nothing(seed: int, images: int, block: int, ties: bool) -> None:
     case = archive(seed, images, ties=ties)
@@ -153,7 +153,7 @@ def test_equal_vectors_tie_wherever_they_stand_in_the_gallery() -> None:
         assert figures.ap.item() == pytest.approx(1 / (first + 1), rel=1e-12)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 10**6))
 def test_own_patient_is_never_counted(seed: int) -> None:
     case = archive(seed, 20)
@@ -188,7 +188,7 @@ def test_own_patient_is_never_counted(seed: int) -> None:
             assert one.candidates.item() == before.candidates[row].item()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(0, 10**6))
 def test_undecided_image_is_neither_hit_nor_miss(seed: int) -> None:
     case = archive(seed, 16, unknown=0)

@@ -95,7 +95,7 @@ asked_for = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(asked=asked_for, k=st.integers(1, 20), skip=st.integers(0, 10), number=st.integers(0, COUNT - 1))
 def test_k_hits_come_wherever_k_images_pass_and_they_are_the_nearest_of_these(
     retriever: Retriever, images: list[Film], asked: Filters, k: int, skip: int, number: int

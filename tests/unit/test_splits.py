@@ -25,7 +25,7 @@ shares = st.floats(0.01, 0.4)
 
 
 @given(films=st.lists(st.integers(1, 30), min_size=1, max_size=40), seed=st.integers(0, 1000), test=shares)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_patient_is_in_one_split_whatever_else_is_in_the_archive(films: list[int], seed: int, test: float) -> None:
     """`films` are the patients of the films, in their order in the archive."""
     with tempfile.TemporaryDirectory() as folder:

@@ -81,7 +81,7 @@ def test_a_file_that_is_no_space_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 1000), st.floats(0.001, 0.5), st.floats(0.001, 0.4))
 def test_points_lie_in_the_space_and_are_the_same_every_time(seed: int, low: float, width: float) -> None:
     axes = {

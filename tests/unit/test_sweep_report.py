@@ -491,7 +491,7 @@ def sweeps(draw):
 
 
 @given(sweeps())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_sweep_has_a_page_that_lists_each_trial(given_sweep):
     html = sweep_page(given_sweep)
     assert html.count('<th scope="row">') == len(given_sweep["trials"])
@@ -721,7 +721,6 @@ def test_an_axis_that_ends_where_its_setting_does_is_not_widened():
 
 
 @given(st.floats(0.001, 0.999), st.floats(0.001, 0.999), st.booleans(), st.sampled_from(["log", "linear"]))
-@settings(deadline=None)
 def test_new_bounds_are_further_out_and_allowed(one, other, up, scale):
     low, high = sorted((one, other))
     assume(high > 1.001 * low)
@@ -873,7 +872,7 @@ def test_defaults_that_were_never_tried_are_to_be_tried():
 
 
 @given(st.permutations(range(8)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_advice_does_not_depend_on_the_order_of_trials(order):
     trials = [trial(f"t{i}", 0.1 + i / 300, settings=at(0.006 * (i + 1), 0.3 + i / 20)) for i in range(8)]
     assert next_steps(sweep([trials[i] for i in order])) == next_steps(sweep(trials))
