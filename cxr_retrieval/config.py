@@ -246,6 +246,7 @@ class SearchSettings(Section):
     k: int = Field(8, ge=1, le=1000, description="hits of one query")
     queries: int = Field(6, ge=1, le=100, description="test images that the pipeline searches with")
     exclude_own_patient: bool = Field(True, description="leave out the query's own patient")
+    one_per_patient: bool = Field(False, description="find as many patients, each by the nearest of their images")
 
 
 class ServeSettings(Section):

@@ -123,9 +123,13 @@ def _search(settings: Settings, corpus: Corpus, reference: str) -> tuple[str, in
     found = []
     for uri in query_images(corpus, settings.evaluation.split, settings.search.queries):
         query = read_query(retriever, uri)
-        found.append(
-            (uri, query, retriever.search(query, settings.search.k, exclude_own=settings.search.exclude_own_patient))
+        answer = retriever.search(
+            query,
+            settings.search.k,
+            exclude_own=settings.search.exclude_own_patient,
+            one_per_patient=settings.search.one_per_patient,
         )
+        found.append((uri, query, answer))
     page = storage.join(settings.workspace, "reports", f"gallery-{settings.index.name}-{settings.publish.alias}.html")
     storage.write_bytes(page, gallery(retriever, reference, found).encode())
     return page, len(found), sum(len(answer.cases) for _, _, answer in found)

@@ -9,7 +9,8 @@
 
 Needs no cluster: the version's files are fetched once, verified and mapped. Filters are applied inside the search, so
 that as many hits come as were asked for, wherever so many images pass. The query's own patient is left out where the
-query is an indexed image; `--patient` names one to leave out besides.
+query is an indexed image; `--patient` names one to leave out besides. With `--one-per-patient` every hit is another
+patient.
 """
 
 import argparse
@@ -33,6 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--index", required=True, metavar="URI@alias", help="published index, and an alias or version of it"
     )
     parser.add_argument("-k", type=int, help="hits of one query (search.k)")
+    parser.add_argument(
+        "--one-per-patient", action="store_true", help="find patients, each by the nearest of their images"
+    )
     parser.add_argument("--patient", help="patient to leave out, as the index knows them")
     parser.add_argument("--gallery", metavar="FILE", help="write the result as a page that opens offline")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -57,7 +61,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def implied(options: argparse.Namespace) -> list[str]:
-    return [f"search.k={options.k}"] if options.k is not None else []
+    asked = [f"search.k={options.k}"] if options.k is not None else []
+    return asked + ["search.one_per_patient=true"] * options.one_per_patient
 
 
 def run(settings: Settings, options: argparse.Namespace) -> None:
@@ -88,6 +93,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
             filters,
             exclude_patient=options.patient,
             exclude_own=settings.search.exclude_own_patient,
+            one_per_patient=settings.search.one_per_patient,
         )
         found.append((image, query, answer))
     if options.json:

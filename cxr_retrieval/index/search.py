@@ -236,9 +236,11 @@ class Retriever:
         skip: int = 0,
         exclude_patient: str | None = None,
         exclude_own: bool = True,
+        one_per_patient: bool = False,
     ) -> Answer:
         """The k nearest images of those that pass, after the nearest `skip`: k of them wherever so many pass, but for
-        those of a patient who is removed meanwhile.
+        those of a patient who is removed meanwhile. With `one_per_patient` the k nearest patients, each by the nearest
+        of their images.
 
         `exclude_own` leaves out the patient of the indexed image that the query is, if any; `exclude_patient` names a
         patient, as the index knows them, to leave out too. Raises UserError for a filter that names what no image has.
@@ -252,10 +254,9 @@ class Retriever:
         left_out += [exclude_patient] if exclude_patient is not None else []
         asked = filters, tuple(left_out)
         passing = sum(self.holders.each(ShardGroup.passing, *asked))
-        found = self._nearest(query.vector, min(skip + k, passing), asked, passing)
-        known_of: dict[tuple[int, int], Facts] = {}
-        for facts in self.holders.each(ShardGroup.facts, [(hit.shard, hit.row) for hit in found[skip:]]):
-            known_of |= facts
+        nearest = self._nearest_patients if one_per_patient else self._nearest
+        found = nearest(query.vector, min(skip + k, passing), asked, passing)
+        known_of = self._known(found[skip:])
         # Whose patient was removed since they were found is not known any more.
         shown = [hit for hit in found[skip:] if (hit.shard, hit.row) in known_of]
         findings = known.findings if known else ()
@@ -291,6 +292,28 @@ class Retriever:
         if facts is None:
             raise UnknownImage(f"image {image_id!r} is not in this index: name an image as the index knows it")
         return facts
+
+    def _known(self, hits: list[Found]) -> dict[tuple[int, int], Facts]:
+        """What is known of some hits by their places, of nobody who was removed."""
+        known: dict[tuple[int, int], Facts] = {}
+        for facts in self.holders.each(ShardGroup.facts, [(hit.shard, hit.row) for hit in hits]):
+            known |= facts
+        return known
+
+    def _nearest_patients(
+        self, vector_D: np.ndarray, count: int, asked: tuple[Filters, tuple[str, ...]], passing: int
+    ) -> list[Found]:
+        """The nearest image of each of the nearest patients, so many of them wherever so many have one that passes."""
+        reach = count
+        while True:
+            found = self._nearest(vector_D, reach, asked, passing)
+            known, of_patient = self._known(found), dict[str, Found]()
+            for hit in found:
+                if facts := known.get((hit.shard, hit.row)):
+                    of_patient.setdefault(facts["patient"], hit)
+            if len(of_patient) >= count or reach == passing:
+                return list(of_patient.values())[:count]
+            reach = min(4 * reach, passing)
 
     def _nearest(
         self, vector_D: np.ndarray, k: int, asked: tuple[Filters, tuple[str, ...]], passing: int

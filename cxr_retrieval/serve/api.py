@@ -118,7 +118,14 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         return looking.query(retriever, upload.image.file.read(), upload.box)
 
     def answer(request: Request, retriever: Retriever, query: Question, asked: Asked) -> Found:
-        found = retriever.search(query, asked.k, asked.filters, skip=asked.skip, exclude_own=not asked.own_patient)
+        found = retriever.search(
+            query,
+            asked.k,
+            asked.filters,
+            skip=asked.skip,
+            exclude_own=not asked.own_patient,
+            one_per_patient=asked.one_per_patient,
+        )
         metrics.searched(found)
         request.state.hits = len(found.cases)
         return Found.of(retriever, query, found)

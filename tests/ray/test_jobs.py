@@ -235,6 +235,14 @@ def test_the_own_patient_is_left_out_unless_asked_for(world: World) -> None:
     assert len(left["hits"]) == 8
 
 
+def test_every_hit_is_another_patient_where_one_of_each_is_asked_for(world: World) -> None:
+    (every,) = search(world, world.image, "-k", "500")
+    patients = list(dict.fromkeys(hit["patient"] for hit in every["hits"]))
+    (once,) = search(world, world.image, "-k", "500", "--one-per-patient")
+    assert [hit["patient"] for hit in once["hits"]] == patients
+    assert len(patients) < len(every["hits"])
+
+
 def test_k_larger_than_the_index_gives_all_there_is(world: World) -> None:
     own = sum(patient_of(path.name) == patient_of(world.image) for path in (world.archive / "images").iterdir())
     (found,) = search(world, world.image, "-k", "500")

@@ -148,6 +148,21 @@ def test_the_own_patient_is_left_out_inside_the_search_too(retriever: Retriever,
     assert {case.image_id for case in answer.cases} == {film.facts["image_id"] for film in others}
 
 
+@pytest.mark.parametrize(("k", "skip"), [(1, 0), (4, 0), (4, 3), (COUNT, 0)])
+@pytest.mark.parametrize("asked", [EVERYTHING, Filters(sex="F")])
+def test_every_hit_is_another_patient_by_the_nearest_of_their_images_where_one_of_each_is_asked_for(
+    retriever: Retriever, images: list[Film], asked: Filters, k: int, skip: int
+) -> None:
+    query = retriever.query(images[0].png)
+    every = retriever.search(query, COUNT, asked).cases
+    nearest = {case.patient: case for case in reversed(every)}  # the first of each wins
+    expected = sorted(nearest.values(), key=lambda case: case.rank)
+    assert len(expected) < len(every)
+    found = retriever.search(query, k, asked, skip=skip, one_per_patient=True).cases
+    assert [case.image_id for case in found] == [case.image_id for case in expected[skip : skip + k]]
+    assert [case.rank for case in found] == list(range(skip + 1, skip + 1 + len(found)))
+
+
 @pytest.mark.parametrize(
     ("asked", "text"),
     [

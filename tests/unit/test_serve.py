@@ -167,6 +167,13 @@ def test_the_own_patient_is_found_only_when_asked_for(client: TestClient, world)
         assert sum(hit["patient"] == "1" for hit in hits) == count
 
 
+def test_each_patient_is_found_once_when_asked_for(client: TestClient, world) -> None:
+    patients = {film.facts["patient"] for film in world[1]}
+    hits = asked(client, world[1][0].png, k=100, own_patient=True, one_per_patient=True).json()["hits"]
+    assert len(hits) == len(patients) < len(world[1])
+    assert {hit["patient"] for hit in hits} == patients
+
+
 def test_a_hit_leads_to_its_picture_and_its_reasons(client: TestClient, world) -> None:
     picture = client.get(f"/v1/images/{FIRST}/thumbnail")
     assert picture.headers["content-type"] == "image/jpeg"

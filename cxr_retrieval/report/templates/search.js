@@ -201,7 +201,7 @@
     for (const choice of document.querySelectorAll("#findings select")) {
       if (choice.value) asked.push([choice.value, choice.dataset.finding]);
     }
-    if ($("own_patient").checked) asked.push(["own_patient", "true"]);
+    for (const id of ["own_patient", "one_per_patient"]) if ($(id).checked) asked.push([id, "true"]);
     return asked;
   }
 
