@@ -198,6 +198,17 @@ def test_filters_hold_and_what_is_wrong_is_told_in_words(tmp_path: Path, address
     }
 
 
+def test_each_patient_is_shown_once_when_that_is_ticked(tmp_path: Path, address: str) -> None:
+    acts = """
+  const patients = () => [...document.querySelectorAll("#hits .origin .id")].map((p) => p.textContent);
+  seen.often = new Set(patients()).size < patients().length;
+  $("one_per_patient").click();
+  $("form").requestSubmit(); await settled();
+  seen.once = patients().length > 1 && new Set(patients()).size === patients().length;
+"""
+    assert acted(tmp_path, address, acts) == {"often": "true", "once": "true"}
+
+
 def test_the_page_as_it_is_served_runs_under_its_own_policy(tmp_path: Path, address: str) -> None:
     assert 'data-page="ready"' in browse(tmp_path, f"{address}/", "--virtual-time-budget=30000")
 
