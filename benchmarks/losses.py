@@ -50,7 +50,7 @@ from cxr_retrieval.runtime import start_ray
 
 OURS, ALONE = "CCLoss", "cross-entropy only"
 SIDE = 128
-SETTINGS = LossSettings(class_balance=0.0, temperature=0.5)
+SETTINGS = LossSettings()
 RECIPE = ("BATCH", "RATE", "PROXY_RATE", "DECAY", "AVERAGING", "WARM_UP", "SHALLOW", "CROP_FROM", "START")
 PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
 OUT = RESULTS / "losses"

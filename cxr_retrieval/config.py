@@ -139,22 +139,28 @@ class LossSettings(Section):
     form: Literal["margin", "softmax"] = Field("softmax", description="form of CCLoss")
     margin: float = Field(1.4, gt=0, le=2, description="distance that other findings' centres are pushed to (margin)")
     negative_weight: float = Field(1.0, ge=0, description="weight of the push against the pull (margin)")
-    temperature: float = Field(0.2, gt=0, le=10, description="temperature (softmax)")
+    temperature: float = Field(0.5, gt=0, le=10, description="temperature (softmax)")
     centre_rate: float = Field(0.05, gt=0, le=1, description="share of the way that a centre moves in one update")
     no_finding: Literal["center", "negatives_only", "ignore"] = Field(
-        "center",
-        description="No Finding images: a centre of their own, pushed from all centres (margin form only), or left out",
+        "ignore",
+        description="No Finding images: a centre of their own, pushed from all centres (margin form only), or left out:"
+        " to pull healthy images together costs retrieval",
     )
-    contrastive_weight: float = Field(0.3, ge=0, description="weight of CCLoss in the sum")
+    contrastive_weight: float = Field(0.1, ge=0, description="weight of CCLoss in the sum")
     contrastive_from: float = Field(
-        0.3,
+        0.4,
         ge=0,
         lt=1,
         description="share of the steps after which CCLoss joins: centres of untrained features mislead",
     )
     classification_weight: float = Field(1.0, ge=0, description="weight of the multi-label cross-entropy in the sum")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="label smoothing of the cross-entropy")
-    class_balance: float = Field(0.5, ge=0, le=1, description="power of a finding's inverse frequency in its weight")
+    class_balance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="power of a finding's inverse frequency in its weight; to weigh rare ones up costs all of them",
+    )
 
 
 class TrainingSettings(Section):

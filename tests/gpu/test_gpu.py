@@ -65,7 +65,9 @@ def train(stepped: Optimisation, steps: int) -> list[bool]:
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(B, 1, 128, 128, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 2, (B, C), generator=generator, dtype=torch.int8).cuda()
-    objective = Objective.build(LossSettings(contrastive_from=0.0), labels.cpu(), 3, 0.0, torch.device("cuda"))
+    objective = Objective.build(
+        LossSettings(contrastive_from=0.0, no_finding="center"), labels.cpu(), 3, 0.0, torch.device("cuda")
+    )
     moved = []
     for step in range(steps):
         stepped.begin(step)

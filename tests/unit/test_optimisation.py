@@ -35,7 +35,9 @@ def step(
     generator = torch.Generator().manual_seed(number)
     images = torch.randn(B, 1, SIDE, SIDE, generator=generator) * brightness
     labels = torch.randint(0, 2, (B, C), generator=generator, dtype=torch.int8)
-    objective = Objective.build(LossSettings(contrastive_from=0.0), labels, 2, 0.0, torch.device("cpu"))
+    objective = Objective.build(
+        LossSettings(contrastive_from=0.0, no_finding="center"), labels, 2, 0.0, torch.device("cpu")
+    )
     stepped.begin(number)
     for micro in range(micro_batches):
         with stepped.micro_batch(last=micro == micro_batches - 1):
