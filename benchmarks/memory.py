@@ -19,6 +19,7 @@ from benchmarks.job import PUBLIC, run_job
 from cxr_retrieval.runtime import start_ray
 
 PART, SIDE, TIMES, ROUNDS = 256, 256, 8, 3
+KINDS: dict[str, dict[str, Any]] = {"": {}, ", half of them duplicates": {"name": "films-alike", "alike": 2}}
 IMAGES = 4 * PART * (os.cpu_count() or 1)
 
 
@@ -47,7 +48,7 @@ def claim(what: str, **films: Any) -> Claim:
 
 def main() -> None:
     start_ray()
-    publish("memory", [claim(""), claim(", half of them duplicates", name="films-alike", alike=2)])
+    publish("memory", [claim(what, **films) for what, films in KINDS.items()])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ from cxr_retrieval.config import LossSettings
 SMALL = {
     "prepare": {"IMAGES": 48 * (os.cpu_count() or 1), "PARTS": 4, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
     "resume": {"IMAGES": 160, "SIDE": 128, "SIZE": 64, "PARTS": 10},
-    "memory": {"IMAGES": 16, "PART": 8, "SIDE": 128, "TIMES": 2, "ROUNDS": 1},
+    "memory": {
+        "IMAGES": 16,
+        "PART": 8,
+        "SIDE": 128,
+        "TIMES": 2,
+        "ROUNDS": 1,
+        "KINDS": {", half of them duplicates": {"name": "films-alike", "alike": 2}},
+    },
     "listing": {"IMAGES": 3000, "TIMES": 2, "ROUNDS": 1},
     "embed": {"IMAGES": 32 * (os.cpu_count() or 1), "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "EPOCHS": 1},
