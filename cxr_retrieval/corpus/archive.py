@@ -151,15 +151,17 @@ class Archive:
         self._database.row_factory = sqlite3.Row
         self._database.create_function("file_name", 1, lambda path: path.rpartition("/")[2], deterministic=True)
         self._format = format_of(settings)
+        # Asked once: for every image, to be asked what a protocol is takes a third of the listing's time.
+        self._header_format = self._format if isinstance(self._format, HeaderFormat) else None
         with room(self.uri):
             self._database.executescript(TABLES)
             tables, others = self._list()
-            if isinstance(self._format, HeaderFormat):
-                self._read_headers(self._format, headers)
+            if self._header_format:
+                self._read_headers(self._header_format, headers)
             self._require_whole(tables, others)
             self.label_rows = self._read_labels(tables)
             self.boxes_left_out = self._read_boxes(tables)
-            if not isinstance(self._format, HeaderFormat):
+            if not self._header_format:
                 self._database.execute(BARE_NAMES)
             self._database.executescript(INDEXES)
             if settings.split == "official":
@@ -215,7 +217,7 @@ class Archive:
         others: dict[str, str] = {}
         companions = (PHANTOM_PLAN, *self._format.companions)
 
-        endings = tuple(self._format.endings) if isinstance(self._format, HeaderFormat) else IMAGE_ENDINGS
+        endings = tuple(self._header_format.endings) if self._header_format else IMAGE_ENDINGS
         given = storage.canonical(self._settings.labels) if self._settings.labels else None
 
         def images() -> Iterator[tuple[str, str, int, int]]:
@@ -303,7 +305,7 @@ class Archive:
         """Raises UserError where there is no image, or not the tables that the layout needs."""
         if not self._count("SELECT EXISTS (SELECT 1 FROM listing)"):
             left = f"; {ignored_text(self.ignored)}" if self.ignored else ""
-            wanted = "DICOM image" if isinstance(self._format, HeaderFormat) else f"{', '.join(IMAGE_ENDINGS)} file"
+            wanted = "DICOM image" if self._header_format else f"{', '.join(IMAGE_ENDINGS)} file"
             raise UserError(f"{self.uri}: the archive is empty, no {wanted} in it{left}")
         for kind, what in self._format.needs.items():
             if kind not in tables:
@@ -378,7 +380,7 @@ class Archive:
         if printable(found["path"]) != found["path"]:
             text = "its path has characters that cannot be shown; rename it"
             return {**row, "image_id": printable(found["image"]), "reason": "bad_name", "text": text}
-        if isinstance(self._format, HeaderFormat) and found["header"] is None:
+        if self._header_format and found["header"] is None:
             return row  # unscanned
         if found["namesakes"] > 1:
             return {**row, "reason": "name_twice", "text": f"{found['namesakes']} images of the archive have this name"}
@@ -391,7 +393,7 @@ class Archive:
         if label["reason"]:
             return {**row, "reason": label["reason"], "text": label["text"]}
         if not found["patient"]:
-            where = "header" if isinstance(self._format, HeaderFormat) else "label row"
+            where = "header" if self._header_format else "label row"
             return {**row, "reason": "no_patient", "text": f"the {where} names no patient"}
         date = label["study_date"]
         split = self._split(found["patient"], found["split"])

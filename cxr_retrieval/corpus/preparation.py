@@ -1,6 +1,6 @@
 """Archive to prepared corpus: partitions of the archive's manifest, decoded by Ray Data, one shard each.
 
-A partition is one row group of the manifest and becomes one part of the corpus (an artifact of its own), written
+A partition is one batch of the manifest and becomes one part of the corpus (an artifact of its own), written
 whole by one task: a task needs the memory of one partition, and a restart decodes only partitions without a manifest.
 """
 
@@ -32,7 +32,8 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.headers import Headers
 from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
-from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS, LABELS, QUARANTINE, as_read, corpus_schema, rows_digest
+from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter, read_partition, read_partitions
+from cxr_retrieval.corpus.rows import EXCLUSIONS, LABELS, QUARANTINE, as_read, corpus_schema, rows_digest
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
@@ -40,12 +41,7 @@ from cxr_retrieval.runtime import nodes_memory
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND, PART_KIND = "corpus", "corpus-part"
-MANIFEST_FILE, ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = (
-    "archive.parquet",
-    "rows.parquet",
-    "quarantine.parquet",
-    "exclusions.parquet",
-)
+ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = "rows.parquet", "quarantine.parquet", "exclusions.parquet"
 KEYED = PrivacySettings()  # removed patients are told by a key, unless an archive is said to be public
 LATEST = "latest"  # beside the corpora of a name
 BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
@@ -77,7 +73,7 @@ def task_memory(settings: CorpusSettings) -> int:
 @dataclass(frozen=True)
 class CorpusPlan:
     """What preparing an archive means before any image is read: the corpus, its parts, and the archive's manifest, a
-    Parquet file in the temporary folder that has no name and is gone with this plan."""
+    file in the temporary folder that has no name and is gone with this plan."""
 
     archive: Archive
     draft: Draft
@@ -103,10 +99,10 @@ def plan_corpus(
     shaping |= {"recipe": recipe_of(settings).id, "box_frame": box_frame(settings)}
     parts = []
     manifest = tempfile.TemporaryFile()  # noqa: SIM115  # the plan keeps it open
-    with room(archive.uri), pq.ParquetWriter(manifest, ARCHIVE, compression="zstd") as writer:
-        for rows in archive.partitions():  # one row group a partition: a task reads its own and no other
+    with room(archive.uri), ManifestWriter.to(manifest) as writer:
+        for rows in archive.partitions():
             parts.append(Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),)))
-            writer.write_table(rows, row_group_size=rows.num_rows)
+            writer.write(rows)
     draft = Draft.under(folder, KIND, shaping | {"name": settings.name}, [part.input_id for part in parts])
     return CorpusPlan(archive, draft, parts, manifest)
 
@@ -125,9 +121,7 @@ def _partitions_before(folder: str, settings: CorpusSettings) -> Iterator[pa.Tab
     except FileNotFoundError:
         return
     with file:
-        manifest = pq.ParquetFile(file)
-        for group in range(manifest.num_row_groups):
-            yield manifest.read_row_group(group, columns=["source_uri", "image_id", "reason", "text"])
+        yield from read_partitions(file, ["source_uri", "image_id", "reason", "text"])
 
 
 def find_prepared(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> Artifact:
@@ -178,14 +172,13 @@ def _begin(draft: Draft, manifest: IO[bytes]) -> FileEntry:
 def _manifest_as_read(plan: CorpusPlan, finished: Sequence[Artifact]) -> IO[bytes]:
     """The manifest of an archive of which some images could not be read, and which tells that of them."""
     manifest = tempfile.TemporaryFile()  # noqa: SIM115  # for the caller to read
-    planned = pq.ParquetFile(plan.manifest)
-    with room(plan.archive.uri), pq.ParquetWriter(manifest, ARCHIVE, compression="zstd") as writer:
-        for group, (part, made) in enumerate(zip(plan.parts, finished, strict=True)):
-            rows = planned.read_row_group(group)
+    planned = read_partitions(plan.manifest)
+    with room(plan.archive.uri), ManifestWriter.to(manifest) as writer:
+        for rows, part, made in zip(planned, plan.parts, finished, strict=True):
             if made.uri != part.uri:
                 with storage.arrow_reader(storage.join(made.uri, QUARANTINE_FILE)) as file:
                     rows = as_read(rows, pq.read_table(file).to_pylist())
-            writer.write_table(rows, row_group_size=rows.num_rows)
+            writer.write(rows)
     return manifest
 
 
@@ -199,7 +192,7 @@ def _prepare_parts(
     uris = {n: part.uri for n, part in enumerate(parts)}
     quarantined = sum(part.counts["quarantined"] for part in found if part)
     if missing:
-        tasks = [{"group": n, "uri": parts[n].uri} for n in missing]
+        tasks = [{"partition": n, "uri": parts[n].uri} for n in missing]
         task = _PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(parts[0].settings), settings)
         memory = min(task_memory(settings), *nodes_memory())  # a node that has less takes one at a time
         results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(task, memory=memory)
@@ -207,7 +200,7 @@ def _prepare_parts(
             storage.add_retries(result["retries"])
             if result["error"]:
                 raise UserError(result["error"])
-            uris[result["group"]] = result["uri"]
+            uris[result["partition"]] = result["uri"]
             quarantined += result["quarantined"]
             progress.advance(result["archive"])
             _check_quarantine(quarantined, total, settings, draft.uri, final=False)
@@ -235,8 +228,7 @@ class _PartTask:
         before = storage.retries()
         cv2.setNumThreads(1)  # tasks run side by side, one a core
         try:
-            with storage.arrow_reader(self._manifest_uri) as file:
-                rows = pq.ParquetFile(file).read_row_group(task["group"])
+            rows = read_partition(self._manifest_uri, task["partition"])
             planned = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
             part = prepare_part(planned, rows, self._settings)
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was

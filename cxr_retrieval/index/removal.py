@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import MANIFEST, PLAN, CorruptArtifact, find
 from cxr_retrieval.corpus.headers import HEADERS_FILE
-from cxr_retrieval.corpus.preparation import MANIFEST_FILE, QUARANTINE_FILE, ROWS_FILE
+from cxr_retrieval.corpus.manifest import MANIFEST_FILE, read_partitions
+from cxr_retrieval.corpus.preparation import QUARANTINE_FILE, ROWS_FILE
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.build import QUANTIZER_KIND
@@ -66,22 +67,34 @@ def images_of(patients: Iterable[str], workspace: str, to: str, pseudonyms: Pseu
     found: dict[str, set[str]] = {patient: set() for patient in outside.values()}
     for file in _files(storage.join(storage.canonical(workspace), "corpora")):
         if file.path.endswith(f"/{MANIFEST_FILE}"):
-            for patient, image in _images(file.uri, "patient_id", list(found)):
-                found[patient].add(pseudonyms.name("image", image))
+            for rows in _named(file.uri):
+                for patient, image in _pairs(rows.filter(pc.field("patient_id").isin(list(found)))):
+                    found[patient].add(pseudonyms.name("image", image))
     versions = [resolve(to, name) for name in list_versions(to)]
     for uri in {version.object_uri(version.files[name]) for version in versions for name in sidecars(version.files)}:
         try:
-            for patient, image in _images(uri, "patient", list(outside)):
-                found[outside[patient]].add(image)
+            theirs = pc.field("patient").isin(list(outside))
+            with storage.arrow_reader(uri) as opened:
+                for patient, image in _pairs(pq.read_table(opened, columns=["patient", "image_id"], filters=theirs)):
+                    found[outside[patient]].add(image)
         except FileNotFoundError:
             raise CorruptArtifact(f"{uri}: gone since it was uploaded; {GONE_REMEDY}") from None
     return found
 
 
-def _images(uri: str, column: str, patients: list[str]) -> Iterator[tuple[str, str]]:
+def _pairs(table: pa.Table) -> Iterator[tuple[str, str]]:
+    """The rows of a table of two columns."""
+    return zip(*(column.to_pylist() for column in table.columns), strict=True)
+
+
+def _named(uri: str) -> Iterator[pa.Table]:
+    """Patients and images that an archive's manifest or a part of a corpus names, a piece after the other."""
+    columns = ["patient_id", "image_id"]
     with storage.arrow_reader(uri) as file:
-        table = pq.read_table(file, columns=[column, "image_id"], filters=pc.field(column).isin(patients))
-    yield from zip(table[column].to_pylist(), table["image_id"].to_pylist(), strict=True)
+        if uri.endswith(MANIFEST_FILE):
+            yield from read_partitions(file, columns)
+        else:
+            yield pq.read_table(file, columns=columns)
 
 
 def published_holdings(to: str) -> Holdings:
@@ -182,12 +195,13 @@ def _corpora_that_hold(files: list[storage.StoredFile], removed: RemovedPatients
             if any(patient in removed for patient in patients):
                 yield file.uri
         if file.path.endswith((f"/{MANIFEST_FILE}", f"/{ROWS_FILE}")):
-            with storage.arrow_reader(file.uri) as opened:
-                table = pq.read_table(opened, columns=["patient_id", "image_id"])
-            patients = [name for name in pc.unique(table["patient_id"]).to_pylist() if name in removed]
-            if patients:
-                theirs = pc.is_in(table["patient_id"], value_set=pa.array(patients, pa.string()))
-                images.update(table.filter(theirs)["image_id"].to_pylist())
+            holds = False
+            for rows in _named(file.uri):
+                patients = [name for name in pc.unique(rows["patient_id"]).to_pylist() if name in removed]
+                theirs = pc.is_in(rows["patient_id"], value_set=pa.array(patients, pa.string()))
+                images.update(rows.filter(theirs)["image_id"].to_pylist())
+                holds = holds or bool(patients)
+            if holds:
                 yield file.uri
     for file in files:
         if file.path.endswith(f"/{QUARANTINE_FILE}"):

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from cxr_retrieval.config import Settings
-from cxr_retrieval.corpus.preparation import MANIFEST_FILE
+from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
+from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
 from cxr_retrieval.tombstones import Tombstones
@@ -37,7 +37,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
         to, _, _ = published(tmp_path, build(tmp_path, images, model, shards=shards)).rpartition("@")
     corpus = tmp_path / "corpora" / "chest" / ("0" * 20) / MANIFEST_FILE
     corpus.parent.mkdir(parents=True)
-    pq.write_table(pa.table({"image_id": ["1", "2", "3", "4", "5"], "patient_id": ["A", "A", "A", "B", None]}), corpus)
+    named = zip("12345", ("A", "A", "A", "B", None), strict=True)
+    with corpus.open("wb") as file, ManifestWriter.to(file) as writer:
+        writer.write(pa.Table.from_pylist([{"image_id": i, "patient_id": p} for i, p in named], schema=ARCHIVE))
     return Settings.model_validate(
         {"workspace": str(tmp_path), "publish": {"to": to}, "privacy": {"pseudonymise": request.param}}
     )
