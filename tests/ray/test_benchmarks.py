@@ -17,7 +17,7 @@ from benchmarks.contest import CURVE_POINTS, EVALUATED
 from cxr_retrieval.config import LossSettings
 
 SMALL = {
-    "prepare": {"IMAGES": 48 * (os.cpu_count() or 1), "PARTS": 4, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
+    "prepare": {"IMAGES": 128 * (os.cpu_count() or 1), "PARTS": 4, "SIDE": 128, "SIZE": 64, "ROUNDS": 1},
     "resume": {"IMAGES": 160, "SIDE": 128, "SIZE": 64, "PARTS": 10},
     "memory": {
         "IMAGES": 16,
