@@ -35,7 +35,7 @@ from jobs.evaluate import show_evaluation, warn_of_overlap
 from jobs.index import index_report
 from jobs.prepare import corpus_report, warn_of_corpus
 from jobs.publish import destination, published_build
-from jobs.search import gallery, read_query
+from jobs.search import find, gallery, read_query
 from jobs.train import training_report
 
 SUMMARY_FILE = "summary.json"
@@ -123,13 +123,7 @@ def _search(settings: Settings, corpus: Corpus, reference: str) -> tuple[str, in
     found = []
     for uri in query_images(corpus, settings.evaluation.split, settings.search.queries):
         query = read_query(retriever, uri)
-        answer = retriever.search(
-            query,
-            settings.search.k,
-            exclude_own=settings.search.exclude_own_patient,
-            one_per_patient=settings.search.one_per_patient,
-        )
-        found.append((uri, query, answer))
+        found.append((uri, query, find(retriever, query, settings.search)))
     page = storage.join(settings.workspace, "reports", f"gallery-{settings.index.name}-{settings.publish.alias}.html")
     storage.write_bytes(page, gallery(retriever, reference, found).encode())
     return page, len(found), sum(len(answer.cases) for _, _, answer in found)

@@ -19,11 +19,11 @@ import json
 from dataclasses import asdict
 
 from cxr_retrieval import command, console, storage
-from cxr_retrieval.config import Settings
+from cxr_retrieval.config import SearchSettings, Settings
 from cxr_retrieval.corpus.decoding import RejectedImage
 from cxr_retrieval.corpus.findings import NO_FINDING
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.filters import Filters
+from cxr_retrieval.index.filters import EVERYTHING, Filters
 from cxr_retrieval.index.search import Answer, Query, Retriever
 from cxr_retrieval.index.versions import split_reference
 from cxr_retrieval.report.gallery import Case, Hit, PageFacts, QueryResult, write_gallery
@@ -87,14 +87,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     queries += [(image_id, retriever.query_of(image_id)) for image_id in options.id]
     found: list[tuple[str, Query, Answer]] = []
     for image, query in queries:
-        answer = retriever.search(
-            query,
-            settings.search.k,
-            filters,
-            exclude_patient=options.patient,
-            exclude_own=settings.search.exclude_own_patient,
-            one_per_patient=settings.search.one_per_patient,
-        )
+        answer = find(retriever, query, settings.search, filters, options.patient)
         found.append((image, query, answer))
     if options.json:
         console.out.print_json(json.dumps([_record(image, query, answer) for image, query, answer in found]))
@@ -105,6 +98,24 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
         page = gallery(retriever, options.index, found)
         storage.write_bytes(options.gallery, page.encode())
         console.say(f"gallery: {storage.canonical(options.gallery)}")
+
+
+def find(
+    retriever: Retriever,
+    query: Query,
+    settings: SearchSettings,
+    filters: Filters = EVERYTHING,
+    exclude_patient: str | None = None,
+) -> Answer:
+    """Search as the settings say."""
+    return retriever.search(
+        query,
+        settings.k,
+        filters,
+        exclude_patient=exclude_patient,
+        exclude_own=settings.exclude_own_patient,
+        one_per_patient=settings.one_per_patient,
+    )
 
 
 def read_query(retriever: Retriever, image: str, region: tuple[float, float, float, float] | None = None) -> Query:

@@ -195,13 +195,13 @@ def _corpora_that_hold(files: list[storage.StoredFile], removed: RemovedPatients
             if any(patient in removed for patient in patients):
                 yield file.uri
         if file.path.endswith((f"/{MANIFEST_FILE}", f"/{ROWS_FILE}")):
-            holds = False
+            theirs: set[str] = set()
             for rows in _named(file.uri):
                 patients = [name for name in pc.unique(rows["patient_id"]).to_pylist() if name in removed]
-                theirs = pc.is_in(rows["patient_id"], value_set=pa.array(patients, pa.string()))
-                images.update(rows.filter(theirs)["image_id"].to_pylist())
-                holds = holds or bool(patients)
-            if holds:
+                of_them = pc.is_in(rows["patient_id"], value_set=pa.array(patients, pa.string()))
+                theirs.update(rows.filter(of_them)["image_id"].to_pylist())
+            if theirs:
+                images |= theirs
                 yield file.uri
     for file in files:
         if file.path.endswith(f"/{QUARANTINE_FILE}"):
