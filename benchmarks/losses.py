@@ -18,6 +18,7 @@ for their number. CCLoss is called ahead where the whole interval of its differe
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from torch import Tensor
 from benchmarks import contest
 from benchmarks.archive import phantom_archive
 from benchmarks.claim import RESULTS, Claim, machine, publish
-from benchmarks.contest import CROP_FROM, CUTOFFS, EVALUATED, NETWORK, Centred, Contest, Nothing, Paired, Proxied, Rival
+from benchmarks.contest import CROP_FROM, CUTOFFS, EVALUATED, Centred, Contest, Nothing, Paired, Proxied, Rival
 from cxr_retrieval.config import CorpusSettings, LossSettings
 from cxr_retrieval.console import Meter, say, show_table
 from cxr_retrieval.corpus.preparation import prepare
@@ -47,11 +48,11 @@ from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION
 from cxr_retrieval.evaluation.intervals import paired_difference, patient_bootstrap
 from cxr_retrieval.losses import baselines
 from cxr_retrieval.runtime import start_ray
+from cxr_retrieval.training import augmentation
 
 OURS, ALONE = "CCLoss", "cross-entropy only"
 SIDE = 128
 SETTINGS = LossSettings()
-RECIPE = ("BATCH", "RATE", "PROXY_RATE", "DECAY", "AVERAGING", "WARM_UP", "SHALLOW", "CROP_FROM", "START")
 PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
 OUT = RESULTS / "losses"
 Maker = Callable[[torch.device], Rival]
@@ -170,9 +171,10 @@ def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, a
 
 
 def _budget(folder: Path, corpora: list[str], asked: dict[str, float], pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """What all runs of a folder have in common; results of another budget or other images are refused."""
-    recipe = {name: getattr(contest, name) for name in RECIPE} | {"network": NETWORK.model_dump()}
-    digest = hashlib.sha256(json.dumps([recipe, SETTINGS.model_dump()], sort_keys=True).encode()).hexdigest()[:12]
+    """What all runs of a folder have in common; results of another budget, other images or another text of the losses,
+    of a run or of its augmentation are refused."""
+    text = [inspect.getsource(part) for part in (rivals, contest, baselines, augmentation)]
+    digest = hashlib.sha256(json.dumps([text, SETTINGS.model_dump()], sort_keys=True).encode()).hexdigest()[:12]
     file, wanted = folder / "budget.json", asked | {"corpora": corpora, "recipe": digest}
     if not file.exists():
         steps = asked["steps"] if "steps" in asked else pool.submit(_calibrated, asked["minutes"]).result()

@@ -140,7 +140,7 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
     }
     return {
         "queries": int(asked.sum()),
-        "patients": len(set(queries.patients)),
+        "patients": len(own[asked].unique()),
         "images": count,
         "chosen": model.chosen,
         "embeddings": {name: table for name, table in tables.items() if name not in floors},

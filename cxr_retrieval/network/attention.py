@@ -129,7 +129,7 @@ def crop_and_resize(images_B1HW: Tensor, boxes_B4: Tensor, size: tuple[int, int]
     """Cut boxes (x, y, width, height in pixels, inside the image) and resize them bilinearly to `size` (height, width).
 
     Pixels are areas (`align_corners=False`). The box of a whole image at its own size gives back the very same values.
-    There is no low-pass filter: it is meant for enlarging.
+    There is no low-pass filter: a box that is made smaller is sampled, so a crop side below the usual box's is too low.
 
     Returns:
         images [B, 1, h, w], of the images' float type.

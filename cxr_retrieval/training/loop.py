@@ -282,9 +282,11 @@ class Worker:
             record["crops"] = self.validation.crops()
         record["centre_cosine"] = [table.mean_cosine for table in centres.geometry()]
         record["centres_collapsed"] = any(centres.collapsed())
-        self.state.history.append(record)
         # Before, the crop or CCLoss has not been trained: on few validation patients such an epoch may look best.
-        if self.optimisation.progress >= max(self.settings.losses.contrastive_from, self.settings.training.crop_from):
+        joined = max(self.settings.losses.contrastive_from, self.settings.training.crop_from)
+        record["joined"] = self.optimisation.progress >= joined
+        self.state.history.append(record)
+        if record["joined"]:
             self.state.keep_best(
                 self.optimisation.averaged.module.state_dict(), centres.vectors_TCD, self.validation.resampled
             )

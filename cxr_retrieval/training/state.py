@@ -96,15 +96,17 @@ class RunState:
         """How many of the last epochs were no better than the best one before them; 0 while none is kept."""
         return len(self.history) - 1 - self.best_epoch if self.best_epoch >= 0 else 0
 
-    def curve(self) -> list[dict[str, float]]:
+    def curve(self) -> list[dict[str, Any]]:
         """A point for every epoch so far, also for those before a restart."""
         return [curve_point(past) for past in self.history]
 
 
-def curve_point(record: Mapping[str, Any]) -> dict[str, float]:
-    """An epoch's place in the learning curve: epochs from 1; validation mAP of its best embedding, and of chance."""
+def curve_point(record: Mapping[str, Any]) -> dict[str, Any]:
+    """An epoch's place in the learning curve: epochs from 1; validation mAP of its best embedding, and of chance;
+    whether crop and CCLoss had `joined`, without which no epoch is kept."""
     return {
         "epoch": record["epoch"] + 1,
+        "joined": record["joined"],
         "value": max(figures["map"] for figures in record["validation"].values()),
         "loss": record["loss"],
         "centre_cosine": sum(record["centre_cosine"]) / len(record["centre_cosine"]),

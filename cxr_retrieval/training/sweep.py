@@ -315,7 +315,9 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
     """One trial as the report shows it."""
     number, point = config[TRIAL]
     curve = json.loads(result.get(CURVE, "[]"))
-    best = max(curve, key=lambda epoch: epoch["value"], default=None)
+    # A trial that was stopped before crop and CCLoss had joined has no epoch that training would keep.
+    joined = [epoch for epoch in curve if epoch["joined"]]
+    best = max(joined or curve, key=lambda epoch: epoch["value"], default=None)
     epochs = len(curve)
     settings = sweep.trial_settings(point)
     patience = settings.training.patience
@@ -326,6 +328,7 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
         "settings": point,
         "value": best and best["value"],
         "value_epoch": best and best["epoch"],
+        "joined": bool(joined),
         "epochs": epochs,
         "seconds": round(result.get("time_total_s", 0.0), 1),
         "images": planned_images(settings, sweep.corpus, epochs) if epochs else 0,
@@ -339,7 +342,7 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
 def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     space, training, manifest = sweep.space, sweep.base.training, sweep.corpus.artifact.manifest
     tried = [trial for trial in trials if trial["state"] != "failed" and trial["value"] is not None]
-    best = max(tried, key=lambda trial: trial["value"], default=None)
+    best = max(tried, key=lambda trial: (trial["joined"], trial["value"]), default=None)
     return {
         "name": space.name,
         "space_file": sweep.file,

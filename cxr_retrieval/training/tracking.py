@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from cxr_retrieval import storage
 from cxr_retrieval.config import Settings, flat
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.network.steps import PASSES
 
 EXPERIMENT, FOLDER = "cxr-retrieval", "tensorboard"
 MODULES = {"tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow"}
@@ -168,9 +169,16 @@ def tracker_of(settings: Settings, run_folder: str, step: int, server: str | Non
 
 
 def epoch_figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """What is told of an epoch: losses, speed, centres, and every embedding's validation figures."""
+    """What is told of an epoch: losses, those of every pass and step that was seen too, speed, centres, and every
+    embedding's validation figures."""
     figures = {name: record[name] for name in ("loss", "ccloss", "cross_entropy", "images_per_second")}
     figures["centre_cosine"] = sum(record["centre_cosine"]) / len(record["centre_cosine"])
+    for name in ("ccloss", "cross_entropy"):
+        values = record[f"{name}_by_table"]
+        for table, value in enumerate(values):
+            crop, step = divmod(table, len(values) // PASSES)
+            if value is not None:
+                figures[f"{name}/{'crop' if crop else 'whole'}/step{step + 1}"] = value
     for embedding, table in record["validation"].items():
         figures |= {f"validation/{figure}/{embedding}": value for figure, value in table.items()}
     return figures

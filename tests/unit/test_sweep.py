@@ -154,7 +154,7 @@ def test_the_best_point_is_a_config_that_train_takes(tmp_path: Path) -> None:
 def trial_that_ended(number: int, values: list[float], rate: float) -> dict[str, Any]:
     curve = [{"epoch": epoch, "value": value, "chance": 0.1} for epoch, value in enumerate(values, start=1)]
     settings = {"losses.centre_rate": rate}
-    return {"id": f"{number:05d}", "curve": curve, "value": max(values), "settings": settings}
+    return {"id": f"{number:05d}", "curve": curve, "value": max(values), "joined": True, "settings": settings}
 
 
 def test_a_sweep_that_goes_on_compares_with_the_trials_that_ended_before() -> None:
@@ -228,13 +228,30 @@ def test_a_trial_keeps_its_images_and_its_value_in_resamples_of_the_patients() -
     space = Space(name="x", epochs=3, space={"losses.centre_rate": Axis(uniform=(0.0, 1.0))})
     base = load_settings((), ["training.batch_size=32"])
     searched = sweep.Sweep(space, "space.yaml", base, prepared(100))
-    curve = [{"epoch": epoch, "value": epoch / 10, "centre_cosine": 0.1} for epoch in (1, 2)]
+    curve = [{"epoch": epoch, "value": epoch / 10, "centre_cosine": 0.1, "joined": True} for epoch in (1, 2)]
     result = {"curve": json.dumps(curve), "resampled": json.dumps([0.19, 0.21]), "time_total_s": 12.34}
     config = {sweep.TRIAL: (3, {"losses.centre_rate": 0.1})}
     trial = sweep._trial(searched, config, result, None)
     assert (trial["state"], trial["images"], trial["resampled"]) == ("stopped", 2 * 96, [0.19, 0.21])
     failed = sweep._trial(searched, config, {}, "no memory")
     assert (failed["images"], failed["resampled"]) == (0, [])
+
+
+def test_a_trials_value_is_of_an_epoch_that_training_would_keep() -> None:
+    space = Space(name="x", epochs=3, space={"losses.centre_rate": Axis(uniform=(0.0, 1.0))})
+    searched = sweep.Sweep(space, "space.yaml", Settings(), prepared(100))
+
+    def trial(number: int, *epochs: tuple[float, bool]) -> dict[str, Any]:
+        curve = [
+            {"epoch": epoch, "value": value, "centre_cosine": 0.1, "joined": joined, "chance": 0.1}
+            for epoch, (value, joined) in enumerate(epochs, start=1)
+        ]
+        return sweep._trial(searched, {sweep.TRIAL: (number, {})}, {"curve": json.dumps(curve)}, None)
+
+    whole, cut_short = trial(0, (0.5, False), (0.3, True), (0.2, True)), trial(1, (0.6, False))
+    assert (whole["value"], whole["value_epoch"]) == (0.3, 2), "before, crop or CCLoss was not trained"
+    assert cut_short["value"] == 0.6, "what its curve shows is not lost"
+    assert sweep._facts(searched, [whole, cut_short])["best"] == "00000", "nor is it ahead of what was trained"
 
 
 def test_resamples_are_of_patients_who_count_and_the_same_in_every_run() -> None:

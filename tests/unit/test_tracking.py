@@ -143,7 +143,10 @@ def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
 def test_an_epoch_is_told_with_every_embedding() -> None:
     record = dict.fromkeys(("loss", "ccloss", "cross_entropy", "images_per_second"), 0.5)
     record |= {"centre_cosine": [0.2, 0.4], "validation": {"global": {"map": 0.1}, "profile": {"map": 0.2}}}
+    record |= {"ccloss_by_table": [1.0, 2.0, 3.0, None], "cross_entropy_by_table": [4.0, 5.0, None, None]}
     told = epoch_figures(record)
     assert told["centre_cosine"] == pytest.approx(0.3)
+    assert (told["ccloss/whole/step2"], told["ccloss/crop/step1"], told["cross_entropy/whole/step2"]) == (2.0, 3.0, 5.0)
+    assert not [name for name in told if name in ("ccloss/crop/step2", "cross_entropy/crop/step1")], "not seen yet"
     assert (told["validation/map/global"], told["validation/map/profile"]) == (0.1, 0.2)
     assert tracking.MODULES.keys() == {"tensorboard", "mlflow"}
