@@ -88,7 +88,9 @@ def until_the_first_partition(images: int) -> tuple[float, float, float]:
         write_table(folder, images)
         looking = threading.Thread(target=look, daemon=True)
         with (
-            mock.patch.object(storage, "list_files", lambda uri: listing(uri, images) if uri == folder else real(uri)),
+            mock.patch.object(
+                storage, "list_files", lambda uri, *rest: listing(uri, images) if uri == folder else real(uri, *rest)
+            ),
             mock.patch.object(preparation, "_prepare_parts", first),
         ):
             looking.start()

@@ -23,6 +23,10 @@ QUIET = {
 }
 
 
+# Ray sets no end to it by itself: a task that takes more memory than a node has would be begun again for ever.
+OOM_RETRIES = {"RAY_task_oom_retries": "20"}
+
+
 def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int) -> None:
     """Refuse a training run that leaves Ray Data not the CPUs that one task of its `reading` takes, or wants more GPUs
     than there are: it would wait for ever.
@@ -75,7 +79,7 @@ def start_ray(settings: Settings | None = None) -> None:
     Raises UserError where no cluster answers, and where the settings name a local folder that other nodes of it do not
     see.
     """
-    for name, value in QUIET.items():
+    for name, value in (QUIET | OOM_RETRIES).items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or "local"

@@ -6,6 +6,7 @@ and counted; what a person must mend is told in one line. boto3 asks for whole o
 
 import base64
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -42,6 +43,7 @@ CUT = (
 )
 MOST_BYTES = 5 * 10**9  # of one PUT
 DENIED = ("AccessDenied", "403")
+OF_ONE_OBJECT = ("AccessDenied", "InvalidObjectState")  # others beside it may be readable
 LASTING = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken", "WrongRegion")
 
 Result = TypeVar("Result")
@@ -113,7 +115,8 @@ def get(uri: str) -> tuple[bytes, str]:
 
 
 def get_beginning(uri: str, length: int) -> bytes:
-    """The first `length` bytes of the object, all of it where it is shorter."""
+    """The first `length` bytes of the object, all of it where it is shorter. Raises OSError where this one object is
+    not there or cannot be read; what is raised names the bucket and not the object."""
     bucket, key = _bucket_key(uri)
 
     def once() -> bytes:
@@ -125,8 +128,16 @@ def get_beginning(uri: str, length: int) -> bytes:
             raise
         return body
 
-    with explained(uri):
-        return _persistently(once)
+    try:
+        with explained(SCHEME + bucket):
+            return _persistently(once)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "there is no such object any more") from None
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, botocore.exceptions.ClientError) and _code(cause) in OF_ONE_OBJECT:
+            raise PermissionError(errno.EACCES, str(error)) from None
+        raise
 
 
 def delete(uri: str) -> None:
@@ -309,6 +320,7 @@ _REMEDIES = {
     "SignatureDoesNotMatch": "the secret does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
     "NoSuchBucket": "there is no such bucket: check the name, or create it",
     "AccessDenied": "these credentials have no right to it: cluster/iam-policy.json lists the rights that jobs need",
+    "InvalidObjectState": "storage keeps it in an archive (Glacier): restore it there first",
     "ExpiredToken": "the session token has expired: get new credentials and run the same command again, it goes on",
     "WrongRegion": "the bucket is in another region: set AWS_REGION to {region}",
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",

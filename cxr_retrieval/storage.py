@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -103,8 +103,9 @@ def forget_clients() -> None:
     s3.filesystem.cache_clear()
 
 
-def list_files(uri: str) -> Iterator[StoredFile]:
-    """Every file below `uri`, streamed in the order of its path; names that begin with a dot are left out.
+def list_files(uri: str, left_out: Callable[[str], None] = lambda _: None) -> Iterator[StoredFile]:
+    """Every file below `uri`, streamed in the order of its path; names that begin with a dot are left out, and
+    `left_out` is told the last name of each: of a key, or of a local file or folder, which is not looked into.
 
     What is neither file nor folder, such as a pipe or a link to nothing, is listed too: reading it tells that it is no
     file. Raises UserError for a link that leads out of `uri` or in a circle: what lies elsewhere is not read. No name
@@ -112,10 +113,12 @@ def list_files(uri: str) -> Iterator[StoredFile]:
     """
     uri = canonical(uri)
     if not is_s3(uri):
-        yield from _list_local(uri, "", uri)
+        yield from _list_local(uri, "", uri, left_out)
         return
     for path, size, modified, tag in s3.objects(uri):
-        if not any(name.startswith(".") for name in path.split("/")):
+        if any(name.startswith(".") for name in path.split("/")):
+            left_out(path.rpartition("/")[2])
+        else:
             version = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "big", signed=True)
             yield StoredFile(path, join(uri, path), size, modified, version)
 
@@ -137,14 +140,17 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_beginning(uri: str, length: int) -> bytes:
-    """The first `length` bytes of a file, all where it is shorter. Raises FileNotFoundError where there is none."""
+    """The first `length` bytes of a file, all where it is shorter.
+
+    Raises OSError where this file is not there or cannot be read, and UserError where storage fails for all; its name,
+    which may be a patient's, is in neither one's words (`strerror` of the first).
+    """
     uri = canonical(uri)
     if is_s3(uri):
         return s3.get_beginning(uri, length)
-    with _explained(uri):
-        _require_file(uri)
-        with Path(uri).open("rb") as file:
-            return file.read(length)
+    _require_file(uri)
+    with Path(uri).open("rb") as file:
+        return file.read(length)
 
 
 @contextlib.contextmanager
@@ -152,13 +158,11 @@ def open_text(uri: str) -> Iterator[IO[str]]:
     """A text file, streamed and decompressed by its ending (`.gz`). Bytes that are not UTF-8 become U+FFFD."""
     uri = canonical(uri)
     options = {"client": s3.client()} if is_s3(uri) else {}
-    if not is_s3(uri):
-        _require_file(uri)
-    with (
-        _explained(uri),
-        smart_open.open(uri, encoding="utf-8-sig", errors="replace", transport_params=options) as stream,
-    ):
-        yield stream
+    with _explained(uri):
+        if not is_s3(uri):
+            _require_file(uri)
+        with smart_open.open(uri, encoding="utf-8-sig", errors="replace", transport_params=options) as stream:
+            yield stream
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -276,9 +280,8 @@ def content_hash(uri: str) -> str:
 
 def _require_file(path: str) -> None:
     """Raises FileNotFoundError where no file is at a local path: to open a pipe would be to wait for ever."""
-    with _explained(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FileNotFoundError(errno.ENOENT, "no file but a folder, pipe or device", path)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileNotFoundError(errno.ENOENT, "no file but a folder, pipe or device", path)
 
 
 def _depth(prefix: str) -> str:
@@ -301,7 +304,11 @@ def _bad_link(top: str, prefix: str, what: str) -> UserError:
 
 
 def _list_local(
-    folder: str, prefix: str, top: str, above: frozenset[tuple[int, int]] = frozenset()
+    folder: str,
+    prefix: str,
+    top: str,
+    left_out: Callable[[str], None],
+    above: frozenset[tuple[int, int]] = frozenset(),
 ) -> Iterator[StoredFile]:
     named = f"{top}, {_depth(prefix)}" if prefix else top
     hint = f"; `find {top} -type d ! -readable` shows it" if prefix else ""
@@ -310,7 +317,11 @@ def _list_local(
         place = (state.st_dev, state.st_ino)
         if place in above:
             raise _bad_link(top, prefix.rstrip("/"), "leads to a folder that it lies in: remove it")
-        shown = [e for e in entries if not e.name.startswith(".")]
+        found = list(entries)
+    shown = [e for e in found if not e.name.startswith(".")]
+    for entry in found:
+        if entry.name.startswith("."):
+            left_out(entry.name)
     for entry in shown:
         if entry.is_symlink():
             _require_within(entry.path, top, prefix)
@@ -318,10 +329,10 @@ def _list_local(
     ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir() else e.name)
     for entry in ordered:
         if entry.is_dir():
-            yield from _list_local(entry.path, f"{prefix}{entry.name}/", top, above | {place})
+            yield from _list_local(entry.path, f"{prefix}{entry.name}/", top, left_out, above | {place})
         else:
-            found = entry.stat(follow_symlinks=entry.is_file())
-            yield StoredFile(prefix + entry.name, entry.path, found.st_size, found.st_mtime, found.st_mtime_ns)
+            state = entry.stat(follow_symlinks=entry.is_file())
+            yield StoredFile(prefix + entry.name, entry.path, state.st_size, state.st_mtime, state.st_mtime_ns)
 
 
 def _temporary_beside(target: Path) -> Path:

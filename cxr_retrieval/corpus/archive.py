@@ -12,7 +12,7 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import chain, groupby, islice
@@ -39,7 +39,11 @@ from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 NOTHING_TOLD = dict(vars(Label("")))
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", *DICOM_ENDINGS)
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
-WITHOUT_IMAGE = "DICOM without an image"
+WITHOUT_IMAGE, DOTTED = "DICOM without an image", "names with a dot in front"
+NO_TEXT = re.compile("[\udc80-\udcff]")  # bytes of a local name that is no UTF-8, as Python holds them
+# Words of an archive's own (other findings, views) are told in logs and on pages. What is longer than any name, or of
+# more kinds, is text about patients.
+MOST_WORDS, MOST_WORD, WORD_TOLD = 1000, 200, 64  # kinds; characters that are read, and those that are kept
 
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 TABLES = """
@@ -220,17 +224,24 @@ class Archive:
         endings = tuple(self._header_format.endings) if self._header_format else IMAGE_ENDINGS
         given = storage.canonical(self._settings.labels) if self._settings.labels else None
 
+        def left_out(name: str) -> None:
+            if name.lower().endswith(endings):
+                self.ignored[DOTTED] += 1
+
         def images() -> Iterator[tuple[str, str, int, int]]:
-            for file in storage.list_files(self.uri):
+            for file in storage.list_files(self.uri, left_out):
                 name = file.path.rpartition("/")[2]
                 if file.uri == given:
                     continue
                 if name.lower().endswith(endings):
-                    yield file.path, self._format.image_of(file.path), file.size, file.version
+                    # A byte that is no text becomes a control character and its value: the row is a bad name.
+                    path = NO_TEXT.sub(lambda byte: f"\x1a{ord(byte.group()) - 0xDC00:02x}", file.path)
+                    yield path, self._format.image_of(path), file.size, file.version
                 elif kind := self._format.table_kind(file.path):
                     if kind in tables:
                         raise UserError(f"{self.uri}: two tables of one kind, {tables[kind].path} and {name}: keep one")
-                    file.path.encode()  # or it is no text
+                    if NO_TEXT.search(file.path):
+                        raise UserError(f"{self.uri}: the name of a table is not UTF-8: {name!a}; rename it")
                     tables[kind] = file
                 elif not name.startswith(companions):
                     self.ignored[_ending(name)] += 1
@@ -243,8 +254,6 @@ class Archive:
             raise UserError(
                 f"{self.uri}: there is no such folder; set corpus.archive to the archive's folder or prefix"
             ) from None
-        except UnicodeEncodeError as error:
-            raise UserError(f"{self.uri}: the name of a file is not UTF-8: {error.object!a}; rename it") from None
         if given:
             tables[GIVEN] = storage.StoredFile(given, given, 0, 0.0)
         return tables, others
@@ -328,12 +337,16 @@ class Archive:
     def _read_labels(self, tables: Tables) -> int:
         """Read the label tables; how many rows they have."""
         count = 0
+        findings, views = _Words(self.uri, "findings"), _Words(self.uri, "views")
 
         def rows() -> Iterator[tuple[str, str, str]]:
             nonlocal count
             for label in self._format.labels(tables):
                 count += 1
-                yield label.image, filled(label.patient), json.dumps(vars(label), default=str)
+                facts = vars(label) | {"other": findings.kept(label.other)}
+                if label.view:
+                    (facts["view"],) = views.kept([label.view])
+                yield label.image, filled(label.patient), json.dumps(facts, default=str)
 
         self._database.executemany(
             "INSERT INTO labels (image, patient, facts) VALUES (?, ?, ?) ON CONFLICT (image) DO UPDATE SET twice = 1",
@@ -428,6 +441,26 @@ class Archive:
         if settings.split == "official":
             return listed and listed_split(listed, patient, settings.split_seed, settings.validation_share)
         return hash_split(patient, settings.split_seed, settings.validation_share, settings.test_share)
+
+
+class _Words:
+    """Words of one kind that the labels of an archive hold."""
+
+    def __init__(self, uri: str, kind: str) -> None:
+        self._uri, self._kind = uri, kind
+        self._seen: set[str] = set()
+
+    def kept(self, words: Sequence[str]) -> list[str]:
+        """The words, cut where they are long. Raises UserError where they are so long or so many that they are text."""
+        self._seen.update(words)
+        long = any(len(word) > MOST_WORD for word in words)
+        if long or len(self._seen) > MOST_WORDS:
+            found = f"one has more than {MOST_WORD} characters" if long else f"more than {MOST_WORDS:,} differ"
+            raise UserError(
+                f"{self._uri}: the labels' {self._kind} look like text, which would be told in logs and on pages:"
+                f" {found}; name a column of short names (corpus.columns, corpus.separator), or mend the table"
+            )
+        return list(dict.fromkeys(word[:WORD_TOLD] for word in words))
 
 
 def _ending(name: str) -> str:

@@ -29,7 +29,7 @@ LOSSLESS = (0xC3, 0xF7)
 RGB_NAMES = (b"RGB", b"rgb")
 SIZ, COD, TILE = b"\xff\x4f\xff\x51", 0x52, 0x90
 MOST_TILES, MOST_PRECINCTS = 4096, 100_000  # the decoder keeps some KB for each before it sees a pixel
-ERRORS = (RuntimeError, ValueError, TypeError, MemoryError)  # what imagecodecs raises; its own are RuntimeErrors
+ERRORS = (RuntimeError, ValueError, TypeError)  # what imagecodecs raises of a bad file; its own are RuntimeErrors
 
 
 @dataclass(frozen=True)

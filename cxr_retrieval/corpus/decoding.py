@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import imagecodecs
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cxr_retrieval.corpus.dicom import BARE_TEXT, is_bare_dicom, is_dicom
 from cxr_retrieval.corpus.film import read_film
@@ -22,6 +22,15 @@ WINDOW = "8 bits as they are, more from minimum to maximum, DICOM first by its V
 FORMATS = ("PNG", "JPEG")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 DEPTH, KIND = 24, 25  # the bytes of a PNG that tell the bits of a value, and what there is beside grey
+_TURNS = {  # by the value of EXIF's Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MODES = ("L", "1", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr")
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before a pixel is decoded
@@ -138,7 +147,7 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         grey_HW = _grey(image)
     except (OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError) as error:
         raise RejectedImage("damaged", f"{width} x {height} {image.format}: {error}") from None
-    return DecodedImage(recipe.resize(grey_HW), width, height)
+    return DecodedImage(recipe.resize(grey_HW), grey_HW.shape[1], grey_HW.shape[0])
 
 
 def _decode_dicom(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
@@ -187,6 +196,17 @@ def _windowed(wide_HW: np.ndarray) -> np.ndarray:
 
 
 def _grey(image: Image.Image) -> np.ndarray:
+    """Luminance `uint8 [H, W]`, upright as its file says."""
     if image.mode not in MODES:
         raise RejectedImage("unsupported", f"pixel mode {image.mode}")
-    return np.asarray(image if image.mode == "L" else image.convert("RGB").convert("L"))
+    turn = _TURNS.get(_orientation(image)) if image.format == "JPEG" else None
+    grey = image if image.mode == "L" else image.convert("RGB").convert("L")
+    return np.asarray(grey if turn is None else grey.transpose(turn))
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a JPEG's EXIF says that its pixels lie; 1, as they are to be seen, where it says nothing."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  # Pillow names none of what it raises for mangled EXIF, which harms no pixel
+        return 1

@@ -132,10 +132,11 @@ def age_years(text: str) -> int | None:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Whatever a reader of foreign bytes raises is a damaged file. Its words are not told: they quote the header."""
+    """Whatever a reader of foreign bytes raises is a damaged file, but for memory that does not suffice. Its words are
+    not told: they quote the header."""
     try:
         yield
-    except (RejectedImage, ExcludedImage):
+    except (RejectedImage, ExcludedImage, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  # pydicom names none of what it raises for mangled bytes
         raise RejectedImage("damaged", f"a DICOM header that cannot be read ({type(error).__name__})") from None

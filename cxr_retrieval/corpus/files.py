@@ -2,23 +2,18 @@
 
 from cxr_retrieval import storage
 from cxr_retrieval.corpus.limits import RejectedImage
-from cxr_retrieval.errors import UserError
 
 READS_AHEAD = 8  # files read at once: hides the latency of object storage
 UNREADABLE = "unreadable"  # the reason of a file that nothing is known of, and that the next run tries again
 
 
 def read_beginning(uri: str, length: int) -> bytes:
-    """The first `length` bytes of a file, all where it is shorter. Raises RejectedImage where it is gone or may not be
-    read, and UserError where the whole disk or bucket fails."""
+    """The first `length` bytes of a file, all where it is shorter. Raises RejectedImage where it is gone or cannot be
+    read, and UserError where the whole bucket fails; of a disk that fails whole, `corpus.max_quarantined` tells."""
     try:
         return storage.read_beginning(uri, length)
-    except FileNotFoundError as error:
-        raise RejectedImage(UNREADABLE, str(error)) from None
-    except UserError as error:
-        if isinstance(error.__cause__, PermissionError):  # one file; a whole disk that fails ends the job
-            raise RejectedImage(UNREADABLE, str(error)) from None
-        raise
+    except OSError as error:
+        raise RejectedImage(UNREADABLE, error.strerror or type(error).__name__) from None
 
 
 def read_listed(uri: str, size: int) -> bytes:
@@ -31,7 +26,7 @@ def read_listed(uri: str, size: int) -> bytes:
 
 
 def is_readable(uri: str) -> bool:
-    """Whether a file can be read. Raises UserError where the whole disk or bucket fails."""
+    """Whether a file can be read. Raises UserError where the whole bucket fails."""
     try:
         read_beginning(uri, 1)
     except RejectedImage:

@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 from cxr_retrieval.corpus import codestream
 from cxr_retrieval.corpus.dicom import NATIVE, burned_in, element, first, read_header, reading, whole
 from cxr_retrieval.corpus.greyscale import Scale, StoredBits, grey_table
-from cxr_retrieval.corpus.limits import HEADER_ROOM, Limits, RejectedImage
+from cxr_retrieval.corpus.limits import FOR_PROCESSING, HEADER_ROOM, ExcludedImage, Limits, RejectedImage
 
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 PIXELS = (
@@ -59,7 +59,8 @@ class Film:
 
 
 def read_film(data: bytes, limits: Limits) -> Film:
-    """The image of a DICOM file as it is to be shown. Raises RejectedImage."""
+    """The image of a DICOM file as it is to be shown. Raises RejectedImage, and ExcludedImage for what is none of the
+    images that are looked for."""
     with reading():
         header, syntax = read_header(data, PIXELS, 3 * limits.max_pixels + HEADER_ROOM)
         shape = _Shape.of(header, syntax, limits)
@@ -119,7 +120,7 @@ class _Shape:
         if frames > 1:
             raise RejectedImage("unsupported", f"{frames} frames in one file")
         if first(header, "PresentationIntentType") == "FOR PROCESSING":
-            raise RejectedImage("unsupported", "raw detector values that are not for presentation (FOR PROCESSING)")
+            raise ExcludedImage(FOR_PROCESSING)  # such raw values come in pairs with what is shown of them
         photometric = str(first(header, "PhotometricInterpretation") or "").strip(" \0")
         if photometric not in (*GREY, *RGB, *YBR):
             told = photometric if photometric in NOT_SHOWN else "none that the standard lists"

@@ -29,7 +29,7 @@ from cxr_retrieval.corpus.dicom import (
     is_dicom,
     read_facts,
 )
-from cxr_retrieval.corpus.files import read_beginning
+from cxr_retrieval.corpus.files import UNREADABLE, read_beginning
 from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.formats.labels import HeaderFormat
 from cxr_retrieval.corpus.limits import HEADER_ROOM, RejectedImage
@@ -170,6 +170,8 @@ def _row(headers: Headers, file: StoredFile) -> dict[str, Any]:
         facts = _facts(file)
     except RejectedImage as rejected:
         return {**row, "reason": rejected.reason, "text": rejected.text}
+    except MemoryError:
+        return {**row, "reason": UNREADABLE, "text": "there was not enough memory to read its header"}
     if facts is None or not facts.has_image:
         return {**row, "kind": FILE if facts is None else OBJECT}
     layout = format_of(headers.settings)

@@ -15,9 +15,9 @@ REASONS = (
 )
 REMOVED, BY_ARCHIVE, MODALITY, BODY_PART = "removed", "by_archive", "modality", "body_part"
 VIEW, AGE, AGE_UNKNOWN = "view", "age", "age_unknown"
-NOT_LISTED, SOURCE_SIDE = "not_listed", "source_side"
+NOT_LISTED, SOURCE_SIDE, FOR_PROCESSING = "not_listed", "source_side", "for_processing"
 # An image is counted by the first of these.
-RULES = (REMOVED, BY_ARCHIVE, MODALITY, BODY_PART, VIEW, AGE, AGE_UNKNOWN, NOT_LISTED, SOURCE_SIDE)
+RULES = (REMOVED, BY_ARCHIVE, MODALITY, BODY_PART, VIEW, AGE, AGE_UNKNOWN, NOT_LISTED, SOURCE_SIDE, FOR_PROCESSING)
 
 
 class RejectedImage(Exception):

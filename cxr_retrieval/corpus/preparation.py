@@ -9,9 +9,10 @@ import json
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import IO, Any
 
 import cv2
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cxr_retrieval import artifacts, storage
-from cxr_retrieval.artifacts import Artifact, Draft, Equation, FileEntry
+from cxr_retrieval.artifacts import PLAN, Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, room
 from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
@@ -37,7 +38,7 @@ from cxr_retrieval.corpus.rows import EXCLUSIONS, LABELS, QUARANTINE, as_read, c
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
-from cxr_retrieval.runtime import nodes_memory
+from cxr_retrieval.runtime import nodes_cpus, nodes_memory
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND, PART_KIND = "corpus", "corpus-part"
@@ -48,6 +49,9 @@ BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
 # Bytes a pixel of an image that is decoded, its file and what is made of it on the way: of a PNG of 16 bits, 17 of one
 # with colours. JPEG 2000 with colours takes 28, and nobody's films of the largest size are that.
 DECODING = 18
+TRIES = 4  # of a partition whose process dies: lost nodes cost one each, and an image that kills every decoder all
+DIED = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
+BEGUN_TOLD = 8  # partitions that are told where one of them cannot be prepared
 # Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
 SHAPING = ("size", "fit", "max_pixels", "min_side", "source_side", "row_group_images")
 
@@ -148,7 +152,7 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
         found = list(pool.map(artifacts.find, [part.uri for part in plan.parts]))
     before = sum(part.counts["archive"] for part in found if part)
     with Progress.of(workspace, draft, "prepare", plan.archive.rows, before=before) as progress:
-        finished = _prepare_parts(plan, found, settings, progress)
+        finished = _prepare_parts(plan, found, settings, progress, names=not privacy.pseudonymise)
         if [part.uri for part in finished] != [part.uri for part in plan.parts]:
             draft = replace(draft, inputs=tuple(part.input_id for part in finished))
             draft = replace(draft, uri=storage.join(storage.parent(draft.uri), draft.input_id))
@@ -183,9 +187,9 @@ def _manifest_as_read(plan: CorpusPlan, finished: Sequence[Artifact]) -> IO[byte
 
 
 def _prepare_parts(
-    plan: CorpusPlan, found: list[Artifact | None], settings: CorpusSettings, progress: Progress
+    plan: CorpusPlan, found: list[Artifact | None], settings: CorpusSettings, progress: Progress, *, names: bool
 ) -> list[Artifact]:
-    """All parts of the corpus; those not `found` are prepared."""
+    """All parts of the corpus; those not `found` are prepared. `names`: whether images may be told by theirs."""
     draft, parts = plan.draft, plan.parts
     missing = [n for n, part in enumerate(found) if part is None]
     total = plan.archive.rows
@@ -195,17 +199,38 @@ def _prepare_parts(
         tasks = [{"partition": n, "uri": parts[n].uri} for n in missing]
         task = _PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(parts[0].settings), settings)
         memory = min(task_memory(settings), *nodes_memory())  # a node that has less takes one at a time
-        results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(task, memory=memory)
-        for result in results.iter_rows():
-            storage.add_retries(result["retries"])
-            if result["error"]:
-                raise UserError(result["error"])
-            uris[result["partition"]] = result["uri"]
-            quarantined += result["quarantined"]
-            progress.advance(result["archive"])
-            _check_quarantine(quarantined, total, settings, draft.uri, final=False)
+        results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+            task, memory=memory, max_retries=TRIES - 1
+        )
+        waiting = dict.fromkeys(missing)
+        try:
+            for result in results.iter_rows():
+                storage.add_retries(result["retries"])
+                if result["error"]:
+                    raise UserError(result["error"])
+                del waiting[result["partition"]]
+                uris[result["partition"]] = result["uri"]
+                quarantined += result["quarantined"]
+                progress.advance(result["archive"])
+                _check_quarantine(quarantined, total, settings, draft.uri, final=False)
+        except DIED as error:
+            raise UserError(_death_told(draft, parts, waiting, names)) from error
     _check_quarantine(quarantined, total, settings, draft.uri, final=True)
     return [part or artifacts.load(uris[n], PART_KIND) for n, part in enumerate(found)]
+
+
+def _death_told(draft: Draft, parts: Sequence[Draft], waiting: Iterable[int], names: bool) -> str:
+    """What is said where a process died over a partition that was begun, one of those `waiting`, at every try."""
+    manifest, told = storage.join(draft.uri, MANIFEST_FILE), []
+    at_work = islice(waiting, 2 * int(sum(nodes_cpus())))  # partitions are begun in their order
+    for number in islice((n for n in at_work if storage.exists(storage.join(parts[n].uri, PLAN))), BEGUN_TOLD):
+        uris = read_partition(manifest, number)["source_uri"].drop_null().to_pylist() if names else []
+        told.append(f"{number} ({f'{uris[0]} to {uris[-1]}' if uris else parts[number].uri})")
+    return (
+        f"{manifest}: the process that prepared one of these of its partitions died at every try: {', '.join(told)};"
+        " an image in it crashes its decoder or takes more memory than there is (Ray's logs say which): take it out of"
+        " the archive, or lower corpus.max_pixels, and run the same command again, it goes on"
+    )
 
 
 def _check_quarantine(bad: int, total: int, settings: CorpusSettings, uri: str, *, final: bool) -> None:

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import torch
 
-from cxr_retrieval.corpus.decoding import DecodedImage, Limits, decode
+from cxr_retrieval.corpus.decoding import DecodedImage, decode
+from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.files import SHARDS
 from cxr_retrieval.index.filters import EVERYTHING, Filters, Vocabulary
@@ -185,7 +186,10 @@ class Retriever:
 
     def decode(self, data: bytes, region: tuple[float, float, float, float] | None = None) -> Seen:
         """The first half of `query`, without the network. Raises what it raises."""
-        image = decode(data, self.model.recipe, QUERY_LIMITS)
+        try:
+            image = decode(data, self.model.recipe, QUERY_LIMITS)
+        except ExcludedImage as left_out:
+            raise RejectedImage("unsupported", f"corpora leave such images out by the rule {left_out.rule}") from None
         return Seen(image, None if region is None else self._prepared_region(region, image))
 
     def look(self, images: Sequence[Seen]) -> list[Query]:

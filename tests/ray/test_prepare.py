@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 import tracemalloc
@@ -278,6 +279,24 @@ def test_tasks_that_may_need_more_memory_than_a_node_has_run_one_at_a_time(
     settings = corpus_settings(phantom_archive, max_pixels=10**12)
     assert task_memory(settings) > max(nodes_memory())
     assert prepare(settings, str(tmp_path))[0].counts["prepared"] == IMAGES
+
+
+def test_a_process_that_dies_at_every_try_ends_the_job_in_one_line(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dies(preparation._PartTask):
+        def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+            if task["partition"] == 3:
+                Draft(task["uri"], PART_KIND, {}, ()).begin()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(task)
+
+    monkeypatch.setattr(preparation, "_PartTask", Dies)
+    monkeypatch.setattr(preparation, "TRIES", 2)
+    told = refused(corpus_settings(archive), tmp_path / "work")
+    assert re.search(rf"died at every try: (.*, )?3 \({tmp_path}/work/corpora/chest/parts/\w+\)", told), told
+    assert "lower corpus.max_pixels, and run the same command again" in told
+    assert not any(name in told for name in names(archive))
 
 
 def test_a_file_that_is_replaced_is_prepared_again_though_its_size_is_the_same(archive: Path, tmp_path: Path) -> None:

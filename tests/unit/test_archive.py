@@ -400,10 +400,26 @@ def test_a_file_that_is_larger_than_any_image_is_refused_by_its_listing(folder: 
     assert rows["a.png"]["text"].startswith("42,949,672,960 bytes, more than 16,781,216,")
 
 
-def test_a_name_that_is_no_text_is_refused(folder: Folder) -> None:
+def test_a_name_that_is_no_text_is_quarantined_and_the_others_stay(folder: Folder) -> None:
     folder.images("a.png").table(line("a.png"))
-    (Path(os.fsdecode(os.fsencode(folder.path) + b"/b\xff.png"))).touch()
-    assert "the name of a file is not UTF-8: 'b\\udcff.png'; rename it" in folder.refused()
+    for name in (b"b\xff.png", b"b\xfe.png", b"d\xff/b.png"):
+        path = Path(os.fsdecode(os.fsencode(folder.path) + b"/" + name))
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    rows = in_order(folder.read())
+    assert {row["image_id"]: row["reason"] for row in rows} == {
+        "a.png": None,
+        "b\\x1aff.png": "bad_name",
+        "b\\x1afe.png": "bad_name",
+        "b.png": "bad_name",
+    }
+    assert all(row["source_uri"].encode() for row in rows)
+
+
+def test_images_whose_names_begin_with_a_dot_are_left_alone_and_counted(folder: Folder) -> None:
+    folder.images("a.png", "._a.png", "d/.b.jpg", ".DS_Store").table(line("a.png"))
+    found = folder.read()
+    assert (found.rows, found.ignored) == (1, {"names with a dot in front": 2})
 
 
 def test_a_full_temporary_folder_is_said(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +488,7 @@ def test_reading_four_times_the_images_holds_no_more_memory(folder: Folder, monk
         listed = chain(
             table, (storage.StoredFile(f"{n:06d}.png", f"/archive/{n:06d}.png", 10**6, 0.0) for n in range(images))
         )
-        monkeypatch.setattr(storage, "list_files", lambda _, found=listed: found)
+        monkeypatch.setattr(storage, "list_files", lambda *_, found=listed: found)
         tracemalloc.start()
         read = sum(rows.num_rows for rows in folder.read(partition_images=64).partitions())
         peaks.append(tracemalloc.get_traced_memory()[1])

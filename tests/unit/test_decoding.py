@@ -234,6 +234,34 @@ def test_a_cmyk_jpeg_has_the_grey_values_of_its_picture() -> None:
     assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 3
 
 
+UPRIGHT = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).T,
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", [*UPRIGHT, 1, 0, 9])
+def test_a_jpeg_is_turned_as_its_exif_says(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying, turned = grey(80, 60), decoded(encoded(grey(80, 60), "JPEG", exif=exif), STRETCH)
+    upright = UPRIGHT.get(orientation, lambda pixels: pixels)(lying)
+    assert (turned.height, turned.width) == upright.shape
+    stored = np.asarray(Image.open(io.BytesIO(encoded(lying, "JPEG"))))
+    expected = STRETCH.resize(np.ascontiguousarray(UPRIGHT.get(orientation, lambda pixels: pixels)(stored)))
+    assert np.array_equal(turned.pixels, expected)
+
+
+def test_exif_that_cannot_be_read_turns_nothing_and_harms_no_pixel() -> None:
+    plain, odd = (encoded(grey(), "JPEG", exif=exif) for exif in (b"", b"Exif\0\0II*\0\xff\xff\xff\x7f"))
+    assert np.array_equal(decoded(odd).pixels, decoded(plain).pixels)
+
+
 def test_a_tiny_image_is_refused_and_one_at_the_limit_is_not() -> None:
     error = rejected(encoded(grey(200, 31)))
     assert (error.reason, error.text) == ("too_small", "200 x 31 pixels, a side under 32")

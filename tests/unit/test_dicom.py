@@ -23,6 +23,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
+from cxr_retrieval.corpus import film
 from cxr_retrieval.corpus.decoding import DecodedImage, Limits, Recipe, RejectedImage, decode
 from cxr_retrieval.corpus.dicom import DicomFacts, age_years, read_facts
 from cxr_retrieval.corpus.film import read_film
@@ -570,7 +571,6 @@ def test_a_spacing_that_is_none_is_passed_over(value: str) -> None:
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "unsupported", "photometric interpretation: PALETTE COLOR"),
         ({"PhotometricInterpretation": SECRET}, "unsupported", "photometric interpretation: none that"),
         ({"NumberOfFrames": 7}, "unsupported", "7 frames in one file"),
-        ({"PresentationIntentType": "FOR PROCESSING"}, "unsupported", "FOR PROCESSING"),
         ({"BitsAllocated": 32}, "unsupported", "12 of 32 bits"),
         ({"BitsAllocated": 1}, "unsupported", "12 of 1 bits"),
         ({"BitsStored": 0}, "damaged", "0 bits"),
@@ -593,6 +593,29 @@ def test_what_cannot_be_shown_rightly_is_refused_by_name(change: dict[str, Any],
 def test_an_image_that_a_setting_leaves_out_is_not_damaged() -> None:
     with pytest.raises(ExcludedImage):
         decode(written(dataset(ramp())), RECIPE, replace(LIMITS, source_side=HEIGHT + 1))
+
+
+def test_raw_values_of_a_detector_are_left_out_by_rule_and_not_quarantined() -> None:
+    with pytest.raises(ExcludedImage, match="for_processing"):
+        decode(written(dataset(ramp(), PresentationIntentType="FOR PROCESSING")), RECIPE, LIMITS)
+
+
+@pytest.mark.parametrize("place", ["read_header", "imagecodecs", "run_lengths"])
+def test_memory_that_does_not_suffice_is_no_damage_of_the_file(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    data = compressed(dataset(ramp()), LOSSLESS[0][0], LOSSLESS[0][1](ramp(), 12))
+    if place == "read_header":
+        monkeypatch.setattr(film, "read_header", short)
+    elif place == "imagecodecs":
+        for name in ("jpeg8_decode", "jpegls_decode", "jpeg2k_decode"):
+            monkeypatch.setattr(imagecodecs, name, short)
+    else:
+        monkeypatch.setattr(imagecodecs, "dicomrle_decode", short)
+        data = compressed(dataset(ramp()), uid.RLELossless, b"\0" * 64)
+    with pytest.raises(MemoryError):
+        decode(data, RECIPE, LIMITS)
 
 
 @pytest.mark.parametrize("name", ["Rows", "Columns", "BitsAllocated", "PhotometricInterpretation", "PixelData"])

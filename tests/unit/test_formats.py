@@ -2,6 +2,7 @@
 unknown."""
 
 import csv
+import datetime
 import gzip
 import io
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from cxr_retrieval.config import CorpusSettings, load_settings
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats.column_map import ColumnMap
-from cxr_retrieval.corpus.formats.labels import view
+from cxr_retrieval.corpus.formats.labels import date, view
 from cxr_retrieval.corpus.formats.observations import OBSERVATIONS, Observations
 from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST
 from cxr_retrieval.errors import UserError
@@ -266,7 +267,7 @@ def test_a_study_without_labels_quarantines_its_images_and_one_with_two_rows_is_
     rows = read(tmp_path, "mimic")
     assert [rows[name]["reason"] for name in (DICOM, SECOND, THIRD)] == [None, None, "no_label_row"]
     table(tmp_path / STUDIES, STUDY_HEADER, row, row)
-    assert f"{STUDIES}: study '50414267' has two rows" in refused(tmp_path, "mimic")
+    assert f"{STUDIES}: row 3 is its study's second" in refused(tmp_path, "mimic")
 
 
 def test_negbios_labels_are_read_where_chexperts_are_not_there(tmp_path: Path) -> None:
@@ -513,6 +514,44 @@ def test_a_table_without_findings_leaves_all_unknown(tmp_path: Path) -> None:
     table(tmp_path / "list.csv", "file,pid", {"file": "1.png", "pid": "x"})
     images(tmp_path, "1.png")
     assert read(tmp_path, "csv", columns={"image": "file", "patient": "pid"})["1.png"]["unknown"] == list(FINDINGS)
+
+
+@pytest.mark.parametrize("column", ["findings", "view"])
+def test_a_column_of_text_is_refused_and_none_of_it_is_told(column: str, tmp_path: Path) -> None:
+    columns = {"image": "file", "patient": "pid", column: "report"}
+    reports = {"long": ["Mrs Doe " * 26], "many": [f"Doe {number}" for number in range(1001)]}
+    for kind, texts in reports.items():
+        rows = [{"file": f"{number}.png", "pid": "x", "report": text} for number, text in enumerate(texts)]
+        table(tmp_path / "list.csv", "file,pid,report", *rows)
+        images(tmp_path, "0.png")
+        told = refused(tmp_path, "csv", columns=columns)
+        assert f"the labels' {column.removesuffix('s')}s look like text" in told
+        assert {"long": "one has more than 200 characters", "many": "more than 1,000 differ"}[kind] in told
+        assert "Doe" not in told
+
+
+def test_as_many_names_as_are_allowed_are_read_and_long_ones_cut(tmp_path: Path) -> None:
+    rows = [{"file": f"{number}.png", "pid": "x", "seen": f"{number:04d}" + "o" * 196} for number in range(1000)]
+    table(tmp_path / "list.csv", "file,pid,seen", *rows)
+    images(tmp_path, "7.png")
+    assert read(tmp_path, "csv", columns=COLUMNS)["7.png"]["other"] == ["0007" + "o" * 60]
+
+
+@pytest.mark.parametrize(
+    ("cell", "day"),
+    [
+        ("2014-09-15", "2014-09-15"),
+        ("20140915", "2014-09-15"),
+        ("2014-09-15T12:00:00", "2014-09-15"),
+        ("20140915 120000", "2014-09-15"),
+        ("20140915120000.000", "2014-09-15"),
+        ("20141315", None),
+        ("2014-09", None),
+        ("9/15/2014", None),
+    ],
+)
+def test_a_date_is_read_whatever_time_follows_it(cell: str, day: str | None) -> None:
+    assert date(cell) == (day and datetime.date.fromisoformat(day))
 
 
 def test_a_column_that_the_table_lacks_is_named(tmp_path: Path) -> None:

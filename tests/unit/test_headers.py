@@ -1,5 +1,6 @@
 """Promises of the header scan: what is looked into, how far it is read, what is kept, and of whom nothing is."""
 
+import errno
 import json
 import os
 import tracemalloc
@@ -230,7 +231,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(export: Export, monkeypatc
 
     def denied(uri: str, length: int) -> bytes:
         if uri.endswith("/b"):
-            raise UserError("permission denied") from PermissionError()
+            raise PermissionError(errno.EACCES, "permission denied")
         return real(uri, length)
 
     monkeypatch.setattr(storage, "read_beginning", denied)
@@ -238,6 +239,19 @@ def test_a_file_that_could_not_be_read_is_tried_again(export: Export, monkeypatc
     monkeypatch.setattr(storage, "read_beginning", real)
     for _ in range(2):
         assert export.rows()["b"]["reason"] is None
+
+
+def test_a_header_for_which_memory_does_not_suffice_is_tried_again(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    export.put(a=film())
+    with monkeypatch.context() as patched:
+        patched.setattr(scanning, "read_facts", short)
+        assert export.rows()["a"]["reason"] == "unreadable"
+    assert export.rows()["a"]["reason"] is None
 
 
 @pytest.mark.parametrize("pseudonymise", [False, True])
@@ -281,7 +295,7 @@ def test_four_times_the_headers_hold_no_more_memory(export: Export, monkeypatch:
                 rows = [{**kept, "path": f"{n:06d}", "size": 10, "version": 0} for n in range(start, start + 1000)]
                 yield pa.Table.from_pylist(rows, schema=HEADERS)
 
-        monkeypatch.setattr(storage, "list_files", lambda _, listed=listed: listed)
+        monkeypatch.setattr(storage, "list_files", lambda *_, listed=listed: listed)
         monkeypatch.setattr(ScannedHere, "kept", lambda _, tables=tables: tables())
         tracemalloc.start()
         read = sum(rows.num_rows for rows in export.read(partition_images=64).partitions())

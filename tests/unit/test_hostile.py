@@ -144,7 +144,7 @@ def test_what_is_said_and_shown_is_one_line_without_escape_sequences(capsys: pyt
 
 def test_a_table_whose_name_is_no_text_is_refused(folder: Folder) -> None:
     (folder.path / os.fsdecode(b"Data_Entry_2017\xff.csv")).write_text(HEADER)
-    assert "the name of a file is not UTF-8: 'Data_Entry_2017\\udcff.csv'; rename it" in folder.refused()
+    assert "the name of a table is not UTF-8: 'Data_Entry_2017\\udcff.csv'; rename it" in folder.refused()
 
 
 def test_a_table_that_is_a_pipe_or_vanished_is_refused_and_not_waited_for(folder: Folder) -> None:

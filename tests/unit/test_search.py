@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
+from cxr_retrieval.corpus.limits import RejectedImage
 from cxr_retrieval.corpus.phantom.radiographs import draw_patient
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache, search
@@ -17,6 +18,7 @@ from cxr_retrieval.index.filters import EVERYTHING, Filters
 from cxr_retrieval.index.quantizer import Lists
 from cxr_retrieval.index.search import Retriever, UnknownImage
 from cxr_retrieval.index.shards import exact_distances
+from tests.dicoms import dataset, ramp, written
 from tests.indexes import FILM, Film, build, films, model_files, published
 
 COUNT = 60
@@ -198,6 +200,12 @@ def test_an_indexed_image_is_searched_by_its_id_as_by_its_file(flat: Retriever, 
     assert by_id.known == by_file.known
     with pytest.raises(UnknownImage, match=r"image 'nobody\.png' is not in this index"):
         flat.query_of("nobody.png")
+
+
+def test_an_image_that_corpora_leave_out_is_refused_as_a_query(flat: Retriever) -> None:
+    raw = written(dataset(ramp(), PresentationIntentType="FOR PROCESSING"))
+    with pytest.raises(RejectedImage, match="unsupported: corpora leave such images out by the rule for_processing"):
+        flat.query(raw)
 
 
 def test_a_region_in_source_pixels_is_what_the_network_looks_at(flat: Retriever, images: list[Film]) -> None:

@@ -5,6 +5,7 @@ import csv
 import datetime
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -227,8 +228,9 @@ def age(years: int | None) -> int | None:
 
 def date(text: str) -> datetime.date | None:
     """A date written as 2014-09-15 or 20140915, whatever time follows it, or None where a cell holds no such."""
+    found = re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{8}", text)
     try:
-        return datetime.date.fromisoformat(text[:10])
+        return datetime.date.fromisoformat(found.group()) if found else None
     except ValueError:
         return None
 

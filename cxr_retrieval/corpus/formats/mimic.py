@@ -48,9 +48,9 @@ class Mimic:
             raise UserError(f"{tables['metadata'].uri}: no mimic-cxr-*-chexpert.csv or -negbio.csv in this archive")
         kinds: dict[tuple[str, ...], dict[str, Any]] = {}  # what equal rows tell is held once
         studies: dict[str, dict[str, Any]] = {}
-        for study, *cells in records(labels, ("study_id", *OBSERVATIONS)):
+        for number, (study, *cells) in enumerate(records(labels, ("study_id", *OBSERVATIONS)), start=2):
             if study in studies:
-                raise UserError(f"{labels.uri}: study {quoted(study)} has two rows; a study must have one")
+                raise UserError(f"{labels.uri}: row {number:,} is its study's second; a study must have one")
             kind = tuple(cells)
             if kind not in kinds:
                 kinds[kind] = self._observations.facts(dict(zip(OBSERVATIONS, cells, strict=True)))

@@ -79,12 +79,16 @@ class VinDr:
                 votes = _votes(tables.get(labels))
                 drawn: dict[tuple[str, str], list[_Drawn]] = {}
                 for image, name, box in _drawn(tables[kind]):
-                    finding = VINDR.meanings.get(name, "")
-                    if finding in FINDINGS and image in votes and votes[image].state(name) == PRESENT:
+                    if image not in votes:
+                        continue
+                    meant = VINDR.meanings.get(name, "")
+                    finding = meant if meant in FINDINGS else name
+                    if meant in FINDINGS and votes[image].state(name) == PRESENT:
                         drawn.setdefault((image, finding), []).append(box)
+                    else:  # whoever asks keeps none of these, and counts them by what is wrong with them
+                        yield _box(image, finding, box.corners)
                 for (image, finding), found in drawn.items():
-                    for left, top, right, bottom in merged(found):
-                        yield Box(image, finding, left, top, right - left, bottom - top)
+                    yield from (_box(image, finding, corners) for corners in merged(found))
 
     def listed(self, tables: Tables) -> Iterator[tuple[str, str]]:
         lists = {TRAIN_LABELS: TRAIN_OR_VALIDATION, TEST_LABELS: TEST}
@@ -100,6 +104,11 @@ class _Drawn:
 
     reader: str
     corners: Corners
+
+
+def _box(image: str, finding: str, corners: Corners) -> Box:
+    left, top, right, bottom = corners
+    return Box(image, finding, left, top, right - left, bottom - top)
 
 
 def merged(drawn: Sequence["_Drawn"]) -> list[Corners]:
