@@ -187,8 +187,17 @@ def test_what_a_publish_names_after_a_purge_has_looked_is_kept(tmp_path: Path, t
     doomed = {each.path for each in garbage(to, 30)}
     files = tuple(file for file in storage.list_files(storage.join(to, "objects")) if file.path in doomed)
     publish(build(tmp_path, "old"), to, "latest")
-    assert purge(Holdings((), (), files, (), (), to)).files == ()
+    assert purge(Holdings((), (), files, (), to)).files == ()
     assert verify(to, "latest") == []
+
+
+def test_what_an_alias_serves_since_a_purge_has_looked_is_kept(to: str, versions: list[str]) -> None:
+    files = tuple(storage.list_files(storage.join(to, "objects")))
+    holdings = Holdings((versions[0],), (), files, (), to)
+    promote(to, versions[0], "reviewed", None)
+    with pytest.raises(UserError, match="alias 'reviewed' serves a version that holds removed patients"):
+        purge(holdings)
+    assert [verify(to, version) for version in versions] == [[], [], []]
 
 
 @pytest.mark.parametrize("collected", ["before", "after"])
