@@ -136,6 +136,34 @@ def test_whoever_moves_the_alias_during_a_promote_is_not_overwritten(to: str, ve
     assert list_aliases(to)["latest"].version == versions[1]
 
 
+@pytest.mark.parametrize("what", ["manifest", "object"])
+@pytest.mark.parametrize("how", ["promote", "rollback"])
+def test_a_version_that_goes_while_an_alias_moves_to_it_is_told_with_what_the_alias_serves(
+    to: str, versions: list[str], monkeypatch: pytest.MonkeyPatch, how: str, what: str
+) -> None:
+    wanted = resolve(to, versions[1])
+    gone = (
+        f"{to}/versions/{wanted.id}.json" if what == "manifest" else wanted.object_uri(wanted.files["shards/0.faiss"])
+    )
+
+    def moved(*asked: Any) -> Any:
+        storage.delete(gone)  # by a drop or a gc that looked at the aliases before
+        return move_alias(*asked)
+
+    monkeypatch.setattr(published, "move_alias", moved)
+    with pytest.raises(UserError, match=rf"alias 'latest' serves version {wanted.id} now, but {gone}: gone") as told:
+        promote(to, wanted.id, "latest", None) if how == "promote" else rollback(to, "latest")
+    assert "\n" not in str(told.value)
+    assert "publish that version again" in str(told.value)
+
+
+def test_a_version_whose_facts_are_gone_is_not_judged_but_told_in_one_line(to: str, versions: list[str]) -> None:
+    served = resolve(to, versions[2])
+    storage.delete(served.object_uri(served.files["index.json"]))
+    with pytest.raises(UserError, match="gone since it was uploaded; publish that version again"):
+        promote(to, versions[0], "latest", lambda _: judged())
+
+
 # ---- collect
 
 
