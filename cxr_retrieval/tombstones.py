@@ -43,6 +43,9 @@ class Tombstones:
     def __bool__(self) -> bool:
         return bool(self.digests)
 
+    def __or__(self, other: "Tombstones") -> "Tombstones":
+        return Tombstones(self.digests | other.digests)
+
     def __contains__(self, name: str | None) -> bool:
         return bool(self.digests) and name is not None and _digest(name) in self.digests
 
@@ -53,6 +56,9 @@ class Tombstones:
         removed = [name for name in pc.unique(names).to_pylist() if name in self]
         found: np.ndarray = np.asarray(pc.fill_null(pc.is_in(names, value_set=pa.array(removed, pa.string())), False))
         return found
+
+
+NO_TOMBSTONES = Tombstones()
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class RemovedPatients:
         return hashlib.sha256(keyed.encode()).hexdigest()[:20]
 
 
-NOBODY = RemovedPatients(Tombstones(), Pseudonyms(None))
+NOBODY = RemovedPatients(NO_TOMBSTONES, Pseudonyms(None))
 
 
 def remove(place: str, name: str) -> bool:

@@ -8,6 +8,9 @@
 PATIENT is the name that the archive gives; a name that no image has is refused, unless told `--anyway`: that is for a
 patient whose images are yet to come. Needs no cluster. Servers see it when they look next (`serve.poll_seconds`). The
 archive itself is not touched: what lies there is left out wherever it is prepared.
+
+Removed are they from the workspace, from every index that is published in it, and from the one that `publish.to` names.
+An index that is published elsewhere goes on showing them until it is named too: once more, with its own `publish.to=`.
 """
 
 import argparse
@@ -15,7 +18,8 @@ import argparse
 from cxr_retrieval import command, console
 from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.removal import images_of
+from cxr_retrieval.index.removal import images_of, published_in
+from cxr_retrieval.index.versions import list_versions
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import Tombstones, remove
 from jobs.publish import destination
@@ -29,30 +33,42 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     if not options.rest:
         raise UserError("whom to forget? Name patients as the archive does: python -m jobs.forget PATIENT...")
     pseudonyms = Pseudonyms.of(settings.privacy)
-    places = [settings.workspace, destination(settings)]
-    images = images_of(options.rest, places[0], places[1], pseudonyms)
+    indexes = indexes_of(settings)
+    places = [*indexes, settings.workspace]  # where people search first: a kill in between leaves fewer visible
+    images = images_of(options.rest, settings.workspace, indexes, pseudonyms)
     stones = [Tombstones.at(place) for place in places]
     for patient, theirs in images.items():
         if not (theirs or options.anyway or any(pseudonyms.name("patient", patient) in there for there in stones)):
             raise UserError(
-                f"patient {patient!r} has no image in {places[0]} or {places[1]}, so nobody was removed: give the name"
-                " that the archive gives, or --anyway for a patient whose images are yet to come"
+                f"patient {patient!r} has no image in {' or '.join(reversed(places))}, so nobody was removed: give the"
+                " name that the archive gives, or --anyway for a patient whose images are yet to come"
             )
     rows = []
     for patient, theirs in images.items():
         name = pseudonyms.name("patient", patient)
-        # Where people search first: a kill between the two leaves nobody visible.
-        put = [remove(place, name) for place in reversed(places)]
+        put = [remove(place, name) for place in places]
         rows.append([patient, "removed" if any(put) else "removed before", f"hides {len(theirs):,} images"])
-    console.show_table(f"Removed from {places[0]} and {places[1]}", ["patient", "state", "images"], rows)
+    console.show_table(f"Removed from {settings.workspace}", ["patient", "state", "images"], rows)
+    for place in indexes:
+        versions = len(list_versions(place))
+        console.say(
+            f"{place}: marked; of the {versions:,} versions published there none shows them"
+            if versions
+            else f"{place}: marked, but nothing is published there: name an index published elsewhere by publish.to="
+        )
     console.say("their images are still stored: build and publish an index, then jobs.versions gc --purge (see --help)")
+
+
+def indexes_of(settings: Settings) -> list[str]:
+    """Where indexes are published that have to be marked: where the settings say, and all those in the workspace."""
+    return list(dict.fromkeys([destination(settings), *published_in(settings.workspace)]))
 
 
 def plan(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(
         "Plan of forget",
-        ["patients", "no more in workspace", "no more found in"],
-        [[len(options.rest), settings.workspace, destination(settings)]],
+        ["patients", "no more in"],
+        [[len(options.rest), place] for place in (settings.workspace, *indexes_of(settings))],
     )
 
 

@@ -33,9 +33,9 @@ from cxr_retrieval.index.lifecycle import (
     promote,
     rollback,
 )
-from cxr_retrieval.index.removal import published_holdings, purge, workspace_holdings
+from cxr_retrieval.index.removal import published_holdings, published_in, purge, workspace_holdings
 from cxr_retrieval.index.versions import Version, list_versions, resolve, split_reference, verify
-from cxr_retrieval.tombstones import RemovedPatients
+from cxr_retrieval.tombstones import NO_TOMBSTONES, RemovedPatients, Tombstones
 
 EVALUATED_GALLERY = "all"
 
@@ -119,9 +119,13 @@ def show_garbage(to: str, grace_days: float, delete: bool) -> None:
 
 
 def show_purged(settings: Settings, to: str, delete: bool) -> None:
-    """What holds removed patients where an index is published and in the workspace; deleted, if so told."""
+    """What holds removed patients where an index is published and in the workspace; deleted, if so told. Other indexes
+    of the workspace that hold them are named."""
+    to = storage.canonical(to)
+    indexes = published_in(settings.workspace)
+    stones = Tombstones.at(settings.workspace)
     found = {
-        to: published_holdings(to),
+        to: published_holdings(to, stones if to in indexes else NO_TOMBSTONES),
         settings.workspace: workspace_holdings(
             settings.workspace, RemovedPatients.of(settings.workspace, settings.privacy)
         ),
@@ -139,6 +143,12 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
         console.say(f"stays, learnt from their images among others; training anew removes it: {', '.join(learnt)}")
     if any(holdings.versions for holdings in found.values()):
         console.say("copies that readers have fetched stay in their caches (CXR_CACHE) until they are deleted there")
+    for other in indexes:
+        if other != to and (holding := published_holdings(other, stones).versions):
+            console.say(
+                f"{other}: {len(holding)} published versions hold removed patients too, and stay: do the same with"
+                f" --index {other}"
+            )
 
 
 def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:

@@ -3,13 +3,21 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
 from cxr_retrieval.config import ServeSettings
 from jobs.serve import listening
+
+
+def until(reached: Callable[[], bool]) -> None:
+    """Wait until a server's threads have reached something."""
+    end = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

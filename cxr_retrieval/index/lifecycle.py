@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from cxr_retrieval import storage
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.aliases import list_aliases, move_alias, read_alias
+from cxr_retrieval.index.aliases import list_aliases, read_alias
 from cxr_retrieval.index.shards import INDEX_FILE
 from cxr_retrieval.index.versions import (
     OBJECTS,
     VERSIONS,
     Version,
-    check_objects,
     named_objects,
+    put_in_front,
     read_file,
     resolve,
 )
@@ -68,18 +68,17 @@ def promote(to: str, name: str, alias: str, evaluations: Callable[[Version], Eva
     Given `evaluations` of a version, one is refused whose precision@8 or mAP lies below the interval of that of the
     version which the alias serves now, on anything that both were judged on. Versions of one model and embedding differ
     in their images only: nothing to judge. Raises UserError for a refusal, where they were judged on nothing in common,
-    and where an object of the version is gone.
+    and as `put_in_front` does.
     """
     to = storage.canonical(to)
     wanted = resolve(to, name)
-    check_objects(wanted)
     seen = read_alias(to, alias)
     serving = seen[0].version if seen[0] else None
     if evaluations and serving and serving != wanted.id:
         now = resolve(to, serving)
         if embedded_by(now) != embedded_by(wanted):
             _pass_gate(evaluations(wanted), evaluations(now), wanted.id, serving)
-    generation, moved = move_alias(to, alias, wanted.id, *seen)
+    generation, moved = put_in_front(wanted, alias, *seen)
     return Moved(alias, wanted.id, serving, generation, moved)
 
 
@@ -92,7 +91,8 @@ def embedded_by(version: Version) -> tuple[str, str]:
 def rollback(to: str, alias: str) -> Moved:
     """Point `alias` back to the version that it served before. No gate: going back must always be possible.
 
-    Done twice, it is where it was. Raises UserError where there is no alias, nothing before, or not all of it any more.
+    Done twice, it is where it was. Raises UserError where there is no alias or nothing before, and as `put_in_front`
+    does.
     """
     to = storage.canonical(to)
     seen = read_alias(to, alias)
@@ -101,8 +101,7 @@ def rollback(to: str, alias: str) -> Moved:
     if seen[0].predecessor is None:
         raise UserError(f"{to}: alias {alias!r} has served one version only: there is nothing to roll back to")
     before = resolve(to, seen[0].predecessor)
-    check_objects(before)
-    generation, moved = move_alias(to, alias, before.id, *seen)
+    generation, moved = put_in_front(before, alias, *seen)
     return Moved(alias, before.id, seen[0].version, generation, moved)
 
 

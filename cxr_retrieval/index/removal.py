@@ -24,7 +24,7 @@ from cxr_retrieval.index.build import QUANTIZER_KIND
 from cxr_retrieval.index.files import sidecars
 from cxr_retrieval.index.versions import GONE_REMEDY, OBJECTS, VERSIONS, Version, list_versions, named_objects, resolve
 from cxr_retrieval.privacy import Pseudonyms
-from cxr_retrieval.tombstones import RemovedPatients, Tombstones
+from cxr_retrieval.tombstones import NO_TOMBSTONES, RemovedPatients, Tombstones
 from cxr_retrieval.training.model import KIND as MODEL_KIND
 from cxr_retrieval.training.sweep import KIND as SWEEP_KIND
 
@@ -36,7 +36,7 @@ FOLDERS = ("reports", "indexes", "models", "embeddings", "corpora")
 @dataclass(frozen=True)
 class Holdings:
     """What holds removed patients. `files` are all that has to go, in an order in which a purge may be killed after any
-    and be run again; `serving` are aliases whose version is among them.
+    and be run again.
 
     `learnt` are models, quantizers and sweeps that were made from their images, and stay. `to` is where versions are
     published, if these are.
@@ -46,7 +46,6 @@ class Holdings:
     artifacts: tuple[str, ...]
     files: tuple[storage.StoredFile, ...]
     learnt: tuple[str, ...]
-    serving: tuple[str, ...]
     to: str | None = None
 
     @property
@@ -54,12 +53,21 @@ class Holdings:
         return sum(file.size for file in self.files)
 
 
-NOTHING = Holdings((), (), (), (), ())
+NOTHING = Holdings((), (), (), ())
 
 
-def images_of(patients: Iterable[str], workspace: str, to: str, pseudonyms: Pseudonyms) -> dict[str, set[str]]:
+def published_in(workspace: str) -> list[str]:
+    """Where in a workspace indexes are published: those of its `indexes` that have a version, by their names."""
+    folder = storage.join(storage.canonical(workspace), "indexes")
+    parts = (file.path.split("/") for file in _files(folder))
+    return [storage.join(folder, name) for name in sorted({name for name, *rest in parts if rest[:1] == [VERSIONS]})]
+
+
+def images_of(
+    patients: Iterable[str], workspace: str, places: Iterable[str], pseudonyms: Pseudonyms
+) -> dict[str, set[str]]:
     """The images of every patient, both by the names that the archive gives: by what all corpora of a workspace list,
-    and by all versions at `to`. Images are named as they are outside the corpus.
+    and by all versions at `places`. Images are named as they are outside the corpus.
 
     Raises CorruptArtifact where a version is damaged.
     """
@@ -70,7 +78,7 @@ def images_of(patients: Iterable[str], workspace: str, to: str, pseudonyms: Pseu
             for rows in _named(file.uri):
                 for patient, image in _pairs(rows.filter(pc.field("patient_id").isin(list(found)))):
                     found[patient].add(pseudonyms.name("image", image))
-    versions = [resolve(to, name) for name in list_versions(to)]
+    versions = [resolve(to, name) for to in places for name in list_versions(to)]
     for uri in {version.object_uri(version.files[name]) for version in versions for name in sidecars(version.files)}:
         try:
             theirs = pc.field("patient").isin(list(outside))
@@ -97,14 +105,15 @@ def _named(uri: str) -> Iterator[pa.Table]:
             yield pq.read_table(file, columns=columns)
 
 
-def published_holdings(to: str) -> Holdings:
-    """Versions at `to` whose rows are of patients with a tombstone there, and all objects that no other version names.
+def published_holdings(to: str, also: Tombstones = NO_TOMBSTONES) -> Holdings:
+    """Versions at `to` with rows of patients with a tombstone there or among `also`, and all objects that no other
+    version names.
 
     Objects of a publish that never ended are among them, however young: whose they hold cannot be told. One that is
     under way finds them gone, before or just after it moves the alias, and is run again.
     """
     to = storage.canonical(to)
-    tombstones = Tombstones.at(to)
+    tombstones = Tombstones.at(to) | also
     if not tombstones:
         return NOTHING
     holding: dict[str, bool] = {}  # by sidecar object: versions share them
@@ -116,9 +125,7 @@ def published_holdings(to: str) -> Holdings:
     names = {f"{version.id}.json" for version in held}
     files = [file for file in _files(storage.join(to, VERSIONS)) if file.path in names]
     files += [file for file in _files(storage.join(to, OBJECTS)) if file.path not in staying]
-    ids = {version.id for version in held}
-    serving = sorted(name for name, alias in list_aliases(to).items() if alias.version in ids)
-    return Holdings(tuple(sorted(ids)), (), tuple(files), (), tuple(serving), to)
+    return Holdings(tuple(sorted(version.id for version in held)), (), tuple(files), (), to)
 
 
 def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
@@ -138,22 +145,24 @@ def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
     runs = [file for file in _files(storage.join(workspace, "runs")) if file.path.split("/")[0][:20] in names]
     pages = [file for file in found["reports"] if going and _shows(file.path, names)]
     files = [file for file in every if not going.isdisjoint(_folders_of(file.uri))]
-    return Holdings((), tuple(sorted(going)), tuple(runs + pages + files), tuple(sorted(learnt)), ())
+    return Holdings((), tuple(sorted(going)), tuple(runs + pages + files), tuple(sorted(learnt)))
 
 
 def purge(holdings: Holdings) -> Holdings:
     """Delete all that holds removed patients, but for objects that a version names that was published meanwhile; what
     was deleted.
 
-    Raises UserError, before anything is deleted, where an alias still serves one of the versions.
+    Raises UserError, before anything is deleted, where an alias serves one of the versions by then.
     """
-    if holdings.serving:
-        raise UserError(
-            f"alias {', '.join(map(repr, holdings.serving))} serves a version that holds removed patients: build and"
-            " publish the index without them first, then purge"
-        )
     named = named_objects(holdings.to, holdings.versions) if holdings.to else set()
     files = tuple(file for file in holdings.files if file.path not in named)
+    # Last of all: looking for patients may have taken hours, in which an alias may have moved.
+    aliases = list_aliases(holdings.to) if holdings.to else {}
+    if serving := sorted(name for name, alias in aliases.items() if alias.version in holdings.versions):
+        raise UserError(
+            f"{holdings.to}: alias {', '.join(map(repr, serving))} serves a version that holds removed patients: build"
+            " and publish the index without them first, then purge"
+        )
     for file in files:
         storage.delete(file.uri)
     return replace(holdings, files=files)

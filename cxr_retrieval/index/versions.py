@@ -31,6 +31,7 @@ from cxr_retrieval.index import cache as cached
 from cxr_retrieval.index.aliases import (
     DEFAULT_ALIAS,
     VERSION_ID,
+    Alias,
     Document,
     as_json,
     check_alias,
@@ -142,8 +143,8 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
     The same build always gives the same version. Whoever moves the alias first after it was read here wins; the other
     gets a UserError, and its version stands complete beside the winner's. `progress` counts bytes.
 
-    Raises CorruptArtifact where an object that was there already is deleted meanwhile, even if the alias has moved: the
-    same again uploads it.
+    Raises CorruptArtifact as `put_in_front` does where an object that was there already is deleted meanwhile: the same
+    again uploads it.
     """
     to = storage.canonical(to)
     check_alias(alias)
@@ -162,9 +163,7 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
         if progress:
             progress.advance(entry.size)
     _write_manifest(version, manifest)
-    check_objects(version)
-    generation, moved = move_alias(to, alias, version.id, *seen)
-    check_objects(version)  # whoever collects now sees the manifest; who listed versions before may have deleted since
+    generation, moved = put_in_front(version, alias, *seen)
     reused = len(version.objects) - uploaded
     return Published(version.id, alias, generation, uploaded, reused, uploaded_bytes, moved)
 
@@ -256,7 +255,10 @@ def distinct(files: Mapping[str, FileEntry]) -> list[FileEntry]:
 def read_file(version: Version, path: str) -> bytes:
     """The bytes of one of a version's files, a small one. Raises CorruptArtifact where they are not those published."""
     entry = version.files[path]
-    data = storage.read_bytes(version.object_uri(entry))
+    try:
+        data = storage.read_bytes(version.object_uri(entry))
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{version.object_uri(entry)}: gone since it was uploaded; {GONE_REMEDY}") from None
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise CorruptArtifact(f"{version.object_uri(entry)}: the bytes are not those published; {PUBLISH_AGAIN}")
     return data
@@ -326,8 +328,27 @@ def _write_manifest(version: Version, data: bytes) -> None:
             raise CorruptArtifact(f"{uri}: another manifest stands there; move it away and publish again")
 
 
-def check_objects(version: Version) -> None:
-    """Every object is there with its size: who is wrong about that must not get the alias. Raises CorruptArtifact."""
+def put_in_front(version: Version, alias: str, old: Alias | None, tag: str | None) -> tuple[int, bool]:
+    """Point the alias to a version, as `move_alias` does, that is whole before and after.
+
+    Whoever drops, collects or purges now sees what the alias serves; who looked before may have deleted since. Raises
+    CorruptArtifact where something of the version is gone, UserError where storage cannot tell; both say so where the
+    alias has moved by then.
+    """
+    check_whole(version)
+    done = move_alias(version.to, alias, version.id, old, tag)
+    try:
+        check_whole(version)
+    except UserError as error:
+        raise type(error)(f"alias {alias!r} serves version {version.id} now, but {error}") from error
+    return done
+
+
+def check_whole(version: Version) -> None:
+    """The manifest is there, and every object with its size. Raises CorruptArtifact."""
+    manifest = _version_uri(version.to, version.id)
+    if not storage.exists(manifest):
+        raise CorruptArtifact(f"{manifest}: gone since it was written; publish that version again")
     present = listing(storage.join(version.to, OBJECTS))
     for entry in version.objects:
         if entry.sha256 not in present:

@@ -31,6 +31,7 @@ from cxr_retrieval.serve.uploads import UploadLimit
 
 MB = 1 << 20
 SLACK = 64 << 10  # of an upload's limit, for the form around the file
+MOST_REQUESTS = 256  # under way at once; each may hold an upload
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem},
     404: {"model": Problem},
@@ -43,6 +44,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",  # else any page could ask, by <img>, which images are here
     "Cache-Control": "no-store",  # what was asked and found stays out of a shared browser's disk
 }
 MULTIPART = "multipart/form-data"
@@ -61,6 +63,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
     )
     too_large = f"the upload is larger than {settings.upload_mb} MB: reduce the image or raise serve.upload_mb"
     metrics = Metrics(live)
+    under_way = 0
     looking = Looking()
     page = render("search.html.j2", title="Find similar chest X-rays", facts=[], script="search.js")
     app.add_middleware(UploadLimit, limit=limit + SLACK, text=too_large)
@@ -75,15 +78,22 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
             if request.state.user is None:
                 challenge = {"WWW-Authenticate": 'Basic realm="cxr-retrieval"'}
                 return JSONResponse({"detail": "the server's token is needed"}, 401, challenge)
+        if under_way > MOST_REQUESTS and request.url.path not in access.OPEN_PATHS:
+            # Not uvicorn's limit: it counts idle connections, turns probes away too, and says no sentence.
+            text = f"{MOST_REQUESTS} requests are under way: ask again in a moment"
+            return JSONResponse({"detail": text}, 503, {"Retry-After": "1"})
         return None
 
     @app.middleware("http")
     async def around(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        nonlocal under_way
         began, status = time.perf_counter(), 500  # what a bug is answered with, further out
+        under_way += 1
         try:
             response = refusal(request) or await call_next(request)
             status = response.status_code
         finally:
+            under_way -= 1
             metrics.answered(request, status, time.perf_counter() - began)
             access.audit(request, status)
         for name, value in HEADERS.items():

@@ -10,6 +10,8 @@ from prometheus_client.registry import Collector
 from cxr_retrieval.index.search import Answer
 from cxr_retrieval.serve.live import LiveIndex
 
+# What a client may call a method is without end, and each would be a series of its own.
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -35,7 +37,8 @@ class Metrics:
         """Count a request under its route, never under the path that was asked: that names images."""
         route = request.scope.get("route")
         path = route.path if route is not None else "none"
-        self._requests.labels(request.method, path, str(status)).inc()
+        method = request.method if request.method in METHODS else "other"
+        self._requests.labels(method, path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
     def searched(self, answer: Answer) -> None:
@@ -60,4 +63,6 @@ class _Index(Collector):
         images.add_metric([live.retriever.version.version.id], live.retriever.images)
         yield images
         yield CounterMetricFamily("cxr_alias_moves", "Versions exchanged because the alias moved", value=live.moves)
-        yield CounterMetricFamily("cxr_alias_failures", "Looks at the alias that failed", value=live.failures)
+        yield CounterMetricFamily(
+            "cxr_alias_failures", "Looks at the alias, or at who was removed, that failed", value=live.failures
+        )

@@ -182,7 +182,7 @@ class IndexFacts(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether searches are answered; `trouble` is what keeps a moved alias from being followed."""
+    """Whether searches are answered; `trouble` is what keeps the alias or removed patients from being looked at."""
 
     ready: bool
     version: str

@@ -283,7 +283,7 @@ def test_any_request_of_a_publish_may_break_and_readers_see_one_whole_version(
     whole = work(places.next())
     requests = len(faults.seen)
     assert (whole.version, whole.uploaded, whole.reused) == (in_peace.new_in_two, 2, 1)
-    assert requests == (8 if fault == proxy.STALL and stays else 13)
+    assert requests == (10 if fault == proxy.STALL and stays else 15)
 
     for number in range(requests):
         place = places.next()
@@ -301,8 +301,8 @@ def test_any_request_of_a_publish_may_break_and_readers_see_one_whole_version(
         moved = now[ALIAS] != place.before[ALIAS]
         assert moved or failed, where
         if failed:
-            # The alias moves by the last request but one, and then the objects are listed once more.
-            assert not moved or number == requests - 1 or (number == requests - 2 and fault in UNANSWERED), where
+            # The alias moves by the last request but two; then its version and the objects are looked for once more.
+            assert not moved or number >= requests - 2 or (number == requests - 3 and fault in UNANSWERED), where
             missing = objects_of(NEW_IN_TWO) - set(now)
             again = work(place)
             assert again.version == in_peace.new_in_two, where
@@ -380,7 +380,7 @@ def test_a_publish_to_s3_that_is_killed_between_any_two_requests_can_be_run_agai
         faults.reset()
         assert driver.publish(places.next().to, faults) == 0
         requests = len(faults.seen)
-        assert requests == 8 + (not published_before)
+        assert requests == 10 + (not published_before)
         for number, fault in itertools.product(range(requests), [proxy.STRIKE_BEFORE, proxy.STRIKE_AFTER]):
             place = places.next()
             with broken(faults, fault, number, stays=False):
@@ -389,7 +389,7 @@ def test_a_publish_to_s3_that_is_killed_between_any_two_requests_can_be_run_agai
             outcomes["publish", f"SIGKILL, {fault}", "killed"] += 1
             now = bucket.stored(place.to)
             moved = now.get(ALIAS) != place.before.get(ALIAS)
-            assert moved == (number == requests - 1 or (number, fault) == (requests - 2, proxy.STRIKE_AFTER)), where
+            assert moved == (number >= requests - 2 or (number, fault) == (requests - 3, proxy.STRIKE_AFTER)), where
             if published_before or moved:
                 place.check(in_peace.old, in_peace.new_in_two)
             else:
@@ -519,8 +519,8 @@ def test_any_request_that_moves_or_deletes_may_break_and_readers_see_one_whole_v
         if failed:
             done_already = place.serves() != in_peace.new
             if name == "rollback" and done_already:
-                assert "is not known" in str(ended), where  # the same again would go forth again
-                assert "list" in str(ended), where
+                # The same again would go forth again.
+                assert "is not known" in str(ended) or "serves version" in str(ended), where
                 continue
             again = told(lambda: work.run(place.to, in_peace))  # noqa: B023
             if isinstance(again, UserError):

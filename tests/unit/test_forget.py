@@ -1,4 +1,4 @@
-"""Promises of removing patients by name: it says what that hides, and a name that nothing has is refused."""
+"""Promises of removing patients by name: it says what that hides and where, and a name that nothing has is refused."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -11,8 +11,11 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.search import Retriever
+from cxr_retrieval.index.versions import list_versions, publish
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
-from cxr_retrieval.tombstones import Tombstones
+from cxr_retrieval.tombstones import Tombstones, remove
+from jobs import versions
 from jobs.forget import run
 from tests.indexes import build, films, model_files, published
 
@@ -68,3 +71,59 @@ def test_a_patient_whose_images_are_yet_to_come_is_removed_when_told_so_and_once
     assert settings.publish.to
     assert Tombstones.at(settings.workspace) == Tombstones.at(settings.publish.to)
     assert len(Tombstones.at(settings.workspace).digests) == 1
+
+
+# ---- several indexes
+
+
+@pytest.fixture
+def other(settings: Settings) -> str:
+    """Another index of the workspace, of the same images."""
+    place = f"{settings.workspace}/indexes/other"
+    assert settings.publish.to
+    images = films(12)
+    names = Pseudonyms.of(settings.privacy)
+    images[0] = replace(images[0], facts={**images[0].facts, "patient": names.name("patient", "A")})
+    files = model_files(Path(settings.workspace), images)
+    publish(build(Path(settings.workspace), images, files, shards=3), place, "latest")
+    return place
+
+
+def test_a_removed_patient_is_found_in_no_index_of_the_workspace(
+    settings: Settings, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Retriever.open(other).images == 12
+    forget(settings, "A")
+    said = capsys.readouterr().err
+    assert Retriever.open(other).images == 11
+    assert f"{settings.publish.to}: marked; of the 2 versions published there none shows them" in said
+    assert f"{other}: marked; of the 1 versions published there none shows them" in said
+    assert len(said.splitlines()) == 3
+
+
+def test_it_says_when_nothing_is_published_where_the_settings_say(
+    settings: Settings, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = f"{tmp_path}/elsewhere"
+    forget(settings.model_copy(update={"publish": settings.publish.model_copy(update={"to": to})}), "A")
+    assert f"{to}: marked, but nothing is published there" in capsys.readouterr().err
+    assert Tombstones.at(to) == Tombstones.at(other) == Tombstones.at(settings.publish.to or "")
+
+
+def purge(settings: Settings, index: str) -> None:
+    options = Namespace(index=index, rest=["gc"], without_gate=False, delete=True, purge=True, grace_days=30.0)
+    versions.run(settings, options)
+
+
+def test_a_purge_of_one_index_names_the_others_that_hold_the_patient_too(
+    settings: Settings, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove(settings.workspace, Pseudonyms.of(settings.privacy).name("patient", "A"))  # in no index: as it was once
+    images = films(12)
+    publish(build(tmp_path, images, model_files(tmp_path, images), shards=1), other, "latest")
+    purge(settings, other)
+    said = capsys.readouterr().err
+    assert len(list_versions(other)) == 1, "who was removed from the workspace is purged from an index of it"
+    assert f"{settings.publish.to}: 2 published versions hold removed patients too, and stay" in said
+    assert f"--index {settings.publish.to}" in said
+    assert len(list_versions(settings.publish.to or "")) == 2

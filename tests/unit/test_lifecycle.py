@@ -136,6 +136,34 @@ def test_whoever_moves_the_alias_during_a_promote_is_not_overwritten(to: str, ve
     assert list_aliases(to)["latest"].version == versions[1]
 
 
+@pytest.mark.parametrize("what", ["manifest", "object"])
+@pytest.mark.parametrize("how", ["promote", "rollback"])
+def test_a_version_that_goes_while_an_alias_moves_to_it_is_told_with_what_the_alias_serves(
+    to: str, versions: list[str], monkeypatch: pytest.MonkeyPatch, how: str, what: str
+) -> None:
+    wanted = resolve(to, versions[1])
+    gone = (
+        f"{to}/versions/{wanted.id}.json" if what == "manifest" else wanted.object_uri(wanted.files["shards/0.faiss"])
+    )
+
+    def moved(*asked: Any) -> Any:
+        storage.delete(gone)  # by a drop or a gc that looked at the aliases before
+        return move_alias(*asked)
+
+    monkeypatch.setattr(published, "move_alias", moved)
+    with pytest.raises(UserError, match=rf"alias 'latest' serves version {wanted.id} now, but {gone}: gone") as told:
+        promote(to, wanted.id, "latest", None) if how == "promote" else rollback(to, "latest")
+    assert "\n" not in str(told.value)
+    assert "publish that version again" in str(told.value)
+
+
+def test_a_version_whose_facts_are_gone_is_not_judged_but_told_in_one_line(to: str, versions: list[str]) -> None:
+    served = resolve(to, versions[2])
+    storage.delete(served.object_uri(served.files["index.json"]))
+    with pytest.raises(UserError, match="gone since it was uploaded; publish that version again"):
+        promote(to, versions[0], "latest", lambda _: judged())
+
+
 # ---- collect
 
 
@@ -187,8 +215,17 @@ def test_what_a_publish_names_after_a_purge_has_looked_is_kept(tmp_path: Path, t
     doomed = {each.path for each in garbage(to, 30)}
     files = tuple(file for file in storage.list_files(storage.join(to, "objects")) if file.path in doomed)
     publish(build(tmp_path, "old"), to, "latest")
-    assert purge(Holdings((), (), files, (), (), to)).files == ()
+    assert purge(Holdings((), (), files, (), to)).files == ()
     assert verify(to, "latest") == []
+
+
+def test_what_an_alias_serves_since_a_purge_has_looked_is_kept(to: str, versions: list[str]) -> None:
+    files = tuple(storage.list_files(storage.join(to, "objects")))
+    holdings = Holdings((versions[0],), (), files, (), to)
+    promote(to, versions[0], "reviewed", None)
+    with pytest.raises(UserError, match="alias 'reviewed' serves a version that holds removed patients"):
+        purge(holdings)
+    assert [verify(to, version) for version in versions] == [[], [], []]
 
 
 @pytest.mark.parametrize("collected", ["before", "after"])

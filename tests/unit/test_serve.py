@@ -20,12 +20,13 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache
 from cxr_retrieval.index.filters import Filters
 from cxr_retrieval.index.search import Query, Retriever, Seen
-from cxr_retrieval.serve import access, live
+from cxr_retrieval.serve import access, api, live
 from cxr_retrieval.serve.api import create_app
 from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.serve.looking import MOST, Looking
 from jobs.serve import listening
 from tests.indexes import Film, build, films, model_files, published
+from tests.servers import until
 
 HERE = "http://127.0.0.1"
 TOKEN = "a token of sixteen or more"
@@ -321,11 +322,33 @@ def test_while_the_alias_cannot_be_followed_the_old_version_serves_and_says_so(
         patch.setattr(live, "resolve", away)
         found.look()
         found.look()
-    assert (found.trouble, found.failures, found.moves) == ("the store cannot be reached", 2, 0)
+    assert (found.trouble, found.failures, found.moves) == ("alias failing: the store cannot be reached", 2, 0)
     assert capsys.readouterr().err.count("goes on serving") == 1  # not once a look
     assert len(found.retriever.search(found.retriever.query_of(FIRST), 3).cases) == 3
     found.look()
     assert found.trouble is None
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("Error in faiss"), MemoryError()], ids=["faiss", "memory"])
+def test_a_bug_in_looking_at_the_alias_is_told_with_its_traceback_and_looking_goes_on(
+    world, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bug: Exception
+) -> None:
+    folder, images, files = world
+    with LiveIndex(published(folder, build(folder, images[:20], files), "bugged"), 0.02) as found:
+        client = TestClient(create_app(found, ServeSettings()), base_url=HERE)
+
+        def broken(*_: str) -> None:
+            raise bug
+
+        with monkeypatch.context() as patch:
+            patch.setattr(live, "resolve", broken)
+            until(lambda: found.failures > 2 or not found.watching)
+            ready = client.get("/readyz")
+        assert (ready.status_code, ready.json()["trouble"]) == (200, f"alias bugged: {bug!r}")
+        until(lambda: found.trouble is None)
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == 1  # not once a look
+    assert f"alias bugged: {bug!r}; version" in said
 
 
 def test_the_server_is_not_ready_when_nobody_looks_at_the_alias(world) -> None:
@@ -392,12 +415,53 @@ def test_a_query_that_was_refused_leaves_a_line_too(
     assert FIRST not in json.dumps(lines)
 
 
+def test_methods_that_clients_make_up_are_one_series(client: TestClient) -> None:
+    for method in ("BREW", "PROPFIND", "GETTING"):
+        assert client.request(method, "/v1/index").status_code == 405
+    figures = client.get("/metrics").text
+    assert 'cxr_requests_total{method="other",path="/v1/index",status="405"} 3.0' in figures
+    assert "BREW" not in figures
+
+
 def audit_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith('{"audit"')]
 
 
 def test_a_browser_that_was_led_here_by_another_name_is_turned_away(client: TestClient) -> None:
     assert client.get("/v1/index", headers={"host": "elsewhere.example"}).status_code == 400
+
+
+def test_a_page_from_elsewhere_cannot_show_or_probe_what_is_served(client: TestClient) -> None:
+    for path in (f"/v1/images/{FIRST}/thumbnail", "/v1/images/nobody/thumbnail", "/", "/v1/index"):
+        assert client.get(path).headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_more_requests_at_once_than_the_server_takes_are_told_to_come_again(
+    opened: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MOST_REQUESTS", 2)
+    inside, free = threading.Semaphore(0), threading.Event()
+    search = Retriever.search
+
+    def slow(self: Retriever, *words: Any, **named: Any) -> Any:
+        inside.release()
+        assert free.wait(30)
+        return search(self, *words, **named)
+
+    monkeypatch.setattr(Retriever, "search", slow)
+    with TestClient(create_app(opened, ServeSettings()), base_url=HERE) as client, ThreadPoolExecutor(2) as threads:
+        similar = f"/v1/images/{FIRST}/similar"
+        under_way = [threads.submit(client.get, similar) for _ in range(2)]
+        for _ in under_way:
+            assert inside.acquire(timeout=30)
+        turned_away = client.get(similar)
+        probes = [client.get(path).status_code for path in access.OPEN_PATHS]
+        free.set()
+        assert refusal(turned_away, 503) == "2 requests are under way: ask again in a moment"
+        assert turned_away.headers["retry-after"] == "1"
+        assert probes == [200, 200]
+        assert [each.result().status_code for each in under_way] == [200, 200]
+        assert client.get(similar).status_code == 200
 
 
 def test_beyond_this_machine_a_token_is_asked_for(opened: LiveIndex, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Promises of tombstones: they name nobody, are honoured at once, and never bring anybody back."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from cxr_retrieval import storage
 from cxr_retrieval.config import PrivacySettings
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.groups import ShardGroup
+from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
 from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.tombstones import FOLDER, NOBODY, RemovedPatients, Tombstones, remove
 from tests.indexes import build, films, model_files, published
+from tests.servers import until
 
 KEY = "a key of sixteen bytes or more"
 
@@ -75,6 +78,75 @@ def test_a_server_that_runs_shows_nobody_who_was_removed_when_it_looks_next(tmp_
     assert found.known is None
     assert len(found.cases) == 24 - theirs
     assert patient not in {case.patient for case in found.cases}
+
+
+class Moving:
+    """A server's index of 24 images whose alias has moved to a version of 20; `open` opens it."""
+
+    def __init__(self, folder: Path, poll_seconds: float) -> None:
+        images = films(24)
+        files = model_files(folder, images)
+        self.open: Any = Retriever.open
+        self.live = LiveIndex(
+            published(folder, build(folder, images, files)), poll_seconds, lambda reference: self.open(reference)
+        )
+        published(folder, build(folder, images[:20], files))
+        self.patient: str = images[0].facts["patient"]
+        self.theirs = sum(film.facts["patient"] == self.patient for film in images)
+        assert self.theirs == sum(film.facts["patient"] == self.patient for film in images[:20])
+
+
+def test_a_removed_patient_is_hidden_also_while_the_new_version_cannot_be_opened(tmp_path: Path) -> None:
+    moving = Moving(tmp_path, 1000.0)
+
+    def damaged(_: str) -> Retriever:
+        raise UserError("the new version is damaged")
+
+    moving.open = damaged
+    remove(moving.live.to, moving.patient)
+    moving.live.look()
+    assert (moving.live.retriever.images, moving.live.moves) == (24 - moving.theirs, 0)
+    assert moving.live.trouble == "alias latest: the new version is damaged"
+
+
+def test_a_removed_patient_is_hidden_while_a_new_version_is_being_opened_and_does_not_come_back_with_it(
+    tmp_path: Path,
+) -> None:
+    moving = Moving(tmp_path, 0.02)
+    opening, go_on = threading.Event(), threading.Event()
+
+    def slow(reference: str) -> Retriever:
+        found = Retriever.open(reference)
+        opening.set()
+        assert go_on.wait(60)
+        return found
+
+    moving.open = slow
+    with moving.live as live:
+        assert opening.wait(60)
+        remove(live.to, moving.patient)
+        until(lambda: live.retriever.images < 24)
+        assert (live.retriever.images, live.moves) == (24 - moving.theirs, 0)
+        go_on.set()
+        until(lambda: live.moves == 1)
+        assert live.retriever.images == 20 - moving.theirs
+
+
+def test_a_version_that_may_show_who_was_removed_is_not_put_in_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving = Moving(tmp_path, 1000.0)
+
+    def away(_: Any, __: Any) -> None:
+        raise UserError("shards are away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Retriever, "honour", away)
+        moving.live.look()
+    assert moving.live.moves == 0
+    assert moving.live.trouble == "removed patients: shards are away; alias latest: shards are away"
+    moving.live.look()
+    assert (moving.live.trouble, moving.live.moves) == (None, 1)
 
 
 @pytest.mark.parametrize("step", ["candidates", "facts"])
