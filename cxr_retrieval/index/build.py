@@ -109,7 +109,7 @@ def build_index(
         proof = prove(located(draft.uri, files, finished), facts, settings)
         facts |= {
             "probes": proof.probes,
-            "filter_probes": [[setting.passing, setting.probes] for setting in proof.filtered],
+            "filter_probes": proof.filter_probes,
             "proof": asdict(proof),
         }
         files.append(draft.write(INDEX_FILE, json.dumps(facts, indent=1, sort_keys=True).encode()))

@@ -4,7 +4,7 @@ Groups hold consecutive shards, and answer of their own ones only: what passes a
 is known of a row. Who searches asks every group and joins the answers, which do not depend on how shards are grouped.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -15,15 +15,15 @@ import pyarrow as pa
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import likeness
 from cxr_retrieval.index.files import shard_files
-from cxr_retrieval.index.filters import Filters, Vocabulary, among
+from cxr_retrieval.index.filters import Filters, Vocabulary
 from cxr_retrieval.index.likeness import Sample
 from cxr_retrieval.index.quantizer import NearestLists
-from cxr_retrieval.index.shards import INDEX_FILE, Candidates, Found, Shards, read_facts
+from cxr_retrieval.index.shards import INDEX_FILE, Candidates, Found, Passing, Shards, read_facts
 from cxr_retrieval.index.versions import Version, open_files
 from cxr_retrieval.privacy import row_id
 from cxr_retrieval.tombstones import Tombstones
 
-MASKS = 4  # the last ones are kept: a search first asks how many images pass, then for the nearest of them
+FILTERS = 16  # what passes the last ones is kept, a bit a row: a search asks how many do, then for the nearest of them
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,9 +39,12 @@ class ShardGroup:
         opened = open_files(version, [INDEX_FILE, *names])
         self.shards = Shards(read_facts(opened.path), opened.path, numbers)
         self._thumbnails = [opened.path(shard_files(number)["thumbnails"]) for number in numbers]
-        # In one piece: taking a few rows of many pieces would copy them all.
-        self._sidecars = [self.shards.sidecar(number).combine_chunks() for number in numbers]
-        self._pixels = [_Hashes.of(table["pixel_sha256"]) for table in self._sidecars]
+        # In one piece: a row of many pieces would have to be looked for.
+        self._columns = [_in_one_piece(self.shards.sidecar(number)) for number in numbers]
+        self._sidecars = [pa.table(columns) for columns in self._columns]
+        patients = [columns["patient"] for columns in self._columns]
+        self._pixels = _Hashed.of([_beginnings(columns["pixel_sha256"]) for columns in self._columns])
+        self._rows_of = lru_cache(FILTERS)(partial(_rows_of, patients, _Hashed.of([*map(_hashes, patients)])))
         self._removed: Tombstones | None = None
         self.honour(Tombstones.at(version.to))
 
@@ -49,9 +52,9 @@ class ShardGroup:
         """From now on, nothing of the patients who were removed is found or told; how many images are left."""
         if tombstones != self._removed:
             self._there = [~tombstones.mask(table["patient"]) for table in self._sidecars]
-            self._masks = lru_cache(MASKS)(partial(_masks, self._sidecars, self._there))
+            self._passing = lru_cache(FILTERS)(partial(_passing, self._sidecars, self._there))
             self._removed = tombstones
-        return sum(int(there.sum()) for there in self._there)
+        return sum(int(np.count_nonzero(there)) for there in self._there)
 
     def rows(self) -> int:
         return self.shards.rows
@@ -60,14 +63,11 @@ class ShardGroup:
         return Vocabulary.of(self._sidecars)
 
     def has_patient(self, patient: str) -> bool:
-        return any(
-            bool((among(table["patient"], [patient]) & there).any())
-            for table, there in zip(self._sidecars, self._there, strict=True)
-        )
+        return any(bool(self._there[place][rows].any()) for place, rows in self._rows_of(patient))
 
     def passing(self, filters: Filters, left_out: tuple[str, ...]) -> int:
         """How many images pass, those of the patients who are left out not among them."""
-        return sum(int(mask.sum()) for mask in self._masks(filters, left_out))
+        return sum(passing.count for passing in self._allowed(filters, left_out))
 
     def candidates(
         self,
@@ -77,12 +77,12 @@ class ShardGroup:
         asked: tuple[Filters, tuple[str, ...]] | None,
     ) -> Candidates:
         """Of the images that pass (all for None) those whose codes are among the nearest `wanted`, in given lists."""
-        masks = self._masks(*asked) if asked else None
-        return self.shards.candidates(vector_D[None], wanted, nearest, masks)[0]
+        allowed = self._allowed(*asked) if asked else None
+        return self.shards.candidates(vector_D[None], wanted, nearest, allowed)[0]
 
     def exact(self, vector_D: np.ndarray, k: int, asked: tuple[Filters, tuple[str, ...]]) -> list[Found]:
         """The k nearest of the images that pass: all of them compared."""
-        return self.shards.exact(vector_D[None], k, self._masks(*asked))[0]
+        return self.shards.exact(vector_D[None], k, self._allowed(*asked))[0]
 
     def find(self, image_id: str) -> Facts | None:
         """The image with this id."""
@@ -95,9 +95,8 @@ class ShardGroup:
 
     def find_pixels(self, pixel_sha256: bytes) -> Facts | None:
         """The image whose prepared pixels have this hash."""
-        for number, hashes, there in zip(self.shards.numbers, self._pixels, self._there, strict=True):
-            rows = hashes.rows(pixel_sha256)
-            for facts in self._facts(number, rows[there[rows]]):
+        for place, rows in self._pixels.rows(_beginning(pixel_sha256)):
+            for facts in self._facts(self.shards.numbers[place], rows[self._there[place][rows]]):
                 if facts["pixel_sha256"] == pixel_sha256:
                     return facts
         return None
@@ -130,36 +129,77 @@ class ShardGroup:
             if shard in self.shards.numbers
         ]
 
+    def _allowed(self, filters: Filters, left_out: tuple[str, ...]) -> list[Passing]:
+        """What passes, of every shard: kept for a filter, and the few rows of those left out taken from a copy."""
+        allowed = list(self._passing(filters))
+        for patient in left_out:
+            for place, rows in self._rows_of(patient):
+                allowed[place] = allowed[place].without(rows)
+        return allowed
+
     def _facts(self, number: int, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        if len(rows) == 0:
-            return []
-        table = self._sidecars[number - self.shards.numbers.start]
-        found: list[dict[str, Any]] = table.take(pa.array(rows, pa.int64())).to_pylist()
-        return [facts | {"shard": number, "row": int(row)} for facts, row in zip(found, rows, strict=True)]
+        # Value by value: taking the few rows out as a table first takes twice as long.
+        columns = self._columns[number - self.shards.numbers.start].items()
+        return [
+            {name: column[row].as_py() for name, column in columns} | {"shard": number, "row": row}
+            for row in map(int, rows)
+        ]
 
 
 @dataclass(frozen=True)
-class _Hashes:
-    """The first 8 bytes of the hash of every row, sorted, and the rows in that order: 12 bytes a row."""
+class _Hashed:
+    """A hash of 8 bytes of every row of some shards, sorted, and the rows in that order, numbered through all shards:
+    12 bytes a row. `edges` are where the shards begin, and the end."""
 
     sorted_N: np.ndarray
     rows_N: np.ndarray
+    edges: np.ndarray
 
     @classmethod
-    def of(cls, column: pa.ChunkedArray) -> "_Hashes":
-        beginnings = np.fromiter((_beginning(value) for value in column.to_pylist()), np.uint64, len(column))
-        order = np.argsort(beginnings, kind="stable")
-        return cls(beginnings[order], order.astype(np.int32))
+    def of(cls, hashes: Sequence[np.ndarray]) -> "_Hashed":
+        every = np.concatenate(hashes)
+        order = np.argsort(every, kind="stable").astype(np.uint32)
+        return cls(every[order], order, np.cumsum([0, *map(len, hashes)]))
 
-    def rows(self, value: bytes) -> np.ndarray:
-        """Rows whose hash begins like this one, ascending."""
-        wanted = np.uint64(_beginning(value))
-        first, last = np.searchsorted(self.sorted_N, wanted), np.searchsorted(self.sorted_N, wanted, side="right")
-        return self.rows_N[first:last]
+    def rows(self, wanted: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows with this hash, ascending, by the place of their shard; what they are of may be another thing."""
+        value = self.sorted_N.dtype.type(wanted)
+        first, last = (np.searchsorted(self.sorted_N, value, side) for side in ("left", "right"))
+        rows = self.rows_N[first:last].astype(np.int64)
+        cuts = np.searchsorted(rows, self.edges)
+        for place in np.flatnonzero(np.diff(cuts)).tolist():
+            yield place, rows[cuts[place] : cuts[place + 1]] - self.edges[place]
+
+
+def _rows_of(names: Sequence[pa.Array], hashed: _Hashed, patient: str) -> list[tuple[int, np.ndarray]]:
+    """A patient's rows, those of a removed one too, by the place of their shard."""
+    found = []
+    for place, rows in hashed.rows(hash(patient)):
+        theirs = rows[[names[place][row].as_py() == patient for row in rows.tolist()]]
+        if len(theirs):
+            found.append((place, theirs))
+    return found
+
+
+def _in_one_piece(table: pa.Table) -> dict[str, pa.Array]:
+    return {name: column.combine_chunks() for name, column in zip(table.column_names, table.columns, strict=True)}
 
 
 def _beginning(value: bytes) -> int:
     return int.from_bytes(value[:8], "big")
+
+
+def _beginnings(column: pa.Array) -> np.ndarray:
+    """`_beginning` of every hash of 32 bytes, [N]."""
+    fixed = column.cast(pa.binary(32))
+    values_N32 = np.frombuffer(fixed.buffers()[1], np.uint8)[32 * fixed.offset :][: 32 * len(fixed)].reshape(-1, 32)
+    return np.ascontiguousarray(values_N32[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+
+
+def _hashes(names: pa.Array) -> np.ndarray:
+    """Hashes [N] that hold as long as this process: of every name once."""
+    encoded = names.dictionary_encode("encode")
+    return np.fromiter(map(hash, encoded.dictionary.to_pylist()), np.int64)[encoded.indices.to_numpy()]
 
 
 class ShardsAway(UserError):
@@ -191,10 +231,5 @@ class InProcess:
         return method(self.group, *args, **kwargs)
 
 
-def _masks(
-    sidecars: Sequence[pa.Table], there: Sequence[np.ndarray], filters: Filters, left_out: tuple[str, ...]
-) -> list[np.ndarray]:
-    return [
-        filters.mask(table) & ~among(table["patient"], left_out) & mask
-        for table, mask in zip(sidecars, there, strict=True)
-    ]
+def _passing(sidecars: Sequence[pa.Table], there: Sequence[np.ndarray], filters: Filters) -> list[Passing]:
+    return [Passing.of(filters.mask(table) & mask) for table, mask in zip(sidecars, there, strict=True)]

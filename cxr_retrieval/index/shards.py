@@ -18,16 +18,18 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.files import shard_files
-from cxr_retrieval.index.quantizer import Lists, NearestLists, search_lists, threads
+from cxr_retrieval.index.quantizer import Lists, NearestLists, parameters_of, search_lists, threads
 
 INDEX_FILE = "index.json"
 SLACK = 16  # candidates beyond k that are asked for at first
 # Squared float32 distances of FAISS are wrong by less than this: nearer neighbours than that it may swap.
 NEAR = 1e-5
 BLOCK = 65536
+PIECE = 16384  # numbers
 # Up to so many rows that pass a filter are compared themselves: the lists that hold them may be any of an IVF index.
 EXACT_BELOW = 20_000
 # Rows and codes stay in the files until a search reads them. A table for every list would be larger than the codes.
@@ -42,6 +44,41 @@ class Found:
     row: int
     id: int
     distance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Passing:
+    """Rows of a shard that may be found: a bit for each of its rows, packed as FAISS reads them, and how many."""
+
+    bits: np.ndarray
+    count: int
+
+    @classmethod
+    def of(cls, mask_N: np.ndarray) -> "Passing":
+        return cls(np.packbits(mask_N, bitorder="little"), int(np.count_nonzero(mask_N)))
+
+    def without(self, rows: np.ndarray) -> "Passing":
+        """Some rows less, no two of them the same."""
+        passing = rows[self.bits[rows >> 3] >> (rows & 7) & 1 == 1]
+        if not len(passing):
+            return self
+        bits = self.bits.copy()
+        np.bitwise_xor.at(bits, passing >> 3, (1 << (passing & 7)).astype(np.uint8))
+        return Passing(bits, self.count - len(passing))
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Their numbers, ascending."""
+        some = np.flatnonzero(self.bits)  # of a narrow filter few bytes hold any
+        ones = np.flatnonzero(np.unpackbits(self.bits[some], bitorder="little"))
+        rows: np.ndarray = 8 * some[ones >> 3] + (ones & 7)
+        return rows
+
+    @property
+    def selector(self) -> Any:
+        # Made anew for every search, in 2 us: FAISS changes its owner while it is handed over, and threads share what
+        # passes. The Python constructor keeps the bits alive as long as the selector.
+        return faiss.IDSelectorBitmap(self.bits)
 
 
 @dataclass(frozen=True)
@@ -82,8 +119,8 @@ def read_facts(path: Callable[[str], Path]) -> dict[str, Any]:
 
 
 class Shards:
-    """All shards of one index, or those with the `numbers` of a range. `allowed` masks are boolean arrays, one a shard,
-    over its rows."""
+    """All shards of one index, or those with the `numbers` of a range. `allowed` are the rows that may be found, of
+    each."""
 
     def __init__(self, facts: Mapping[str, Any], path: Callable[[str], Path], numbers: range | None = None) -> None:
         """Open the shards whose files `path` finds, memory-mapped. Their hashes must have been verified before."""
@@ -107,7 +144,8 @@ class Shards:
     def _open(self, number: int) -> Shard:
         files = shard_files(number)
         index = faiss.read_index(str(self._path(files["faiss"])), READING)
-        rows_ND = np.load(self._path(files["rows"]), mmap_mode="r", allow_pickle=False)
+        # A plain array over the mapped file: a memmap's own indexing takes longer than the few rows of a search.
+        rows_ND = np.load(self._path(files["rows"]), mmap_mode="r", allow_pickle=False).view(np.ndarray)
         ids_N = pq.read_table(self._path(files["sidecar"]), columns=["id"])["id"].to_numpy()
         if not index.ntotal == len(rows_ND) == len(ids_N):
             raise UserError(f"shard {number}: index, rows and sidecar differ in length; build the index again")
@@ -117,7 +155,7 @@ class Shards:
         self,
         query_QD: np.ndarray,
         k: int,
-        allowed: Sequence[np.ndarray] | None = None,
+        allowed: Sequence[Passing] | None = None,
         probes: int | None = None,
         candidates: int | None = None,
     ) -> list[list[Found]]:
@@ -129,7 +167,7 @@ class Shards:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         query_QD = np.ascontiguousarray(query_QD, np.float32)
-        passing = sum(int(mask.sum()) for mask in allowed) / self.rows if allowed else 1.0
+        passing = sum(mine.count for mine in allowed) / self.rows if allowed else 1.0
         nearest = self.lists.nearest(query_QD, passing, probes)
         wanted = k * (candidates or self.facts["candidates"])
         return [found.first(wanted, k) for found in self.candidates(query_QD, wanted, nearest, allowed)]
@@ -139,15 +177,17 @@ class Shards:
         query_QD: np.ndarray,
         wanted: int,
         nearest: NearestLists | None,
-        allowed: Sequence[np.ndarray] | None = None,
+        allowed: Sequence[Passing] | None = None,
     ) -> list[Candidates]:
         """Of every query the rows that are among the first `wanted` of these shards by their codes, compared by what is
         stored of them: those of several groups of shards, joined, hold what one group of them all would find."""
         found = []
+        parameters = parameters_of(nearest)
         with threads(1):
             for place, shard in enumerate(self.shards):
-                selector = _selector(allowed[place]) if allowed else None
-                found.append(_coded(shard.index, query_QD, wanted, nearest, selector))
+                if allowed:
+                    parameters.sel = allowed[place].selector
+                found.append(_coded(shard.index, query_QD, wanted, nearest, parameters))
         codes_QM = np.concatenate([codes_QW for codes_QW, _ in found], axis=1)
         rows_QM = np.concatenate([rows_QW for _, rows_QW in found], axis=1)
         places_M = np.repeat(np.arange(len(found)), [rows_QW.shape[1] for _, rows_QW in found])
@@ -167,11 +207,11 @@ class Shards:
                 ids[first:last] = shard.ids_N[rows[first:last]]
         return Candidates(self.numbers.start + places, rows, ids, codes_M[near], exact_distances(query_D, stored))
 
-    def exact(self, query_QD: np.ndarray, k: int, allowed: Sequence[np.ndarray] | None = None) -> list[list[Found]]:
+    def exact(self, query_QD: np.ndarray, k: int, allowed: Sequence[Passing] | None = None) -> list[list[Found]]:
         """What `search` approximates: every stored row that is allowed compared, block by block."""
         best: list[list[Found]] = [[] for _ in query_QD]
         for place, (number, shard) in enumerate(zip(self.numbers, self.shards, strict=True)):
-            rows = np.flatnonzero(allowed[place]) if allowed else None
+            rows = allowed[place].rows if allowed else None
             found = exact_in_shard(number, shard.rows_ND, shard.ids_N, query_QD, k, rows)
             best = [first(before + hits, k) for before, hits in zip(best, found, strict=True)]
         return best
@@ -207,9 +247,11 @@ def exact_in_shard(
     best: list[list[Found]] = [[] for _ in query_QD]
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
-        rows_BD = np.asarray(rows_ND[block], np.float32)
+        rows_BD = _floats(rows_ND[block])
         # Squared distances but for the query's own length. Stored rows have unit length but for their rounding.
-        far_QB = np.einsum("bd,bd->b", rows_BD, rows_BD) - 2.0 * (query_QD @ rows_BD.T)
+        # One query is no work for the threads of a matrix product.
+        along_QB = query_QD @ rows_BD.T if len(query_QD) > 1 else np.einsum("qd,bd->qb", query_QD, rows_BD)
+        far_QB = np.einsum("bd,bd->b", rows_BD, rows_BD) - 2.0 * along_QB
         last = min(k, len(rows_BD)) - 1
         limits_Q = np.partition(far_QB, last, axis=1)[:, last] + NEAR
         for query, limit in enumerate(limits_Q):
@@ -217,6 +259,16 @@ def exact_in_shard(
             hits = _nearest(number, rows_ND, ids_N, query_QD[query], near, k)
             best[query] = first(best[query] + hits, k)
     return best
+
+
+def _floats(rows_BD: np.ndarray) -> np.ndarray:
+    """Stored rows as float32. torch does it by the processor's own instruction, numpy takes 15 times as long; in pieces
+    that torch does not share out, as those that it would wake on a busy machine are waited for."""
+    floats_BD = np.empty(rows_BD.shape, np.float32)
+    pieces = (torch.from_numpy(values).split(max(1, PIECE // values.shape[1])) for values in (floats_BD, rows_BD))
+    for floats, stored in zip(*pieces, strict=True):
+        floats.copy_(stored)
+    return floats_BD
 
 
 def _nearest(
@@ -233,18 +285,13 @@ def first(hits: list[Found], k: int) -> list[Found]:
     return sorted(hits, key=lambda hit: (hit.distance, hit.id))[:k]
 
 
-def _selector(allowed_N: np.ndarray) -> Any:
-    # The Python constructor keeps the bits alive as long as the selector.
-    return faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little"))
-
-
 def _limit(codes: np.ndarray, wanted: int) -> float:
     """The distance of the first `wanted` of some candidates, and with them of all that are too near to tell apart."""
     return float(np.partition(codes, wanted - 1)[wanted - 1] + 2 * NEAR) if len(codes) > wanted else np.inf
 
 
 def _coded(
-    index: Any, query_QD: np.ndarray, k: int, nearest: NearestLists | None, selector: Any
+    index: Any, query_QD: np.ndarray, k: int, nearest: NearestLists | None, parameters: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared distances of codes and rows [Q, W] of the k candidates of every query in one shard, ascending, and with
     them all that are too near to tell apart. Where rows run out, FAISS gives -1 and the largest float.
@@ -254,9 +301,9 @@ def _coded(
     wanted = min(k + SLACK, index.ntotal)
     while True:
         if nearest is None:
-            codes, rows = index.search(query_QD, wanted, params=faiss.SearchParameters(sel=selector))
+            codes, rows = index.search(query_QD, wanted, params=parameters)
         else:
-            codes, rows = search_lists(index, query_QD, wanted, nearest, selector)
+            codes, rows = search_lists(index, query_QD, wanted, nearest, parameters)
         if wanted == index.ntotal:
             return codes, rows
         unclear = (rows[:, -1] >= 0) & (codes[:, -1] <= codes[:, min(k, wanted) - 1] + 2 * NEAR)

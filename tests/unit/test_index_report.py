@@ -49,7 +49,11 @@ def facts(**changes: Any) -> dict[str, Any]:
             "probes": 4,
             "recall": 0.961,
             "curve": [setting(1, 0.5), setting(2, 0.8), setting(4, 0.961), setting(8, 0.99)],
-            "filtered": [setting(6, 0.97, 0.1), setting(16, 0.98, 0.01)],
+            "filtered": [
+                setting(6, 0.97, 0.1),
+                setting(16, 0.98, 0.01),
+                setting(12, 0.96, 0.4) | {"filter": "view <PA>"},
+            ],
         },
         **changes,
     }
@@ -82,6 +86,7 @@ def test_the_page_shows_what_was_chosen_and_every_setting_that_was_tried() -> No
         ("", "all", "8", "99.0"),
         ("", "1 of 10", "6", "97.0"),
         ("", "1 of 100", "16", "98.0"),
+        ("", "view &lt;PA&gt;, 40.0 %", "12", "96.0"),
     ]
     assert html.count("<polyline") == 3
     assert "about 4 sqrt(rows)" in html

@@ -1,10 +1,12 @@
 """Promises of searching a published index: filters hold inside the search, and an answer says what it is worth."""
 
 import datetime
+import hashlib
 from dataclasses import replace
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -13,11 +15,11 @@ from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.limits import RejectedImage
 from cxr_retrieval.corpus.phantom.radiographs import draw_patient
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index import cache, search
+from cxr_retrieval.index import cache, groups, search
 from cxr_retrieval.index.filters import EVERYTHING, Filters
 from cxr_retrieval.index.quantizer import Lists
 from cxr_retrieval.index.search import Retriever, UnknownImage
-from cxr_retrieval.index.shards import exact_distances
+from cxr_retrieval.index.shards import Passing, exact_distances
 from tests.dicoms import dataset, ramp, written
 from tests.indexes import FILM, Film, build, films, model_files, published
 
@@ -123,7 +125,7 @@ def test_the_few_that_pass_a_filter_are_compared_without_looking_lists_up(
     retriever = Retriever.open(published(folder, build(folder, images, files, lists=8), "few"))
     query, exact = retriever.query(images[0].png), retriever.holders.group.shards.exact
     asked = Filters(sex="F")
-    mask = [asked.mask(table) for table in retriever.holders.group._sidecars]
+    mask = [Passing.of(asked.mask(table)) for table in retriever.holders.group._sidecars]
     expected = [hit.distance for hit in exact(query.vector[None], COUNT, mask)[0]]
     monkeypatch.setattr(Lists, "nearest", None)  # a graph of many lists takes a second for all of them
     assert [case.distance for case in retriever.search(query, COUNT, asked, exclude_own=False).cases] == expected
@@ -139,6 +141,53 @@ def test_more_that_pass_are_looked_for_in_lists_and_in_all_where_these_hold_too_
     answer = retriever.search(retriever.query(images[0].png), k, Filters(sex="F"), exclude_own=False)
     assert len(answer.cases) == min(k, answer.passing)
     assert {case.sex for case in answer.cases} == {"F"}
+
+
+def test_patients_and_images_are_told_apart_where_their_hashes_begin_alike(
+    world, monkeypatch: pytest.MonkeyPatch, images: list[Film]
+) -> None:
+    folder, _, files = world
+    reference = published(folder, build(folder, images, files, lists=8), "alike")
+    patient = images[40].facts["patient"]
+
+    def answers(retriever: Retriever) -> list[search.Answer]:
+        queries = [retriever.query_of(film.facts["image_id"]) for film in images[:20]]
+        return [retriever.search(query, COUNT, exclude_patient=patient) for query in queries]
+
+    expected = answers(Retriever.open(reference))
+    monkeypatch.setattr(groups, "hash", lambda _: 7, raising=False)
+    monkeypatch.setattr(groups, "_beginning", lambda _: 7)
+    monkeypatch.setattr(groups, "_beginnings", lambda column: np.full(len(column), 7, np.uint64))
+    alike = Retriever.open(reference)
+    assert answers(alike) == expected
+    with pytest.raises(UserError, match="is not in this index"):
+        alike.search(alike.query(images[0].png), exclude_patient="nobody")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(32), pa.binary(), pa.large_binary()])
+def test_hashes_of_pixels_are_read_from_any_column_that_may_hold_them(kind: pa.DataType) -> None:
+    values = [hashlib.sha256(bytes([number])).digest() for number in range(50)]
+    expected = [int.from_bytes(value[:8], "big") for value in values]
+    column = pa.array(values, kind)
+    assert groups._beginnings(column).tolist() == expected
+    assert groups._beginnings(column.slice(3, 40)).tolist() == expected[3:43]
+    pieces = pa.table({"hash": pa.chunked_array([column.slice(0, 7), column.slice(7), column.slice(0, 0)])})
+    assert groups._beginnings(groups._in_one_piece(pieces)["hash"]).tolist() == expected
+
+
+def test_what_passes_a_filter_is_found_out_once_whatever_patients_are_left_out(
+    world, monkeypatch: pytest.MonkeyPatch, images: list[Film]
+) -> None:
+    folder, _, files = world
+    retriever = Retriever.open(published(folder, build(folder, images, files, lists=8), "once"))
+    asked, found_out = Filters(views=("PA",)), []
+    mask = Filters.mask
+    monkeypatch.setattr(Filters, "mask", lambda self, table: found_out.append(self) or mask(self, table))
+    for film in images:
+        answer = retriever.search(retriever.query_of(film.facts["image_id"]), COUNT, asked)
+        others = [other for other in images if other.facts["patient"] != film.facts["patient"]]
+        assert answer.passing == len(answer.cases) == sum(other.facts["view"] == "PA" for other in others)
+    assert found_out == [asked] * 2  # once for each of two shards
 
 
 def test_the_own_patient_is_left_out_inside_the_search_too(retriever: Retriever, images: list[Film]) -> None:

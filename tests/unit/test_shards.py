@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cxr_retrieval.config import IndexSettings
 from cxr_retrieval.errors import UserError
@@ -22,7 +24,7 @@ from cxr_retrieval.index import plan
 from cxr_retrieval.index.files import shard_files
 from cxr_retrieval.index.plan import Code, IndexPlan, plan_index
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, train
-from cxr_retrieval.index.shards import INDEX_FILE, SLACK, Candidates, Found, Shards, exact_distances
+from cxr_retrieval.index.shards import INDEX_FILE, SLACK, Candidates, Found, Passing, Shards, exact_distances
 
 ROWS, DIMENSIONS, LISTS = 600, 24, 8
 TIES = 40  # more equal vectors than a search asks FAISS for beyond k
@@ -132,9 +134,9 @@ def brute_force(
     return found
 
 
-def cut(mask_N: np.ndarray, shards: Shards) -> list[np.ndarray]:
+def cut(mask_N: np.ndarray, shards: Shards) -> list[Passing]:
     edges = np.cumsum([len(shard.ids_N) for shard in shards.shards])[:-1]
-    return np.split(mask_N, edges)
+    return [Passing.of(part) for part in np.split(mask_N, edges)]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 5])
@@ -319,9 +321,26 @@ def test_a_shard_where_nothing_passes_hides_no_hit_of_another(
     either: Shards, queries_QD: np.ndarray, rows_ND: np.ndarray, ids_N: np.ndarray
 ) -> None:
     masks = [np.full(len(shard.ids_N), number == 0) for number, shard in enumerate(either.shards)]
-    found = either.search(queries_QD, K, masks, probes=LISTS)
+    found = either.search(queries_QD, K, [Passing.of(mask) for mask in masks], probes=LISTS)
     assert {hit.shard for hits in found for hit in hits} == {0}
     assert answers(found) == brute_force(queries_QD, rows_ND, ids_N, K, np.concatenate(masks))
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 70), passing=st.sets(st.integers(0, 69)), left_out=st.sets(st.integers(0, 69)))
+def test_rows_that_pass_are_told_alike_by_their_bits_their_numbers_and_their_count(
+    rows: int, passing: set[int], left_out: set[int]
+) -> None:
+    mask_N = np.array([row in passing for row in range(rows)])
+    whole = Passing.of(mask_N)
+    taken = np.array([row for row in left_out if row < rows], np.int64)
+    some = whole.without(taken)
+    mask_N[taken] = False
+    assert some.rows.tolist() == np.flatnonzero(mask_N).tolist()
+    assert some.bits.tolist() == np.packbits(mask_N, bitorder="little").tolist()
+    assert some.count == mask_N.sum()
+    assert [some.selector.is_member(row) for row in range(rows)] == mask_N.tolist()
+    assert whole.rows.tolist() == sorted(row for row in passing if row < rows)  # what is kept stays as it is
 
 
 # ---- what is refused
