@@ -20,7 +20,7 @@ from cxr_retrieval.artifacts import MANIFEST
 from cxr_retrieval.corpus.preparation import LATEST
 from cxr_retrieval.runtime import start_ray
 
-IMAGES, SIDE, SIZE, PARTS, ROUNDS = 19_200, 1024, 256, 80, 1
+IMAGES, SIDE, SIZE, PARTS, ROUNDS = 48_000, 1024, 256, 80, 1
 LEFT = 0.1  # of the partitions
 
 

@@ -14,17 +14,15 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
 
 # Set before Ray starts its processes, which inherit them.
-QUIET = {
+ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # a hospital's jobs tell nobody that they ran
+    "RAY_task_oom_retries": "20",  # without an end a task that no node has the memory for is begun again for ever
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-
-
-# Ray sets no end to it by itself: a task that takes more memory than a node has would be begun again for ever.
-OOM_RETRIES = {"RAY_task_oom_retries": "20"}
 
 
 def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int) -> None:
@@ -79,7 +77,7 @@ def start_ray(settings: Settings | None = None) -> None:
     Raises UserError where no cluster answers, and where the settings name a local folder that other nodes of it do not
     see.
     """
-    for name, value in (QUIET | OOM_RETRIES).items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or "local"
