@@ -223,5 +223,6 @@ def test_the_boxes_of_nih_and_vindr_are_read_as_they_are_published(tmp_path: Pat
     }
     kinds = written(tmp_path, "vindr", ARCHIVES["VinDr-CXR"][1] | drawn)
     assert list(FORMATS["vindr"](CorpusSettings(format="vindr")).boxes(kinds)) == [
-        Box("0a1b", "Atelectasis", 691.0, 1375.0, 962.0, 456.0)
+        Box("0a1b", "Atelectasis", 691.0, 1375.0, 962.0, 456.0),
+        Box("2c3d", "Other disease", 1.0, 2.0, 2.0, 2.0),  # none of the 14: counted, and not kept
     ]
