@@ -59,6 +59,9 @@ class Filters:
 EVERYTHING = Filters()
 
 
+TELLING = ["view", "sex", "findings", "study_date"]  # columns of a sidecar that a vocabulary is read from
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The values that the images of an index have, and so what a filter may name; `dated`: some have a study date."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import likeness
 from cxr_retrieval.index.files import shard_files
-from cxr_retrieval.index.filters import Filters, Vocabulary
+from cxr_retrieval.index.filters import TELLING, Filters, Vocabulary
 from cxr_retrieval.index.likeness import Sample
 from cxr_retrieval.index.quantizer import NearestLists
 from cxr_retrieval.index.shards import INDEX_FILE, Candidates, Found, Passing, Shards, read_facts
@@ -60,7 +60,12 @@ class ShardGroup:
         return self.shards.rows
 
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.of(self._sidecars)
+        return Vocabulary.of(
+            [
+                table if there.all() else table.select(TELLING).filter(pa.array(there))
+                for table, there in zip(self._sidecars, self._there, strict=True)
+            ]
+        )
 
     def has_patient(self, patient: str) -> bool:
         return any(bool(self._there[place][rows].any()) for place, rows in self._rows_of(patient))

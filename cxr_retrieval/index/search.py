@@ -162,6 +162,7 @@ class Retriever:
         if tombstones != self._removed:
             self.images = sum(self.holders.each(ShardGroup.honour, tombstones))
             self._removed = tombstones
+            self.__dict__.pop("vocabulary", None)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from cxr_retrieval import storage
 from cxr_retrieval.config import PrivacySettings
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.filters import Filters
 from cxr_retrieval.index.groups import ShardGroup
 from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
@@ -78,6 +80,24 @@ def test_a_server_that_runs_shows_nobody_who_was_removed_when_it_looks_next(tmp_
     assert found.known is None
     assert len(found.cases) == 24 - theirs
     assert patient not in {case.patient for case in found.cases}
+
+
+def test_filters_name_nothing_that_only_a_removed_patient_had(tmp_path: Path) -> None:
+    images = films(24)
+    patient = images[0].facts["patient"]
+    theirs = {"view": "LL", "findings": ["Situs inversus"]}
+    images = [
+        replace(film, facts={**film.facts, **theirs}) if film.facts["patient"] == patient else film for film in images
+    ]
+    retriever = Retriever.open(published(tmp_path, build(tmp_path, images, model_files(tmp_path, images))))
+    assert "LL" in retriever.vocabulary.views
+    assert "Situs inversus" in retriever.vocabulary.findings
+    remove(retriever.version.version.to, patient)
+    retriever.honour(Tombstones.at(retriever.version.version.to))
+    assert "LL" not in retriever.vocabulary.views
+    assert "Situs inversus" not in retriever.vocabulary.findings
+    with pytest.raises(UserError, match="no image of this index has view 'LL'"):
+        retriever.search(retriever.query(images[-1].png), filters=Filters(views=("LL",)))
 
 
 class Moving:
