@@ -80,7 +80,7 @@ def until_the_first_partition(images: int) -> tuple[float, float, float]:
         while not ended.wait(0.1):
             highest = max(highest, unnamed_bytes())
 
-    def first(*_: Any) -> None:
+    def first(*_: Any, **__: Any) -> None:
         raise FirstPartition
 
     real = storage.list_files

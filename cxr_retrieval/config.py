@@ -169,7 +169,11 @@ class TrainingSettings(Section):
         0, ge=0, description="passes over the training images before these, by jigsaw puzzles and without labels"
     )
     batch_size: int = Field(32, ge=2, description="images of one optimizer step, over all workers")
-    accumulation: int = Field(1, ge=1, description="micro-batches that a worker adds up to one optimizer step")
+    accumulation: int = Field(
+        1,
+        ge=1,
+        description="micro-batches that a worker adds up to one optimizer step; statistics of a batch are then of each of them",
+    )
     workers: int = Field(1, ge=1, description="Ray Train workers")
     min_workers: int | None = Field(
         None, ge=1, description="start and go on with as few workers where the cluster has no room for all; null: never"

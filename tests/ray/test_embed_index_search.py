@@ -298,8 +298,11 @@ def test_ids_and_answers_do_not_change_with_builds_or_shard_sizes(world: World, 
 def test_a_small_index_is_exact_and_proven_so(built: Artifact) -> None:
     assert (built.manifest["factory"], built.manifest["recall"], built.manifest["probes"]) == ("SQfp16", 1.0, 1)
     facts = json.loads(built.read(INDEX_FILE))
+    told = [setting for setting in facts["proof"]["filtered"] if setting["filter"]]
+    assert {setting["filter"] for setting in told} <= {"view PA", "view AP", "sex F", "sex M"}
     settings = [*facts["proof"]["curve"], *facts["proof"]["filtered"]]
-    assert [(setting["probes"], setting["passing"]) for setting in settings] == [(1, 1.0), (1, 0.1), (1, 0.01)]
+    shares = [(setting["probes"], setting["passing"]) for setting in settings if setting not in told]
+    assert shares == [(1, 1.0), (1, 0.1)], "one row in a hundred of 96 is none to find"
     assert all(setting["recall"] == 1.0 for setting in settings)
     assert all(0 < setting["p50_ms"] <= setting["p95_ms"] for setting in settings)
     assert set(facts["plan"]["why"]) == {"kind", "code", "shards"}
@@ -466,7 +469,7 @@ def test_an_evaluation_stands_beside_its_page_and_is_done_once(world: World) -> 
     figures = json.loads(done.read(EVALUATION_FILE))
     splits = world.corpus.artifact.manifest["splits"]
     assert done.counts == {"images": splits["test"]["images"], "queries": figures["queries"]}
-    assert figures["patients"] == splits["test"]["patients"]
+    assert 0 < figures["patients"] <= splits["test"]["patients"]
     assert (figures["corpus"], figures["model"]) == (world.corpus.artifact.input_id, world.model.input_id)
     assert set(figures["embeddings"]["combined"]) == {"all", "findings", "same_view", "archive"}
     assert figures["localisation"]["boxes"] > 0  # phantoms have a box for each sign

@@ -91,8 +91,7 @@ def undisturbed(phantom_archive, corpus, tmp_path_factory) -> tuple[Settings, Ar
 
 @pytest.fixture(scope="module")
 def two_workers(phantom_archive, corpus, tmp_path_factory) -> Artifact:
-    """Trained by two workers, each step in two micro-batches."""
-    return train(settings(phantom_archive, tmp_path_factory.mktemp("two"), workers=2, accumulation=2), corpus)[0]
+    return train(settings(phantom_archive, tmp_path_factory.mktemp("two"), workers=2), corpus)[0]
 
 
 def test_a_run_ends_in_a_model_that_embeds(undisturbed, corpus):
@@ -236,7 +235,7 @@ def test_a_run_whose_worker_and_then_all_of_its_ray_is_killed_gives_the_same_cur
     assert weights_hash(model) == weights_hash(artifact)
 
 
-def test_two_workers_that_accumulate_see_the_same_rows_and_give_the_same_loss(undisturbed, two_workers):
+def test_two_workers_see_the_same_rows_and_give_the_same_loss(undisturbed, two_workers):
     _, artifact = undisturbed
     assert two_workers.counts == artifact.counts
     assert two_workers.input_id != artifact.input_id
@@ -250,8 +249,7 @@ def test_two_workers_that_accumulate_see_the_same_rows_and_give_the_same_loss(un
 
 def test_one_of_two_workers_killed_amid_an_epoch_costs_nothing_of_the_curve(two_workers, phantom_archive, tmp_path):
     run, log = tmp_path / "runs" / two_workers.input_id, tmp_path / "log"
-    command = ["train", *words(phantom_archive, tmp_path), "training.workers=2", "training.accumulation=2"]
-    command.append("training.checkpoint_steps=2")
+    command = ["train", *words(phantom_archive, tmp_path), "training.workers=2", "training.checkpoint_steps=2"]
     with job(*command, log=log) as process:
         wait_until(lambda: inside_a_later_epoch(run), process, log)
         workers = train_workers(process.pid)
