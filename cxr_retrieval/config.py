@@ -172,7 +172,7 @@ class TrainingSettings(Section):
     accumulation: int = Field(
         1,
         ge=1,
-        description="micro-batches that a worker adds up to one optimizer step; statistics of a batch are then of each of them",
+        description="micro-batches that a worker adds up to one optimizer step, each with statistics of its own",
     )
     workers: int = Field(1, ge=1, description="Ray Train workers")
     min_workers: int | None = Field(
