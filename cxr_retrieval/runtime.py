@@ -82,8 +82,7 @@ def start_ray(settings: Settings | None = None) -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or "local"
         try:
-            # A Ray of this job's own is gone with it: nobody looks at its dashboard, which takes a third of its start.
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: {' '.join(str(error).split())[:200]};"
