@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import PLAN, Artifact, Draft, Equation, FileEntry
@@ -199,9 +201,12 @@ def _prepare_parts(
         tasks = [{"partition": n, "uri": parts[n].uri} for n in missing]
         task = _PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(parts[0].settings), settings)
         memory = min(task_memory(settings), *nodes_memory())  # a node that has less takes one at a time
-        results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-            task, memory=memory, max_retries=TRIES - 1
-        )
+        with warnings.catch_warnings():
+            # Ray 2.60 has no other way to tell it when to give up, and asks for one that it does not name.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+                task, memory=memory, max_retries=TRIES - 1
+            )
         waiting = dict.fromkeys(missing)
         try:
             for result in results.iter_rows():
