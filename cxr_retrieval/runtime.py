@@ -82,7 +82,7 @@ def start_ray(settings: Settings | None = None) -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or "local"
         try:
-            # With its dashboard: what gives a stopped trial's workers back asks there (Ray Train 2.60), or waits for ever.
+            # With its dashboard: what gives the workers of a stopped trial back asks there (Ray Train 2.60).
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
