@@ -5,6 +5,7 @@
 Both are the job as a person runs it, start of Python and Ray and listing included. The state that a killed job leaves
 is made from the finished corpus: without its manifest, and without those of the partitions that were finished last. The
 films are many enough for a full run of some minutes on two cores: on fewer, a rerun is nothing but its fixed costs.
+They take 17 GB of disk.
 """
 
 import os
