@@ -42,16 +42,35 @@ from cxr_retrieval.training.optimisation import (
     running_average,
 )
 
-NETWORK = NetworkSettings(normalisation="batch", whole_side=64, crop_side=64)
-STEPS, DIMENSIONS = NETWORK.steps, NETWORK.dimensions
-TABLES = 2 * STEPS
-BATCH, RATE, PROXY_RATE, DECAY = 64, 7.5e-4, 10.0, 0.2  # the proxies' rate is a multiple of the network's
+BATCH, PROXY_RATE, DECAY = 64, 10.0, 0.2  # the proxies' rate is a multiple of the network's
 AVERAGING, WARM_UP, SHALLOW, CROP_FROM = 0.996, 0.1, 0.1, 0.6
 START = 0.4  # of the steps, after which the contrastive loss joins
 CURVE_POINTS = 12  # looks at the validation patients while training, which are not counted as its time
 CENTRING_IMAGES = 2_000
 EVALUATED = ("global", "combined", "profile", "global_profile")
 CUTOFFS = (2, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network that entries train, and the learning rate that suits it."""
+
+    network: NetworkSettings
+    rate: float
+
+
+LEARNERS = {
+    "resnet18_half": Learner(NetworkSettings(normalisation="batch", whole_side=64, crop_side=64), 7.5e-4),
+    "efficientnet_lite0": Learner(
+        NetworkSettings(
+            backbone="efficientnet_lite0", weights="imagenet", normalisation="batch", whole_side=96, crop_side=96
+        ),
+        3e-4,
+    ),
+}
+SMALL = "resnet18_half"
+STEPS, DIMENSIONS = LEARNERS[SMALL].network.steps, LEARNERS[SMALL].network.dimensions  # of all of them
+TABLES = 2 * STEPS
 
 
 @dataclass(frozen=True)
@@ -173,16 +192,23 @@ class Contest:
     """One seed's network on its way: the trunk first, then one loss."""
 
     def __init__(
-        self, settings: LossSettings, seed: int, steps: int, train: Images, judged: Mapping[str, Images], recipe: Recipe
+        self,
+        settings: LossSettings,
+        seed: int,
+        steps: int,
+        train: Images,
+        judged: Mapping[str, Images],
+        recipe: Recipe,
+        learner: Learner = LEARNERS[SMALL],
     ) -> None:
-        self.settings, self.seed, self.steps = settings, seed, steps
+        self.settings, self.seed, self.steps, self.rate = settings, seed, steps, learner.rate
         self.train_images, self.judged, self.recipe = train, judged, recipe
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.autocast = autocast_of("auto", self.device)
         torch.manual_seed(seed)
-        self.network = build_network(NETWORK, len(FINDINGS)).to(self.device)
+        self.network = build_network(learner.network, len(FINDINGS)).to(self.device)
         self.averaged = AveragedModel(self.network, multi_avg_fn=running_average(AVERAGING), use_buffers=True)
-        self.optimizer = optimizer_of(self.network, RATE, DECAY)
+        self.optimizer = optimizer_of(self.network, self.rate, DECAY)
         self.trunk_rival = Centred(0.0, settings, seed, self.device)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
@@ -264,7 +290,7 @@ class Contest:
     ) -> None:
         self.network.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = RATE * group.get("faster", 1.0) * rate_share(self.step, self.steps, WARM_UP)
+            group["lr"] = self.rate * group.get("faster", 1.0) * rate_share(self.step, self.steps, WARM_UP)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         rows = self._rows_of(self.step)
         images = augment(normalised(self.train_images.pixels[rows], self.recipe, self.device), generator)

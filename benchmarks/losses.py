@@ -2,11 +2,15 @@
 
   python -m benchmarks.losses --archive DIR [--also DIR]
   python -m benchmarks.losses --phantoms 20600
+  python -m benchmarks.losses --archive DIR --learner efficientnet_lite0 --steps 664 --name NAME
 
 `--minutes` of one run become a number of steps, measured once with cross-entropy only and nothing beside it (or
 `--steps` says it), and kept in `budget.json`; every loss and seed takes as many. A run leaves one JSON in
 `benchmarks/results/losses/NAME`; two run side by side on a core each (one on a GPU). Run again, it does only what is
 missing, and compares what is there; another archive, recipe or budget takes another name.
+
+The learner is a half-width ResNet-18 from nothing at 64 pixels, or EfficientNet-Lite0 from ImageNet at 96, which takes
+seven times as long.
 
 `--archive` is split by patient: it is trained on, and its test patients are one of the sets that are judged; of
 phantoms three quarters are test patients, 5,000 with 20,600 images. `--also` is another archive, all of whose patients
@@ -28,6 +32,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,7 +44,20 @@ from torch import Tensor
 from benchmarks import contest
 from benchmarks.archive import phantom_archive
 from benchmarks.claim import RESULTS, Claim, machine, publish
-from benchmarks.contest import CROP_FROM, CUTOFFS, EVALUATED, Centred, Contest, Nothing, Paired, Proxied, Rival
+from benchmarks.contest import (
+    CROP_FROM,
+    CUTOFFS,
+    EVALUATED,
+    LEARNERS,
+    SMALL,
+    Centred,
+    Contest,
+    Nothing,
+    Paired,
+    Proxied,
+    Rival,
+)
+from cxr_retrieval import losses, network
 from cxr_retrieval.config import CorpusSettings, LossSettings
 from cxr_retrieval.console import Meter, say, show_table
 from cxr_retrieval.corpus.preparation import prepare
@@ -48,13 +66,14 @@ from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION
 from cxr_retrieval.evaluation.intervals import paired_difference, patient_bootstrap
 from cxr_retrieval.losses import baselines
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training import augmentation
+from cxr_retrieval.training import augmentation, objective, optimisation
 
 OURS, ALONE = "CCLoss", "cross-entropy only"
 SIDE = 128
 SETTINGS = LossSettings()
 PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
 OUT = RESULTS / "losses"
+DECISIVE = (contest, losses, network, augmentation, objective, optimisation)  # whose text decides what a run gives
 Maker = Callable[[torch.device], Rival]
 
 
@@ -95,9 +114,10 @@ def prepared(archives: list[str], size: int, shares: Mapping[str, float]) -> lis
 _loaded: dict[str, Any] = {}
 
 
-def _load(uris: list[str]) -> None:
+def _load(uris: list[str], learner: str) -> None:
     """What every run of a process uses; on a CPU each has one thread."""
     torch.set_num_threads(1)
+    _loaded["learner"] = LEARNERS[learner]
     first, *others = [Corpus.open(uri) for uri in uris]
     _loaded["train"] = contest.read_images([first], TRAIN)
     _loaded["judged"] = {
@@ -110,7 +130,7 @@ def _load(uris: list[str]) -> None:
 
 
 def _contest(seed: int, steps: int) -> Contest:
-    return Contest(SETTINGS, seed, steps, _loaded["train"], _loaded["judged"], _loaded["recipe"])
+    return Contest(SETTINGS, seed, steps, _loaded["train"], _loaded["judged"], _loaded["recipe"], _loaded["learner"])
 
 
 def _grow(seed: int, steps: int, trunk: str) -> None:
@@ -136,7 +156,9 @@ def file_of(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name.replace(' ', '_')}-{seed}.json"
 
 
-def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, asked: dict[str, float]) -> None:
+def run_all(
+    folder: Path, corpora: list[Corpus], learner: str, names: list[str], seeds: int, asked: dict[str, float]
+) -> None:
     """Run what is missing, seed by seed, so that what is there early can be compared.
 
     `asked` is the budget of a run: `{"minutes": M}` or `{"steps": N}`.
@@ -146,9 +168,9 @@ def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, a
     at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     wanted = [(name, seed) for seed in range(seeds) for name in names]
     left = [(name, seed) for name, seed in wanted if not file_of(folder, name, seed).exists()]
-    pool = ProcessPoolExecutor(at_once, get_context("spawn"), _load, (uris,))
+    pool = ProcessPoolExecutor(at_once, get_context("spawn"), _load, (uris, learner))
     try:
-        budget = _budget(folder, [corpus.artifact.input_id for corpus in corpora], asked, pool)
+        budget = _budget(folder, [corpus.artifact.input_id for corpus in corpora], learner, asked, pool)
         steps, trunks = budget["steps"], folder / "trunks"
         trunks.mkdir(exist_ok=True)
         trunk_of = {seed: trunks / f"{seed}.pt" for _, seed in left}
@@ -170,12 +192,20 @@ def run_all(folder: Path, corpora: list[Corpus], names: list[str], seeds: int, a
         pool.shutdown(cancel_futures=True)
 
 
-def _budget(folder: Path, corpora: list[str], asked: dict[str, float], pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """What all runs of a folder have in common; results of another budget, other images or another text of the losses,
-    of a run or of its augmentation are refused."""
-    text = [inspect.getsource(part) for part in (rivals, contest, baselines, augmentation)]
+def _texts(part: ModuleType) -> list[Path]:
+    """The file of a module, or those of a package."""
+    file = Path(str(part.__file__))
+    return sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
+
+
+def _budget(
+    folder: Path, corpora: list[str], learner: str, asked: dict[str, float], pool: ProcessPoolExecutor
+) -> dict[str, Any]:
+    """What all runs of a folder have in common; results of another budget, learner, other images or another text of
+    what decides them (see DECISIVE) are refused."""
+    text = [inspect.getsource(rivals), *(file.read_text() for part in DECISIVE for file in _texts(part))]
     digest = hashlib.sha256(json.dumps([text, SETTINGS.model_dump()], sort_keys=True).encode()).hexdigest()[:12]
-    file, wanted = folder / "budget.json", asked | {"corpora": corpora, "recipe": digest}
+    file, wanted = folder / "budget.json", asked | {"corpora": corpora, "learner": learner, "recipe": digest}
     if not file.exists():
         steps = asked["steps"] if "steps" in asked else pool.submit(_calibrated, asked["minutes"]).result()
         file.write_text(json.dumps(wanted | {"steps": steps}) + "\n")
@@ -363,6 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--archive", help="archive to train on and to judge by its test patients")
     parser.add_argument("--also", action="append", default=[], help="archive of other patients, to judge only")
     parser.add_argument("--phantoms", type=int, help="draw so many phantoms and use them as the archive")
+    parser.add_argument("--learner", choices=LEARNERS, default=SMALL, help=f"network to train (default {SMALL})")
     parser.add_argument("--name", help="folder of the results; default: nih or phantoms")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=5.0, help="budget of one run (default 5)")
@@ -381,7 +412,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.archive = phantom_archive(options.phantoms, SIDE)
     corpora = prepared([options.archive, *options.also], SIDE, PHANTOM_SHARES if options.phantoms else {})
     asked = {"minutes": options.minutes} if options.steps is None else {"steps": options.steps}
-    run_all(folder, corpora, options.only or known, options.seeds, asked)
+    run_all(folder, corpora, options.learner, options.only or known, options.seeds, asked)
     report(folder)
 
 

@@ -8,7 +8,20 @@ import pytest
 import torch
 
 from benchmarks import contest
-from benchmarks.contest import BATCH, EVALUATED, Centred, Contest, Images, Nothing, Paired, Proxied, Rival
+from benchmarks.contest import (
+    BATCH,
+    EVALUATED,
+    LEARNERS,
+    SMALL,
+    Centred,
+    Contest,
+    Images,
+    Learner,
+    Nothing,
+    Paired,
+    Proxied,
+    Rival,
+)
 from cxr_retrieval.config import LossSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.losses import baselines
@@ -24,9 +37,9 @@ def noise(count: int, seed: int) -> Images:
     return Images(pixels, labels, np.array([f"p{number // 2}" for number in range(count)]))
 
 
-def started() -> Contest:
+def started(learner: Learner = LEARNERS[SMALL]) -> Contest:
     judged = {"validation": noise(30, 1), "test": noise(40, 2)}
-    return Contest(LossSettings(), 0, STEPS, noise(BATCH + 6, 0), judged, Recipe(SIDE, "letterbox"))
+    return Contest(LossSettings(), 0, STEPS, noise(BATCH + 6, 0), judged, Recipe(SIDE, "letterbox"), learner)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +63,22 @@ def test_every_entry_begins_where_the_trunk_ends_and_takes_the_same_steps(trunk:
     again = ran(trunk, Nothing())[1]
     assert again.figures == entry.figures, "a seed gives the same run"
     assert any(not torch.equal(value, grown["network"][name]) for name, value in run.network.state_dict().items())
+
+
+def test_a_learner_from_imagenet_is_judged_like_one_from_nothing(trunk: Path, tmp_path: Path) -> None:
+    learner = LEARNERS["efficientnet_lite0"]
+    file = tmp_path / "trunk.pt"
+    started(learner).grow_trunk(file)
+    run = started(learner)
+    entry = run.run(lambda device: Centred(0.1, LossSettings(), 0, device), file)
+    first = next(run.network.parameters())
+    fresh = next(started(learner).network.parameters())
+    assert torch.allclose(first, fresh, atol=0.01), "it began with what ImageNet taught, at a small rate"
+    assert not torch.equal(first, fresh)
+    plain = ran(trunk, Nothing())[1]
+    assert {place: set(names) for place, names in entry.figures.items()} == {
+        place: set(names) for place, names in plain.figures.items()
+    }
 
 
 @pytest.mark.parametrize("table", [baselines.ProxyAnchor, baselines.MultiLabelProxies])
