@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+TRIES = 4  # of a task whose process dies: lost nodes cost one each, and a file that kills every reader all
+DIED = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
 
 
 def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int) -> None:

@@ -26,6 +26,7 @@ from cxr_retrieval.errors import UserError
 
 S3 = s3.SCHEME
 CHUNK = 1 << 20
+DEEPEST = 100  # folders in folders that are listed
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,22 @@ def read_beginning(uri: str, length: int) -> bytes:
 
 @contextlib.contextmanager
 def open_text(uri: str) -> Iterator[IO[str]]:
-    """A text file, streamed and decompressed by its ending (`.gz`). Bytes that are not UTF-8 become U+FFFD."""
+    """A text file, streamed; one that `is_packed` is decompressed. Bytes that are not UTF-8 become U+FFFD."""
     uri = canonical(uri)
     options = {"client": s3.client()} if is_s3(uri) else {}
     with _explained(uri):
         if not is_s3(uri):
             _require_file(uri)
-        with smart_open.open(uri, encoding="utf-8-sig", errors="replace", transport_params=options) as stream:
+        packed = ".gz" if is_packed(uri) else "disable"
+        with smart_open.open(
+            uri, encoding="utf-8-sig", errors="replace", compression=packed, transport_params=options
+        ) as stream:
             yield stream
+
+
+def is_packed(uri: str) -> bool:
+    """Whether a text file is compressed, by its ending: nothing but gzip is unpacked."""
+    return uri.lower().endswith(".gz")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -310,29 +319,61 @@ def _list_local(
     left_out: Callable[[str], None],
     above: frozenset[tuple[int, int]] = frozenset(),
 ) -> Iterator[StoredFile]:
-    named = f"{top}, {_depth(prefix)}" if prefix else top
-    hint = f"; `find {top} -type d ! -readable` shows it" if prefix else ""
-    with _explained(named, hint), os.scandir(folder) as entries:
+    """The files of one folder and those below it. Holds the names in it, and in those that it lies in."""
+    if len(above) == DEEPEST:
+        raise UserError(f"{top}: folders that lie more than {DEEPEST} deep: move them up")
+    try:
+        with _listing(top, prefix):
+            place, names = _names_in(folder, prefix, top, left_out, above)
+    except FileNotFoundError:
+        if prefix:
+            return  # deleted since it was listed
+        raise
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.endswith("/"):
+            yield from _list_local(path[:-1], prefix + name, top, left_out, above | {place})
+            continue
+        with _listing(top, prefix):
+            try:
+                state = os.stat(path, follow_symlinks=os.path.isfile(path))
+            except FileNotFoundError:
+                continue  # deleted since it was listed
+        yield StoredFile(prefix + name, path, state.st_size, state.st_mtime, state.st_mtime_ns)
+
+
+def _names_in(
+    folder: str, prefix: str, top: str, left_out: Callable[[str], None], above: frozenset[tuple[int, int]]
+) -> tuple[tuple[int, int], list[str]]:
+    """What tells a folder from every other, and what is in it, in order: of a folder the name with its "/", as it sorts
+    in the order of whole paths, which is S3's order too."""
+    names = []
+    with os.scandir(folder) as entries:
         state = os.stat(folder)
         place = (state.st_dev, state.st_ino)
         if place in above:
             raise _bad_link(top, prefix.rstrip("/"), "leads to a folder that it lies in: remove it")
-        found = list(entries)
-    shown = [e for e in found if not e.name.startswith(".")]
-    for entry in found:
-        if entry.name.startswith("."):
-            left_out(entry.name)
-    for entry in shown:
-        if entry.is_symlink():
-            _require_within(entry.path, top, prefix)
-    # A folder sorts as "name/": the order of whole paths, which is S3's order too.
-    ordered = sorted(shown, key=lambda e: e.name + "/" if e.is_dir() else e.name)
-    for entry in ordered:
-        if entry.is_dir():
-            yield from _list_local(entry.path, f"{prefix}{entry.name}/", top, left_out, above | {place})
-        else:
-            state = entry.stat(follow_symlinks=entry.is_file())
-            yield StoredFile(prefix + entry.name, entry.path, state.st_size, state.st_mtime, state.st_mtime_ns)
+        for entry in entries:
+            if entry.name.startswith("."):
+                left_out(entry.name)
+                continue
+            if entry.is_symlink():
+                _require_within(entry.path, top, prefix)
+            names.append(f"{entry.name}/" if entry.is_dir() else entry.name)
+    return place, sorted(names)
+
+
+@contextlib.contextmanager
+def _listing(top: str, prefix: str) -> Iterator[None]:
+    """Tell in one line, without a name, what a folder cannot be listed for; FileNotFoundError stays what it is."""
+    named = f"{top}, {_depth(prefix)}" if prefix else top
+    try:
+        with _explained(named, f"; `find {top} -type d ! -readable` shows it" if prefix else ""):
+            yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{named}: it cannot be listed: {error.strerror}") from None
 
 
 def _temporary_beside(target: Path) -> Path:

@@ -24,10 +24,14 @@ LOSSY = (JPEG[0], JPEG[1], JPEG_LS[1], JPEG_2000[1])
 SYNTAXES = (*JPEG, *JPEG_LS, *JPEG_2000, *RLE)
 
 START, END, SCAN, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
+ALONE = (0x01, *range(0xD0, 0xD8))  # markers without a length: TEM and RST0 to RST7
+MOST_SCANS = 100  # of a JPEG: each goes over all pixels again, and programs that write them make ten or so
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, and SOF55 of JPEG-LS
 LOSSLESS = (0xC3, 0xF7)
 RGB_NAMES = (b"RGB", b"rgb")
-SIZ, COD, TILE = b"\xff\x4f\xff\x51", 0x52, 0x90
+SIZ, COD, COC, TILE, TILE_DATA = b"\xff\x4f\xff\x51", 0x52, 0x53, 0x90, 0x93
+# What else a header of JPEG 2000 may hold. Of others the decoder believes no length, and may see what is hidden there.
+OTHERS = (0x50, 0x51, 0x55, *range(0x57, 0x59), *range(0x5C, 0x62), 0x63, 0x64)
 MOST_TILES, MOST_PRECINCTS = 4096, 100_000  # the decoder keeps some KB for each before it sees a pixel
 ERRORS = (RuntimeError, ValueError, TypeError)  # what imagecodecs raises of a bad file; its own are RuntimeErrors
 
@@ -90,7 +94,14 @@ def _runs(data: bytes, width: int, height: int, samples: int, bytes_each: int) -
     return values.reshape(height, width) if samples == 1 else values.reshape(samples, height, width).transpose(1, 2, 0)
 
 
+def require_few_scans(data: bytes) -> None:
+    """Raises RejectedImage for a JPEG of so many scans that decoding it takes minutes."""
+    if data.count(bytes((0xFF, SCAN))) > MOST_SCANS:
+        raise RejectedImage("unsupported", f"a JPEG of more than {MOST_SCANS} scans")
+
+
 def _jpeg_header(data: bytes) -> Frame:
+    require_few_scans(data)
     if not data.rstrip(b"\0").endswith(bytes((0xFF, END))):
         raise RejectedImage("damaged", "a JPEG frame without its end mark")
     rgb: bool | None = None
@@ -115,8 +126,11 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         if marker == 0xFF:  # markers may be filled up with these
             place += 1
             continue
+        if marker in ALONE:
+            place += 2
+            continue
         length = int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker == SCAN or length < 2:
+        if marker in (0, START, END, SCAN) or length < 2:
             return
         yield marker, data[place + 4 : place + 2 + length]
         place += 2 + length
@@ -140,15 +154,43 @@ def _jpeg_2000_header(data: bytes) -> Frame:
 
 
 def _precincts(data: bytes, width: int, height: int) -> int:
-    """How many precincts a JPEG 2000 frame is cut into by its main header; 0 where it says nothing of them."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] not in (COD, TILE):
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    style = data[place + 4 : place + 47] if data[place + 1 : place + 2] == bytes((COD,)) else b""
-    if len(style) < 11 or not style[0] & 1:
-        return 0
-    levels, count = style[5], 0
-    for resolution, size in enumerate(style[10 : 11 + levels]):
-        down = levels - resolution
-        count += -(-(width >> down) >> (size & 15)) * -(-(height >> down) >> (size >> 4))
-    return count
+    """How many precincts a JPEG 2000 frame is cut into, by whichever of its headers makes the most; 0 where none says
+    anything of them."""
+    most = 0
+    for levels, sizes in _coding_styles(data):
+        count = 0
+        for resolution, size in enumerate(sizes[: levels + 1]):
+            down = levels - resolution
+            count += -(-(width >> down) >> (size & 15)) * -(-(height >> down) >> (size >> 4))
+        most = max(most, count)
+    return most
+
+
+def _coding_styles(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Levels and sizes of precincts that the main header and those of tile-parts tell (ISO 15444-1, A.6.1 and A.6.2).
+
+    Raises RejectedImage for a segment that is none of the standard's.
+    """
+    place, tile_end = 2, 0
+    component_bytes = 1 if int.from_bytes(data[40:42], "big") < 257 else 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        body = data[place + 4 : place + 2 + length]
+        if marker == END or (marker == TILE_DATA and not tile_end):
+            return
+        if marker == TILE_DATA:
+            place = tile_end
+            continue
+        if marker == TILE:
+            told = int.from_bytes(data[place + 6 : place + 10], "big")
+            tile_end = place + told if told else 0
+            if told and tile_end <= place + 12:
+                raise RejectedImage("damaged", "a JPEG 2000 frame whose tiles lie of their length")
+        elif marker in (COD, COC):
+            # Behind the style: of all components five bytes of what they have in common, of one its number before it.
+            at, begin = (0, 5) if marker == COD else (component_bytes, component_bytes + 1)
+            if len(body) > begin and body[at] & 1:
+                yield body[begin], body[begin + 5 :]
+        elif marker not in OTHERS or length < 2:
+            raise RejectedImage("unsupported", "JPEG 2000 with segments that the standard's first part does not know")
+        place += 2 + length

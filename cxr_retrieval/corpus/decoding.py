@@ -13,6 +13,7 @@ import imagecodecs
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from cxr_retrieval.corpus.codestream import require_few_scans
 from cxr_retrieval.corpus.dicom import BARE_TEXT, is_bare_dicom, is_dicom
 from cxr_retrieval.corpus.film import read_film
 from cxr_retrieval.corpus.limits import Limits, RejectedImage
@@ -137,6 +138,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         raise RejectedImage("damaged", str(error)) from None
     width, height = image.size
     limits.check(width, height)
+    if image.format == "JPEG":
+        require_few_scans(data)
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise RejectedImage("unsupported", f"{frames} frames in one file")

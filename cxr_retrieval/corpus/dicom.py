@@ -58,6 +58,10 @@ NATIVE = (
     uid.DeflatedExplicitVRLittleEndian,
     uid.ExplicitVRBigEndian,
 )
+ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # what an item of a sequence begins with, little and big endian
+MOST_ITEMS = 20_000  # pydicom makes a data set of about a kilobyte of each, wanted or not
+MOST_VALUE = 1 << 20  # bytes of an element other than the pixels; lookup tables have 128 KiB
+PIXEL_DATA = Tag("PixelData")
 MOST = 1e12  # the largest number that is taken for one; infinity and no-number are neither
 
 
@@ -145,24 +149,24 @@ def reading() -> Iterator[None]:
 def read_header(
     data: bytes, names: tuple[str, ...], room: int, to_the_end: bool = True, whole: bool = True
 ) -> tuple[Dataset, uid.UID]:
-    """The named elements of a file, and its transfer syntax. Of a deflated file, `room` bytes are inflated.
+    """The named elements of a file, and its transfer syntax, whether or not its pixels can be read. Of a deflated file,
+    `room` bytes are inflated.
 
     Not `to_the_end`, reading stops behind the last of them; `data` that is not the `whole` file has to reach that far.
     """
+    _require_few_items(data)
     file: io.BytesIO = io.BytesIO(data)
     file.seek(0 if data.startswith(META) else PREAMBLE + 4)
     meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
     if "TransferSyntaxUID" not in meta:
         raise RejectedImage("damaged", "DICOM that names no transfer syntax")
     syntax = uid.UID(str(meta.TransferSyntaxUID))
-    if syntax not in NATIVE and syntax not in codestream.SYNTAXES:
-        known = syntax.name if syntax in uid.UID_dictionary else "one that the standard does not list"
-        raise RejectedImage("unsupported", f"DICOM in a transfer syntax that is not read: {known}")
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         inflated = inflater.decompress(data[file.tell() :], room)
         if inflater.unconsumed_tail and to_the_end:
             raise RejectedImage("too_large", f"deflated DICOM of more than {room:,} bytes")
+        _require_few_items(inflated)
         file = io.BytesIO(inflated)
     tags: list[BaseTag | int] = [Tag(name) for name in names]
     last, passed = max(tags), False
@@ -181,7 +185,24 @@ def read_header(
     )
     if not (passed or whole):
         raise RejectedImage("damaged", f"a DICOM header that does not end within {len(data):,} bytes")
+    for tag in tags:
+        value = getattr(header.get_item(tag), "value", None)  # as it was read: nothing is made of it yet
+        if tag != PIXEL_DATA and isinstance(value, bytes) and len(value) > MOST_VALUE:
+            raise RejectedImage("damaged", f"an element of a DICOM header of {len(value):,} bytes")
     return header, syntax
+
+
+def require_decodable(syntax: uid.UID) -> None:
+    """Raises RejectedImage where pixels in a transfer syntax cannot be read."""
+    if syntax not in NATIVE and syntax not in codestream.SYNTAXES:
+        known = syntax.name if syntax in uid.UID_dictionary else "one that the standard does not list"
+        raise RejectedImage("unsupported", f"DICOM in a transfer syntax that is not read: {known}")
+
+
+def _require_few_items(data: bytes) -> None:
+    """Raises RejectedImage where sequences have so many items that reading them takes memory that nobody reserved."""
+    if sum(data.count(item) for item in ITEMS) > MOST_ITEMS:
+        raise RejectedImage("unsupported", f"DICOM whose sequences have more than {MOST_ITEMS:,} items")
 
 
 def element(header: Dataset, name: str) -> Any:

@@ -12,7 +12,16 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from cxr_retrieval.corpus import codestream
-from cxr_retrieval.corpus.dicom import NATIVE, burned_in, element, first, read_header, reading, whole
+from cxr_retrieval.corpus.dicom import (
+    NATIVE,
+    burned_in,
+    element,
+    first,
+    read_header,
+    reading,
+    require_decodable,
+    whole,
+)
 from cxr_retrieval.corpus.greyscale import Scale, StoredBits, grey_table
 from cxr_retrieval.corpus.limits import FOR_PROCESSING, HEADER_ROOM, ExcludedImage, Limits, RejectedImage
 
@@ -63,6 +72,7 @@ def read_film(data: bytes, limits: Limits) -> Film:
     images that are looked for."""
     with reading():
         header, syntax = read_header(data, PIXELS, 3 * limits.max_pixels + HEADER_ROOM)
+        require_decodable(syntax)
         shape = _Shape.of(header, syntax, limits)
         aspect = _aspect(header)
         with_text = burned_in(header) or False
@@ -114,7 +124,8 @@ class _Shape:
             raise RejectedImage("not_an_image", "a DICOM object without an image")
         width, height = whole(header, "Columns"), whole(header, "Rows")
         limits.check(width, height)
-        if "PixelData" not in header or not element(header, "PixelData"):
+        pixels = element(header, "PixelData")
+        if not (pixels and isinstance(pixels, bytes)):  # of a value representation that is no bytes' it is none
             raise RejectedImage("damaged", f"DICOM of {width} x {height} pixels without its pixel data")
         frames = whole(header, "NumberOfFrames", 1)
         if frames > 1:

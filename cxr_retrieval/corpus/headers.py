@@ -34,13 +34,14 @@ from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.formats.labels import HeaderFormat
 from cxr_retrieval.corpus.limits import HEADER_ROOM, RejectedImage
 from cxr_retrieval.corpus.rows import rows_digest
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
-from cxr_retrieval.runtime import nodes_cpus
+from cxr_retrieval.runtime import DIED, TRIES, nodes_cpus
 from cxr_retrieval.storage import StoredFile
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND, HEADERS_FILE = "headers", "headers.parquet"
-VERSION = 3  # raise it with every change of what is read of a header
+VERSION = 4  # raise it with every change of what is read of a header
 STRETCH = 2048  # files of one task
 READS = 16  # files that a task reads at once: hides the latency of object storage
 LENGTHS = (64 << 10, 1 << 20, HEADER_ROOM)  # bytes of a file that are read, one after the other until its header ends
@@ -115,7 +116,7 @@ class Headers:
 
         Holds as many stretches as there are CPUs, twice.
         """
-        read = ray.remote(max_retries=3)(_read_stretch)
+        read = ray.remote(max_retries=TRIES - 1)(_read_stretch)
         shared = ray.put(self)
         work = f"{KIND}-{hashlib.sha256(self.folder.encode()).hexdigest()[:20]}"
         with Progress(self.workspace, work, self.folder, "read headers", total, "files") as progress:
@@ -130,7 +131,14 @@ class Headers:
     def _next(self, waiting: list[Any], progress: Progress) -> pa.Table:
         (ready,), _ = ray.wait(waiting, num_returns=1)
         waiting.remove(ready)
-        uri, retries = ray.get(ready)
+        try:
+            uri, retries = ray.get(ready)
+        except DIED as error:
+            raise UserError(
+                f"{self.archive}: the process that read headers of its files died at every try: one of them crashes the"
+                " reader or takes more memory than there is (Ray's logs say which); take it out of the archive and run"
+                " the same command again, it goes on"
+            ) from error
         storage.add_retries(retries)
         table = _table(artifacts.load(uri, KIND))
         progress.advance(table.num_rows)
@@ -154,8 +162,10 @@ def _read_stretch(headers: Headers, files: Sequence[StoredFile]) -> tuple[str, i
     """Read the headers of a stretch and keep them: where, and how many requests were sent again. Runs in a Ray task."""
     before = storage.retries()
     draft = headers.draft(files).begin()
+    layout = format_of(headers.settings)
+    assert isinstance(layout, HeaderFormat)
     with ThreadPoolExecutor(READS) as pool:
-        rows = list(pool.map(partial(_row, headers), files))
+        rows = list(pool.map(partial(_row, layout, headers.removed), files))
     with draft.staged(HEADERS_FILE) as (local, entry):
         pq.write_table(pa.Table.from_pylist(rows, schema=HEADERS), local, compression="zstd")
     kinds = Counter(row["kind"] for row in rows)
@@ -163,7 +173,7 @@ def _read_stretch(headers: Headers, files: Sequence[StoredFile]) -> tuple[str, i
     return draft.uri, storage.retries() - before
 
 
-def _row(headers: Headers, file: StoredFile) -> dict[str, Any]:
+def _row(layout: HeaderFormat, removed: RemovedPatients, file: StoredFile) -> dict[str, Any]:
     """What is kept of a file."""
     row: dict[str, Any] = {"path": file.path, "size": file.size, "version": file.version, "kind": IMAGE}
     try:
@@ -174,11 +184,9 @@ def _row(headers: Headers, file: StoredFile) -> dict[str, Any]:
         return {**row, "reason": UNREADABLE, "text": "there was not enough memory to read its header"}
     if facts is None or not facts.has_image:
         return {**row, "kind": FILE if facts is None else OBJECT}
-    layout = format_of(headers.settings)
-    assert isinstance(layout, HeaderFormat)
     patient = layout.patient_of(file.path, facts)
-    if patient in headers.removed:
-        return {**row, "path": None, "mark": headers.removed.mark(file.path)}
+    if patient in removed:
+        return {**row, "path": None, "mark": removed.mark(file.path)}
     return {**row, **{name: getattr(facts, name) for name, _ in FACTS}, "patient_id": patient}
 
 

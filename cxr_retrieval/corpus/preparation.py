@@ -40,7 +40,7 @@ from cxr_retrieval.corpus.rows import EXCLUSIONS, LABELS, QUARANTINE, as_read, c
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
-from cxr_retrieval.runtime import nodes_cpus, nodes_memory
+from cxr_retrieval.runtime import DIED, TRIES, nodes_cpus, nodes_memory
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND, PART_KIND = "corpus", "corpus-part"
@@ -51,8 +51,6 @@ BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
 # Bytes a pixel of an image that is decoded, its file and what is made of it on the way: of a PNG of 16 bits, 17 of one
 # with colours. JPEG 2000 with colours takes 28, and nobody's films of the largest size are that.
 DECODING = 18
-TRIES = 4  # of a partition whose process dies: lost nodes cost one each, and an image that kills every decoder all
-DIED = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
 BEGUN_TOLD = 8  # partitions that are told where one of them cannot be prepared
 # Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
 SHAPING = ("size", "fit", "max_pixels", "min_side", "source_side", "row_group_images")
@@ -119,6 +117,14 @@ def _latest_uri(folder: str, settings: CorpusSettings) -> str:
     return storage.join(folder, LATEST, f"{archive}.json")
 
 
+def _remember_latest(corpus: Artifact, settings: CorpusSettings) -> None:
+    """Note a corpus as the last one of its archive: what was never finished decides nothing about what comes after."""
+    latest = _latest_uri(storage.parent(corpus.uri), settings)
+    told = json.dumps({"input_id": corpus.input_id}).encode()
+    if not storage.exists(latest) or storage.read_bytes(latest) != told:
+        storage.write_bytes(latest, told)
+
+
 def _partitions_before(folder: str, settings: CorpusSettings) -> Iterator[pa.Table]:
     """The partitions of the last corpus that was prepared from this archive; none where there is none any more."""
     try:
@@ -148,6 +154,7 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
     plan = plan_corpus(settings, workspace, privacy, scans=True)
     done = artifacts.find(plan.draft.uri)
     if done:
+        _remember_latest(done, settings)  # of a job that was killed before it did
         return done, False
     draft, manifest = plan.draft, _begin(plan.draft, plan.manifest)
     with ThreadPoolExecutor(READS_AHEAD) as pool:
@@ -160,9 +167,7 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
             draft = replace(draft, uri=storage.join(storage.parent(draft.uri), draft.input_id))
             manifest = _begin(draft, _manifest_as_read(plan, finished))
         corpus = _finish(draft, manifest, finished, plan.archive, settings)
-        # Not before: what was never finished decides nothing about what comes after it.
-        latest = _latest_uri(storage.parent(draft.uri), settings)
-        storage.write_bytes(latest, json.dumps({"input_id": corpus.input_id}).encode())
+        _remember_latest(corpus, settings)
         return corpus, True
 
 

@@ -618,6 +618,8 @@ def test_a_lost_part_is_redone_and_no_other(phantom_archive: Path, tmp_path: Pat
 def test_a_grown_archive_keeps_its_parts_wherever_the_new_names_sort(archive: Path, tmp_path: Path) -> None:
     first, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
     before = part_manifests(tmp_path / "work")
+    (latest,) = (tmp_path / "work").glob("corpora/chest/latest/*.json")
+    of_first = latest.read_bytes()
     rng = np.random.default_rng(0)
     for n in range(20):
         name = f"{'00000000' if n % 2 else '99999999'}_{n:03d}.png"
@@ -631,9 +633,11 @@ def test_a_grown_archive_keeps_its_parts_wherever_the_new_names_sort(archive: Pa
     assert before.items() <= part_manifests(tmp_path / "work").items()
     assert (first.counts["prepared"], second.counts["prepared"]) == (IMAGES, IMAGES + 20)
     assert artifacts.load(first.uri, "corpus").manifest == first.manifest  # the first corpus is still whole
+    latest.write_bytes(of_first)  # as if the job had been killed before it wrote this, the last of all
     again, worked = prepare(corpus_settings(archive), str(tmp_path / "work"))
     assert not worked
     assert again.manifest == second.manifest
+    assert json.loads(latest.read_bytes()) == {"input_id": second.input_id}
 
 
 @pytest.mark.parametrize("change", [{"fit": "stretch"}, {"split_seed": 1}, {"row_group_images": 16}, {"ages": [0, 50]}])

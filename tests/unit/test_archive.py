@@ -97,6 +97,22 @@ def test_a_row_says_what_nihs_table_says(folder: Folder) -> None:
     assert {name: row[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(("told", "sex"), [("female", "F"), ("4711", None), ("", None)])
+def test_a_sex_that_is_none_is_not_known_and_a_view_is_named_as_everywhere(
+    told: str, sex: str | None, folder: Folder
+) -> None:
+    folder.images("a.png").table(f"a.png,Hernia,3,7,061,{told},pa,2682,2749,0.143,0.143")
+    row = folder.rows()["a.png"]
+    assert (row["sex"], row["view"]) == (sex, "PA")
+
+
+@pytest.mark.parametrize("ending", [".bz2", ".xz", ".zst", ".zip"])
+def test_a_table_is_packed_by_gzip_or_not_at_all(ending: str, folder: Folder) -> None:
+    folder.images("a.png").table(line("a.png")).table(name=f"{BOXES}{ending}", header="not what its ending says")
+    found = folder.read()
+    assert (found.rows, found.ignored) == (1, {ending: 1})
+
+
 def test_no_finding_is_an_empty_list_and_all_14_names_are_known(folder: Folder) -> None:
     folder.images("a.png", "b.png").table(line("a.png"), line("b.png", "|".join(FINDINGS)))
     rows = folder.rows()

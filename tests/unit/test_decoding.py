@@ -98,6 +98,20 @@ def test_a_text_file_with_the_name_of_an_image_is_not_an_image() -> None:
     assert "27 bytes" in error.text
 
 
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(grey(), "JPEG", progressive=True)
+    assert 1 < data.count(b"\xff\xda") < 20
+    last = data[data.rindex(b"\xff\xda") : -2]
+    many = data[:-2] + 100 * last + data[-2:]
+
+    def load(_: Image.Image) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(Image.Image, "load", load)
+    error = rejected(many)
+    assert (error.reason, error.text) == ("unsupported", "a JPEG of more than 100 scans")
+
+
 def test_an_empty_file_is_called_empty() -> None:
     error = rejected(b"")
     assert (error.reason, error.text) == ("not_an_image", "neither PNG, JPEG nor DICOM: an empty file")

@@ -23,7 +23,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
-from cxr_retrieval.corpus import film
+from cxr_retrieval.corpus import dicom, film
 from cxr_retrieval.corpus.decoding import DecodedImage, Limits, Recipe, RejectedImage, decode
 from cxr_retrieval.corpus.dicom import DicomFacts, age_years, read_facts
 from cxr_retrieval.corpus.film import read_film
@@ -671,6 +671,101 @@ def test_a_frame_of_very_many_tiles_is_refused_before_it_is_decoded() -> None:
     frame = bytearray(jpeg_2000(ramp()))
     frame[24:32] = struct.pack(">II", 1, 1)
     assert rejected(compressed(dataset(ramp()), uid.JPEG2000Lossless, bytes(frame))).reason == "unsupported"
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
+
+
+SMALLEST = bytes([0x11] * 6)  # precincts of two by two values at every level
+STYLE_OF_ONE = bytes([0, 1, 5, 4, 4, 0, 1]) + SMALLEST  # of the first component: its number, what follows, levels, ...
+STYLE_OF_ALL = bytes([1, 0, 0, 1, 0, 5, 4, 4, 0, 1]) + SMALLEST
+
+
+@pytest.mark.parametrize(
+    ("told", "where"),
+    [
+        (segment(0x53, STYLE_OF_ONE), b"\xff\x5c"),
+        (segment(0x52, STYLE_OF_ALL), b"\xff\x5c"),
+        (segment(0x53, STYLE_OF_ONE), b"\xff\x93"),
+        (segment(0x52, STYLE_OF_ALL), b"\xff\x93"),
+        (segment(0x30, segment(0x53, STYLE_OF_ONE)), b"\xff\x5c"),
+    ],
+    ids=["of a component", "a second time", "of a component in a tile", "in a tile", "hidden in another segment"],
+)
+def test_a_frame_of_very_many_precincts_is_refused_wherever_it_tells_of_them(
+    told: bytes, where: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoder(*_: Any, **__: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    pixels = ramp(12, width=900, height=900)
+    frame = jpeg_2000(pixels)
+    assert np.array_equal(shown(compressed(dataset(pixels), uid.JPEG2000Lossless, frame)), shown(dataset(pixels)))
+    monkeypatch.setattr(imagecodecs, "jpeg2k_decode", decoder)
+    place = frame.index(where)
+    error = rejected(compressed(dataset(pixels), uid.JPEG2000Lossless, frame[:place] + told + frame[place:]))
+    assert error.reason == "unsupported"
+    assert "precincts" in error.text or "segments" in error.text
+
+
+@pytest.mark.parametrize("before", [b"\xff\xd0\x00\x40", b"\xff\x01\x00\x40", b"\xff\x00\x00\x40"])
+def test_a_size_that_hides_where_only_the_decoder_sees_it_is_refused(
+    before: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoder(*_: Any, **__: Any) -> None:
+        raise AssertionError("pixels were decoded")
+
+    pixels = ramp(8)
+    frame = imagecodecs.jpeg8_encode(pixels, level=95)
+    place = frame.index(b"\xff\xc0")
+    huge = segment(0xC0, struct.pack(">BHHB3B", 8, 65500, 65500, 1, 1, 0x11, 0))
+    monkeypatch.setattr(imagecodecs, "jpeg8_decode", decoder)
+    data = frame[:place] + (before + huge).ljust(66, b"\xff") + frame[place:]
+    assert rejected(compressed(dataset(pixels, 8), uid.JPEGBaseline8Bit, data)).reason == "damaged"
+
+
+@pytest.mark.parametrize("kind", [b"UT", b"UR", b"OV", b"UN"])
+def test_pixel_data_that_claims_to_be_text_is_damaged_or_read_as_it_is(kind: bytes) -> None:
+    data = written(dataset(ramp()))
+    place = data.rindex(b"\xe0\x7f\x10\x00OW") + 4
+    with contextlib.suppress(RejectedImage):
+        decoded(data[:place] + kind + data[place + 2 :])
+    if kind in (b"UT", b"UR"):
+        assert rejected(data[:place] + kind + data[place + 2 :]).reason == "damaged"
+
+
+@pytest.mark.parametrize("read", [read_facts, decoded], ids=["facts", "pixels"])
+def test_sequences_of_very_many_items_are_refused_before_anything_is_made_of_them(
+    read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was parsed")
+
+    data = written(dataset(ramp()))
+    place = data.index(b"\x10\x00\x10\x00PN")  # behind the class and the date, before the patient
+    items = b"\xfe\xff\x00\xe0\x00\x00\x00\x00" * (dicom.MOST_ITEMS + 1)
+    sequence = b"\x08\x00\x99\x99SQ\x00\x00\xff\xff\xff\xff" + items + b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
+    monkeypatch.setattr(dicom, "read_dataset", made)
+    with pytest.raises(RejectedImage, match="more than 20,000 items"):
+        read(data[:place] + sequence + data[place:])
+
+
+def test_a_number_of_a_header_that_is_megabytes_long_is_damaged_and_not_taken_apart() -> None:
+    made = dataset(ramp())
+    made.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
+    data = written(made, implicit_vr=True, little_endian=True)
+    place = data.rindex(b"\xe0\x7f\x10\x00")
+    centre = b"1\\" * (1 << 20)
+    long = b"\x28\x00\x50\x10" + struct.pack("<I", len(centre)) + centre
+    error = rejected(data[:place] + long + data[place:], Limits(min_side=32, max_pixels=1 << 24))
+    assert (error.reason, error.text) == ("damaged", "an element of a DICOM header of 2,097,152 bytes")
+
+
+def test_what_a_file_is_of_is_known_though_its_pixels_cannot_be_read() -> None:
+    data = compressed(dataset(ramp(), Modality="US"), uid.MPEG2MPML, b"\0\0")
+    assert read_facts(data).modality == "US"
+    assert rejected(data).reason == "unsupported"
 
 
 def test_run_lengths_that_never_end_fill_the_image_and_no_more() -> None:

@@ -74,6 +74,7 @@ def bounded() -> Iterator[None]:
     assert _memory("VmHWM") - held < MOST_BYTES
 
 
+PIXEL_DATA = b"\xe0\x7f\x10\x00"
 LIES = [n.to_bytes(width, order) for n in (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFF_FFFF, 0xFFFF_FFFE, 0xFFFF_FFFF)
         for width in (1, 2, 4) for order in ("little", "big") if n < 1 << 8 * width]  # fmt: skip
 edits = st.tuples(
@@ -165,7 +166,9 @@ def _films() -> list[bytes]:
     )
     runs = dataset(pixels)
     runs.compress(uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
-    return [*seeds, written(runs)]
+    plain = written(dataset(pixels))
+    text = [plain.replace(PIXEL_DATA + b"OW", PIXEL_DATA + kind) for kind in (b"UT", b"UR", b"OL")]
+    return [*seeds, *text, written(runs)]
 
 
 PICTURES, FILMS = _pictures(), _films()

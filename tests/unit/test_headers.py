@@ -327,6 +327,27 @@ def test_findings_come_from_a_table_by_file_image_or_study(export: Export, key: 
     assert list(found.table_hashes) == [labels]
 
 
+def test_the_label_table_is_opened_as_often_whatever_the_number_of_files(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    real = storage.open_text
+
+    def counted(uri: str) -> Any:
+        opened.append(uri)
+        return real(uri)
+
+    labels = export.labels("path,Hernia", *(f"IM{n},1" for n in range(6)))
+    monkeypatch.setattr(storage, "open_text", counted)
+    counts = []
+    for files in (2, 6):
+        export.put(**{f"IM{n}": film() for n in range(files)})
+        opened.clear()
+        assert len(export.rows(labels=labels)) == files
+        counts.append(len(opened))
+    assert counts[0] == counts[1]
+
+
 def test_an_image_whose_row_says_0_everywhere_has_no_finding(export: Export) -> None:
     export.put(a=film(image="1.5"))
     labels = export.labels("SOPInstanceUID," + ",".join(FINDINGS), "1.5" + ",0" * len(FINDINGS))

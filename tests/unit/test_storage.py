@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +212,47 @@ def test_a_folder_that_may_not_be_read_is_refused_without_its_name(
         list(storage.list_files(str(tmp_path)))
     assert "Doe" not in str(caught.value)
     assert f"`find {tmp_path} -type d ! -readable`" in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["1.png", "more"])
+def test_what_is_deleted_while_its_folder_is_listed_is_not_there(what: str, tmp_path: Path) -> None:
+    for name in ("0.png", "1.png", "more/2.png", "z.png"):
+        storage.write_bytes(str(tmp_path / "Doe^John" / name), b"x")
+    found = storage.list_files(str(tmp_path))
+    listed = [next(found).path]
+    gone = tmp_path / "Doe^John" / what
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    listed += [file.path for file in found]
+    there = {"Doe^John/0.png", "Doe^John/1.png", "Doe^John/more/2.png", "Doe^John/z.png"}
+    assert listed == sorted(path for path in there if what not in path)
+
+
+def test_a_disk_that_fails_while_it_is_listed_is_told_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(str(tmp_path / "Doe^John" / "1.png"), b"x")
+    real = os.stat
+
+    def failing(path: str, **options: Any) -> os.stat_result:
+        if str(path).endswith("1.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(UserError, match=f"^{tmp_path}, 1 folder below it: it cannot be listed: ") as caught:
+        list(storage.list_files(str(tmp_path)))
+    assert "Doe" not in str(caught.value)
+
+
+def test_folders_without_end_in_folders_are_refused_in_one_line(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(storage.DEEPEST + 1):
+        deep = deep / "d"
+    storage.write_bytes(str(deep.parent.parent / "1.png"), b"x")
+    assert len(list(storage.list_files(str(tmp_path)))) == 1
+    storage.write_bytes(str(deep / "2.png"), b"x")
+    with pytest.raises(UserError, match=f"^{tmp_path}: folders that lie more than 100 deep: move them up$"):
+        list(storage.list_files(str(tmp_path)))
 
 
 def test_links_within_a_folder_are_listed_and_one_in_a_circle_is_refused(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class DicomFolder:
         if GIVEN not in tables:
             return
         table = tables[GIVEN]
-        columns = [name for name in FINDINGS if name in header_of(table)]
+        named = set(header_of(table))
+        columns = [name for name in FINDINGS if name in named]
         if not columns:
             raise UserError(f"{table.uri}: no column is named as a finding; they are {', '.join(FINDINGS)}")
         for key, *cells in records(table, [self._key, *columns]):
@@ -96,7 +97,8 @@ def _rule(facts: DicomFacts) -> str | None:
 
 
 def _key(table: StoredFile) -> str:
-    found = [name for name in KEYS if name in header_of(table)]
+    named = set(header_of(table))
+    found = [name for name in KEYS if name in named]
     if len(found) != 1:
         raise UserError(
             f"{table.uri}: the columns that may name an image are {', '.join(KEYS)}, and one of them has to be there;"

@@ -179,7 +179,7 @@ def lines(file: StoredFile) -> Generator[list[str], None, None]:
             yield line
 
     try:
-        if file.uri.endswith(".gz"):
+        if storage.is_packed(file.uri):
             with storage.arrow_reader(file.uri) as packed:
                 most = MOST_UNPACKED * packed.size() + ALWAYS_UNPACKED
         with storage.open_text(file.uri) as text:

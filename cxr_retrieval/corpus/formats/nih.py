@@ -14,6 +14,8 @@ from cxr_retrieval.corpus.formats.labels import (
     lines,
     quoted,
     records,
+    sex,
+    view,
     whole_number,
 )
 from cxr_retrieval.corpus.formats.vocabulary import NIH
@@ -22,6 +24,7 @@ from cxr_retrieval.errors import UserError
 
 TABLE, BOXES = "Data_Entry_2017", "BBox_List_2017"
 LISTS = {"train_val_list": TRAIN_OR_VALIDATION, "test_list": TEST}
+ENDINGS = {TABLE: ".csv", BOXES: ".csv"} | dict.fromkeys(LISTS, ".txt")
 COLUMNS = (
     "Image Index",
     "Finding Labels",
@@ -47,16 +50,15 @@ class Nih:
     def table_kind(path: str) -> str | None:
         if "/" in path:
             return None
-        if path.startswith(TABLE):
-            return TABLE if path.endswith((".csv", ".csv.gz")) else None
-        return next((kind for kind in (BOXES, *LISTS) if path.startswith(kind)), None)
+        kind = next((kind for kind in ENDINGS if path.startswith(kind)), None)
+        return kind if kind and path.endswith((ENDINGS[kind], f"{ENDINGS[kind]}.gz")) else None
 
     def image_of(self, path: str) -> str:
         return path.rpartition("/")[2]
 
     def labels(self, tables: Tables) -> Iterator[Label]:
         gender = next((name for name in SEX if name in header_of(tables[TABLE])), SEX[0])
-        for image, found, follow_up, patient, years, view, sex in records(tables[TABLE], (*COLUMNS, gender)):
+        for image, found, follow_up, patient, years, told_view, told_sex in records(tables[TABLE], (*COLUMNS, gender)):
             findings = [finding for finding in found.split("|") if finding != NO_FINDING]
             strange = next((finding for finding in findings if finding not in FINDINGS), None)
             yield Label(
@@ -66,8 +68,8 @@ class Nih:
                 findings=[finding for finding in FINDINGS if finding in findings],
                 follow_up=whole_number(follow_up),
                 age_years=age(whole_number(years.removesuffix("Y"))),  # the table's first edition writes 058Y
-                sex=sex or None,
-                view=view or None,
+                sex=sex(told_sex),
+                view=view(told_view),
                 reason=None if strange is None else "unknown_finding",
                 text=None if strange is None else f"finding {quoted(strange)} is none of the {len(FINDINGS)}",
             )
