@@ -136,7 +136,7 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
     by_finding = {
         name: summarise_findings(found["all"], labels[asked], own[asked], FINDINGS, draws=settings.draws)
         for name, found in figures.items()
-        if name not in floors
+        if name != "metadata"
     }
     return {
         "queries": int(asked.sum()),
@@ -154,11 +154,13 @@ def assess(queries: Images, archive: Images | None, model: Model, settings: Eval
         },
         "per_finding": {name: found["findings"] for name, found in by_finding.items()},
         "macro": {name: found["macro"] for name, found in by_finding.items()},
-        "by_group": {model.chosen: _by_group(chosen["all"], queries, asked, settings.draws)},
+        "by_group": {
+            name: _by_group(figures[name]["all"], queries, asked, settings.draws) for name in (model.chosen, "pixels")
+        },
         "same_patient": {name: tables[name]["all"]["same_patient"] for name in (model.chosen, *floors)},
         "examples": _examples(chosen["all"], queries, asked, own, named[model.chosen]),
         **_localisation(queries, own, model.recipe.size, settings.draws),
-        **_unseen(named, labels, own, model, settings.draws),
+        **_apart(named, labels, own, model, settings),
     }
 
 
@@ -207,23 +209,24 @@ def example_crops(evaluation: Mapping[str, Any]) -> list[dict[int, list[int]]]:
     return [{image["row"]: image["crop"] for image in images} for images in shown]
 
 
-def _unseen(
-    named: Mapping[str, Tensor], labels_NC: Tensor, patients_N: Tensor, model: Model, draws: int
+def _apart(
+    named: Mapping[str, Tensor], labels_NC: Tensor, patients_N: Tensor, model: Model, settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """Retrieval of findings that training never saw, each for itself: a hit is an image that has that very finding."""
-    found: dict[str, Any] = {}
-    for finding in model.unseen:
+    """Retrieval of findings each for itself, a hit is an image that has that very finding: of those `unseen` by
+    training, and where it is asked for of those `seen` too."""
+    found: dict[str, dict[str, Any]] = {"unseen": {}, "seen": {}}
+    for finding in model.findings if settings.apart == "all" else model.unseen:
         only_N1 = labels_NC[:, [model.findings.index(finding)]]
         asked = (only_N1 == 1).any(1)
+        if not asked.any():
+            continue
+        cells = found["unseen" if finding in model.unseen else "seen"].setdefault(finding, {})
         for name, vectors in named.items():
-            if not asked.any():
-                continue
             figures = retrieve(vectors[asked], vectors, only_N1[asked], only_N1, patients_N[asked], patients_N)
-            table = summarise(figures, patients_N[asked], draws=draws)
+            table = summarise(figures, patients_N[asked], draws=settings.draws)
             queries = {"queries": table["queries"]}
-            cells = {"precision@8": table["precision_at"]["8"] | queries, "mAP": table["map"] | queries}
-            found.setdefault(finding, {})[name] = cells
-    return {"unseen": found} if found else {}
+            cells[name] = {"precision@8": table["precision_at"]["8"] | queries, "mAP": table["map"] | queries}
+    return {kind: tables for kind, tables in found.items() if tables}
 
 
 def _localisation(images: Images, patients_N: Tensor, size: int, draws: int) -> dict[str, Any]:
@@ -250,7 +253,7 @@ def headline(evaluation: Mapping[str, Any], gallery: str = "all") -> list[list[A
 
     def row(name: str, table: Mapping[str, Any], key: str) -> list[Any]:
         cells = [*table["recall_at"].values(), table["precision_at"]["8"], table["map"]]
-        return [name, *("-" if cell[key] is None else 100.0 * cell[key] for cell in cells)]
+        return [name, *(_percent(cell[key]) for cell in cells)]
 
     named = evaluation["embeddings"] | evaluation["floors"]
     rows = [row(name, tables[gallery], "value") for name, tables in named.items()]
@@ -276,16 +279,22 @@ def localisation_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
     return [row("all", found), *(row(name, table) for name, table in found["findings"].items())]
 
 
-def unseen_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
-    """Rows for a person, of every finding that training never saw: the chosen embedding and the pixels, then
-    precision@8 and mAP in percent, each with its chance level. No row where training saw all."""
+def apart_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
+    """Rows for a person, of every finding that was asked for by itself, and whether training saw it: the chosen
+    embedding and the pixels, then precision@8 and mAP in percent, each with its chance level. No row where there is
+    none."""
     rows: list[list[Any]] = []
-    for finding, table in evaluation.get("unseen", {}).items():
-        for name in (evaluation["chosen"], "pixels"):
-            cells = [table[name][figure] for figure in ("precision@8", "mAP")]
-            shares = [100.0 * cell[part] for cell in cells for part in ("value", "chance")]
-            rows.append([finding, cells[0]["queries"], name, *shares])
+    for kind in ("unseen", "seen"):
+        for finding, table in evaluation.get(kind, {}).items():
+            for name in (evaluation["chosen"], "pixels"):
+                cells = [table[name][figure] for figure in ("precision@8", "mAP")]
+                shares = [_percent(cell[part]) for cell in cells for part in ("value", "chance")]
+                rows.append([finding, kind, cells[0]["queries"], name, *shares])
     return rows
+
+
+def _percent(share: float | None) -> float | str:
+    return "-" if share is None else 100.0 * share
 
 
 def _difference(cell: Mapping[str, Any]) -> str:

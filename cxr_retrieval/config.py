@@ -206,7 +206,9 @@ class TrainingSettings(Section):
     augment: bool = Field(
         True, description="small rotations, shifts, scalings and exposure changes; never a mirror image"
     )
-    shuffle_images: int = Field(4096, ge=64, description="images among which the order is fully random")
+    shuffle_images: int = Field(
+        4096, ge=64, description="images in the shuffle at a time; each lane puts its own share of them in random order"
+    )
     lanes: int = Field(4, ge=1, le=1024, description="data streams of one optimizer step; a multiple of the workers")
     tracking: Literal["tensorboard", "mlflow"] | None = Field(
         None, description="where curves are shown while training: in RUN/tensorboard, or where MLFLOW_TRACKING_URI says"
@@ -218,6 +220,10 @@ class TrainingSettings(Section):
 class EvaluationSettings(Section):
     draws: int = Field(2000, ge=100, description="bootstrap draws over patients")
     split: Literal["test", "validation"] = Field("test", description="whose images are the queries")
+    apart: Literal["unseen", "all"] = Field(
+        "unseen",
+        description="findings that are asked for each by itself: those that training never saw, or all, to compare",
+    )
     max_images: int = Field(
         150_000, ge=100, description="most images of one gallery; of a larger one, patients are drawn by a hash"
     )

@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",  # a hospital's jobs tell nobody that they ran
     "RAY_task_oom_retries": "20",  # without an end a task that no node has the memory for is begun again for ever
-    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # network.weights=hf:// may ask the hub, and tells it of nothing else
     "TRANSFORMERS_VERBOSITY": "error",
 }
 TRIES = 4  # of a task whose process dies: lost nodes cost one each, and a file that kills every reader all

@@ -13,21 +13,22 @@ import json
 
 from cxr_retrieval import command, console, storage
 from cxr_retrieval.artifacts import Artifact
-from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate, headline, localisation_rows, unseen_rows
+from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, apart_rows, evaluate, headline, localisation_rows
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.model import MODEL_FILE
-from cxr_retrieval.training.run import model_of
+from cxr_retrieval.training.run import learnt_from, model_of
 
 
 def run(settings: Settings, _: argparse.Namespace) -> None:
     start_ray(settings)
     settings, model = model_of(settings)
     corpus = Corpus(prepare(settings.corpus, settings.workspace, settings.privacy)[0])
-    warn_of_overlap(settings, model, corpus)
+    if settings.model is not None:  # another run's: of a model of these settings the split is the same
+        warn_of_overlap(settings, model, corpus)
     embedded, _worked = embed(settings.embedding, settings.workspace, model.uri, corpus)
     evaluation, worked = evaluate(
         settings.evaluation, settings.workspace, model.uri, corpus, embedded, names=not settings.privacy.pseudonymise
@@ -36,12 +37,17 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def warn_of_overlap(settings: Settings, model: Artifact, corpus: Corpus) -> None:
-    """Say so where an archive that is all test data is the one that the model learnt from."""
-    learnt_from = json.loads(model.read(MODEL_FILE)).get("label_tables")
-    if settings.corpus.split == "all_test" and learnt_from == corpus.label_tables:
+    """Say so where the archive is the one that the model learnt from and the split is not known to be the same.
+
+    It is known by its place, or by any of its label tables: it may have grown since.
+    """
+    facts, here = json.loads(model.read(MODEL_FILE)), learnt_from(settings.corpus, corpus)
+    in_common = set(facts.get("label_tables", ())) & set(here["label_tables"])
+    if (in_common or facts.get("archive") == here["archive"]) and facts.get("split") != here["split"]:
         console.say(
-            "warning: the model was trained on patients of this very archive, and all of them are test data here:"
-            " for held-out figures give the training run's config instead of model=URI"
+            "warning: the model was trained on this very archive by another split, so patients that it was trained on"
+            " may be queries here: for held-out figures give the training run's config instead of model=URI, or its"
+            " corpus.split, split_seed and shares"
         )
 
 
@@ -62,10 +68,10 @@ def show_evaluation(evaluation: Artifact, worked: bool) -> None:
             ["finding", "boxes", "patients", "centre in crop", "centred", "difference", "IoU", "centred", "difference"],
             rows,
         )
-    if rows := unseen_rows(figures):
+    if rows := apart_rows(figures):
         console.show_table(
-            "Findings that training never saw, each asked for alone, percent",
-            ["finding", "queries", "embedding", "precision@8", "chance", "mAP", "chance"],
+            "Findings each asked for alone, percent",
+            ["finding", "in training", "queries", "embedding", "precision@8", "chance", "mAP", "chance"],
             rows,
         )
     for drawn in figures["drawn"]:

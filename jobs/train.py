@@ -40,6 +40,7 @@ def training_report(settings: Settings, model: Artifact, corpus: Corpus) -> str:
     facts = json.loads(model.read(MODEL_FILE))
     centres = safetensors.numpy.load(model.read(WEIGHTS_FILE))[CENTRES]
     classes = [*facts["findings"], NO_FINDING][: centres.shape[1]]
+    learnt = [n for n, name in enumerate(classes) if name in facts.get("learnt", classes)]  # others never moved
     examples = []
     if len(places := example_places(corpus, settings.training.unseen)):
         table = corpus.take(places, ["pixels", "findings"])
@@ -49,21 +50,35 @@ def training_report(settings: Settings, model: Artifact, corpus: Corpus) -> str:
             for n, findings in enumerate(table["findings"].to_pylist())
         ]
     page = storage.join(settings.workspace, "reports", "training", f"{model.input_id}.html")
-    storage.write_bytes(page, write_training(facts, centres, classes, examples).encode())
+    storage.write_bytes(
+        page, write_training(facts, centres[:, learnt], [classes[n] for n in learnt], examples).encode()
+    )
     return page
 
 
 def show_model(model: Artifact, worked: bool) -> None:
-    """Print where the model is and its figures on validation patients."""
+    """Print where the model is, and the figures of its chosen embedding on validation patients beside chance."""
+    chosen = model.manifest["chosen"]
+    figures = json.loads(model.read(MODEL_FILE))["validation"][chosen]
+    measures = {"mAP": "map", "precision@8": "precision_at_8", "Recall@8": "recall_at_8"}
     console.show_table(
         "Model" if worked else "Model (finished before, nothing to do)",
         ["training images", "validation images", "steps", "chosen embedding", "where"],
         [
             [
                 *(model.counts[name] for name in ("train_images", "validation_images", "steps")),
-                model.manifest["chosen"],
+                chosen,
                 model.uri,
             ]
+        ],
+    )
+    chance = [figures.get(f"chance_{key}") for key in measures.values()]  # older models kept that of mAP only
+    console.show_table(
+        "Retrieval among validation patients, who chose epoch and embedding, percent",
+        ["embedding", *measures],
+        [
+            [chosen, *(100.0 * figures[key] for key in measures.values())],
+            ["chance", *("-" if level is None else 100.0 * level for level in chance)],
         ],
     )
 

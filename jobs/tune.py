@@ -4,7 +4,7 @@
   ray job submit --working-dir . -- python -m jobs.tune --space FILE --config FILE workspace=s3://bucket/prefix
 
 Every trial trains a model with the space's small budget; killed and run again, the sweep goes on. Writes `sweep.html`,
-`sweep.json`, and `best.yaml`, which `jobs.train --config` takes as it is.
+`sweep.json`, and `best.yaml`, your config with the best point, which `jobs.train --config` takes as it is.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from cxr_retrieval.progress import Progress
 from cxr_retrieval.report.advice import next_steps
 from cxr_retrieval.report.sweep import sweep_page
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training.space import MOST_TRIALS, Space, checked_base, read_space
+from cxr_retrieval.training.space import MOST_TRIALS, Space, check_space, read_space
 from cxr_retrieval.training.sweep import Sweep, ended_trials, run_sweep
 
 SWEEP_FILE, REPORT_FILE, BEST_FILE = "sweep.json", "sweep.html", "best.yaml"
@@ -36,10 +36,10 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     if settings.model is not None:
         raise UserError("model is set, but this job trains its own: leave it out")
     space = chosen_space(options)
-    base = checked_base(space, options.space, settings)
+    check_space(space, options.space, settings)
     start_ray(settings)
     corpus = Corpus(prepare(settings.corpus, settings.workspace, settings.privacy)[0])
-    sweep = Sweep(space, options.space, base, corpus)
+    sweep = Sweep(space, options.space, settings, corpus)
     done = artifacts.find(sweep.draft.uri)
     show_sweep(done or finished(sweep), worked=done is None)
 
@@ -61,7 +61,7 @@ def finished(sweep: Sweep) -> Artifact:
     before = {number: trial for number, trial in ended_trials(sweep).items() if trial["state"] != "failed"}
     if before:
         console.say(f"going on with a sweep of which {len(before)} of {count} trials have ended")
-    with Progress.of(sweep.base.workspace, draft, "tune", count, "trials", before=len(before)) as progress:
+    with Progress.of(sweep.settings.workspace, draft, "tune", count, "trials", before=len(before)) as progress:
         return written(sweep, draft, run_sweep(sweep, before, progress))
 
 
@@ -112,12 +112,12 @@ def _short(value: object) -> str:
 
 def plan(settings: Settings, options: argparse.Namespace) -> None:
     space = chosen_space(options)
-    base = checked_base(space, options.space, settings)
+    check_space(space, options.space, settings)
     corpus = Corpus(find_prepared(settings.corpus, settings.workspace, settings.privacy))
-    sweep = Sweep(space, options.space, base, corpus)
+    sweep = Sweep(space, options.space, settings, corpus)
     images = corpus.artifact.manifest["splits"]["train"]["images"]
     searched = space.space.get("training.pretraining")
-    passes = space.epochs + (max(searched.extremes) if searched else base.training.pretraining)
+    passes = space.epochs + (max(searched.extremes) if searched else sweep.trial_settings({}).training.pretraining)
     state = "finished" if artifacts.find(sweep.draft.uri) else "to do"
     console.show_table(
         "Plan of tune",

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from cxr_retrieval.losses.targets import PRESENT
 
+COLLAPSED = 0.9  # mean cosine: plain means of overlapping findings end at 0.93 to 0.98 unless embeddings are centred
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -31,6 +33,11 @@ class Geometry:
     min_cosine: float
     max_cosine: float
     mean_angle_degrees: float
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the centres lie on nearly one point; the mean cosine of random ones is near 0."""
+        return self.mean_cosine > COLLAPSED
 
 
 class Centres:
@@ -140,25 +147,23 @@ class Centres:
         assert not self._gathering, "begin_as within a step: its sums are of centres elsewhere"
         self.vectors_TCD[tables] = self.vectors_TCD[others].clone()
 
-    def geometry(self) -> list[Geometry]:
-        """How the centres of each table lie, T entries; all 0 where there is only one class."""
-        _, classes, _ = self.vectors_TCD.shape
-        if classes == 1:
-            return [Geometry(0.0, 0.0, 0.0, 0.0) for _ in self.vectors_TCD]
+    def geometry(self, learnt_C: Tensor | None = None) -> list[Geometry]:
+        """How the centres of each table lie, T entries; all 0 where there is only one class.
+
+        `learnt_C`: the classes whose centres count, bool; None is all. Others stay at random places, and would hide a
+        collapse.
+        """
+        vectors_TCD = self.vectors_TCD if learnt_C is None else self.vectors_TCD[:, learnt_C]
+        classes = vectors_TCD.shape[1]
+        if classes < 2:
+            return [Geometry(0.0, 0.0, 0.0, 0.0) for _ in vectors_TCD]
         row, column = torch.triu_indices(classes, classes, offset=1)
         found = []
-        for vectors_CD in self.vectors_TCD.double().cpu():
+        for vectors_CD in vectors_TCD.double().cpu():
             cosines = (vectors_CD @ vectors_CD.T)[row, column].clamp(-1.0, 1.0)
             angle = cosines.acos().rad2deg().mean().item()
             found.append(Geometry(cosines.mean().item(), cosines.min().item(), cosines.max().item(), angle))
         return found
-
-    def collapsed(self, threshold: float = 0.9) -> list[bool]:
-        """For each table, whether its centres lie on nearly one point: their mean cosine is above the threshold.
-
-        Plain means of overlapping findings end at 0.93 to 0.98 unless embeddings are centred; random ones near 0.
-        """
-        return [table.mean_cosine > threshold for table in self.geometry()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the centres, `{"vectors": float32 [T, C, D]}`; taken between steps, so there are no sums to save.

@@ -23,7 +23,7 @@ def searched(sweep: Mapping[str, Any], run: Trials) -> list[str]:
     sentences += _stopping(sweep, run)
     if shared := sweep.get("settings"):
         words = [f"{key} = {as_text(value)}" for key, value in shared.items()]
-        sentences.append(f"All trials share {listed(words)}.")
+        sentences.append(f"All trials share {listed(words)}, which the best config does not take over.")
     return sentences
 
 

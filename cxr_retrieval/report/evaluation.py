@@ -21,8 +21,13 @@ MEASURES = {
     "iobb": "Share of the box in the crop",
     "iou": "Intersection over union",
 }
+APART = {
+    "unseen": ("Findings that training never saw", "Images with these findings were left out of training."),
+    "seen": ("Findings that training saw, each by itself", "Images with these findings were in training."),
+}
 CHANCE = "chance"
 FLOORS = {"pixels": "pixels alone", "metadata": "view, sex and age alone"}
+BESIDE = "pixels"  # the floor that stands in the cells of tables by finding and by group
 
 _FEW = 20
 _RECALL_CUTOFFS = (2, 4, 6, 8)
@@ -70,7 +75,8 @@ def write_evaluation(evaluation: Mapping[str, Any], cases: Mapping[int, Case] = 
     chosen = evaluation.get("chosen")
     less_floors: Mapping[str, Any] = evaluation.get("chosen_minus_floor") or {}
     galleries = _galleries([*embeddings.values(), *floors.values()])
-    groups = _groups((evaluation.get("by_group") or {}).get(chosen) or {})
+    by_group: Mapping[str, Any] = evaluation.get("by_group") or {}
+    groups = _groups(by_group.get(chosen or "") or {}, by_group.get(BESIDE) or {})
     located = _localisation(evaluation.get("localisation"))
     return render(
         "evaluation.html.j2",
@@ -95,7 +101,11 @@ def write_evaluation(evaluation: Mapping[str, Any], cases: Mapping[int, Case] = 
         few=_FEW,
         deciding=[column.title for column in _DECIDING],
         measures=list(MEASURES.values()),
-        unseen=_lines(evaluation.get("unseen")),
+        apart=[
+            (heading, meaning, lines)
+            for kind, (heading, meaning) in APART.items()
+            if (lines := _lines(evaluation.get(kind)))
+        ],
         localisation=located,
         localisation_plot=_localisation_plot(located),
         same_patient=_same_patient(evaluation.get("same_patient") or {}),
@@ -272,8 +282,9 @@ def _cell_of(column: _Column, table: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _groups(by_group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chosen embedding's deciding figures over the queries of each view, sex and age, those that have any."""
+def _groups(by_group: Mapping[str, Any], floor: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chosen embedding's deciding figures over the queries of each view, sex and age, those that have any,
+    beside the floor's."""
     return [
         {
             "group": group,
@@ -281,6 +292,7 @@ def _groups(by_group: Mapping[str, Any]) -> list[dict[str, Any]]:
             "queries": table["queries"],
             "patients": table["patients"],
             "figures": [column.read(table) for column in _DECIDING],
+            "floors": [column.read((floor.get(group) or {}).get(value)) for column in _DECIDING],
         }
         for group, tables in by_group.items()
         for value, table in tables.items()
@@ -342,8 +354,10 @@ def _same_patient(tables: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _per_finding(per_finding: Mapping[str, Any], macro: Mapping[str, Any], chosen: str | None) -> list[dict[str, Any]]:
-    """One table an embedding, the chosen one first; findings by falling support, with their macro means."""
-    names = sorted(per_finding, key=lambda name: name != chosen)
+    """One table an embedding, the chosen one first; findings by falling support, with their macro means, each beside
+    the floor's."""
+    names = sorted((name for name in per_finding if name != BESIDE), key=lambda name: name != chosen)
+    floor = per_finding.get(BESIDE) or {}
     keys = ("recall_at_8", "precision_at_8", "map")
     tables = []
     for name in names:
@@ -352,12 +366,15 @@ def _per_finding(per_finding: Mapping[str, Any], macro: Mapping[str, Any], chose
                 "finding": finding,
                 "support": int(_number(figures.get("support")) or 0),
                 "figures": [_figure(figures.get(key)) for key in keys],
+                "floors": [_figure((floor.get(finding) or {}).get(key)) for key in keys],
             }
             for finding, figures in per_finding[name].items()
         ]
         rows.sort(key=lambda row: -row["support"])
-        means = [_figure(macro.get(name, {}).get(key)) for key in keys]
-        tables.append({"embedding": name, "chosen": name == chosen, "rows": rows, "macro": means})
+        means, floors = ([_figure(macro.get(which, {}).get(key)) for key in keys] for which in (name, BESIDE))
+        tables.append(
+            {"embedding": name, "chosen": name == chosen, "rows": rows, "macro": means, "macro_floors": floors}
+        )
     return tables
 
 

@@ -61,7 +61,8 @@ class _Chart:
 def write_training(
     model: Mapping[str, Any], centres: np.ndarray, classes: Sequence[str], films: Sequence[Example]
 ) -> str:
-    """The page of a model, from the facts of its `model.json` and its centres `[T, K, D]` of the `classes` [K]."""
+    """The page of a model, from the facts of its `model.json` and its centres `[T, K, D]` of the `classes` [K] that it
+    learnt."""
     history, pretraining = model["history"], model.get("pretraining", ())
     steps = len(centres) // len(_PASSES)
     tables = [f"{which}, step {step + 1}" for which in _PASSES for step in range(steps)]
@@ -90,7 +91,9 @@ def write_training(
             _cosines(history, tables),
             *([_pretraining(pretraining)] if pretraining else []),
         ],
-        matrix=_geometry(centres[steps - 1], classes, f"cosine between centres, {tables[steps - 1]}"),
+        matrix=_geometry(centres[steps - 1], classes, f"cosine between centres, {tables[steps - 1]}")
+        if len(classes) > 1
+        else None,
         films=[_film(example) for example in films],
     )
 

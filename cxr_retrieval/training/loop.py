@@ -20,7 +20,6 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.reading import Corpus, labels_of
 from cxr_retrieval.corpus.splits import TRAIN
 from cxr_retrieval.losses.centres import Centres
-from cxr_retrieval.losses.targets import centre_targets
 from cxr_retrieval.network.progressive import jigsaw
 from cxr_retrieval.training.augmentation import augment, by_lane
 from cxr_retrieval.training.input import Batch, WorkerInput
@@ -76,7 +75,7 @@ class Worker:
         self.total_steps = self.pretraining_steps + self.order.steps * training.epochs
         labels = torch.as_tensor(np.concatenate([*self._labels()]))
         self.objective = Objective.build(self.settings.losses, labels, steps, training.shallow_share, self.device)
-        self.optimisation = self._optimisation(centre_targets(labels[:1], self.settings.losses.no_finding).shape[1])
+        self.optimisation = self._optimisation(len(self.objective.learnt_K))
         self.validation = Validation(
             network=self.optimisation.averaged.module,
             corpus=self.corpus,
@@ -193,8 +192,7 @@ class Worker:
                 loss, parts = self.objective(output, labels, contrast, progress, shallow_only=shuffled)
                 optimisation.backward(loss * share)
             if not shuffled:
-                targets = centre_targets(labels, self.settings.losses.no_finding)
-                gather_centres(output, targets, optimisation.centres)
+                gather_centres(output, self.objective.targets(labels), optimisation.centres)
             sums = {name: sums.get(name, 0.0) + value * share for name, value in parts.items()}
         if optimisation.end():
             self.state.add(sums)
@@ -280,8 +278,9 @@ class Worker:
         record["validation"] = figures
         if self.rank == 0:
             record["crops"] = self.validation.crops()
-        record["centre_cosine"] = [table.mean_cosine for table in centres.geometry()]
-        record["centres_collapsed"] = any(centres.collapsed())
+        geometry = centres.geometry(self.objective.learnt_K)
+        record["centre_cosine"] = [table.mean_cosine for table in geometry]
+        record["centres_collapsed"] = any(table.collapsed for table in geometry)
         # Before, the crop or CCLoss has not been trained: on few validation patients such an epoch may look best.
         joined = max(self.settings.losses.contrastive_from, self.settings.training.crop_from)
         record["joined"] = self.optimisation.progress >= joined
@@ -306,6 +305,7 @@ class Worker:
             "centring": {name: value.cpu() for name, value in centring.items()},
             "validation": figures,
             "chosen": max(figures, key=lambda name: figures[name]["map"]),
+            "learnt": self.objective.learnt_K.tolist(),
             "centring_images": images,
         }
         self._report_final()

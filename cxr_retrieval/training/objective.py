@@ -12,7 +12,7 @@ from torch import Tensor
 from cxr_retrieval.config import LossSettings
 from cxr_retrieval.losses.ccloss import cc_loss, multi_label_cross_entropy
 from cxr_retrieval.losses.centres import Centres
-from cxr_retrieval.losses.targets import centre_targets, class_weights, positive_weights
+from cxr_retrieval.losses.targets import ABSENT, PRESENT, UNKNOWN, centre_targets, class_weights, positive_weights
 from cxr_retrieval.network.progressive import Output
 from cxr_retrieval.network.steps import PASSES
 
@@ -35,10 +35,16 @@ def step_weights(progress: float, steps: int, share: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Objective:
-    """A contrastive loss plus multi-label cross-entropy, of every step and pass and of the joint classifier."""
+    """A contrastive loss plus multi-label cross-entropy, of every step and pass and of the joint classifier.
+
+    `learnt_K`: which classes of the centres some training image has, bool. What none has, as a finding of
+    `training.unseen`, is unknown to every loss: taken for absent, it would push all images from a centre that nothing
+    moves, and teach its classifier to deny it.
+    """
 
     settings: LossSettings
     steps: int
+    learnt_K: Tensor
     centre_weights_K: Tensor
     positive_weights_C: Tensor
     shallow_share: float
@@ -47,13 +53,15 @@ class Objective:
     def build(
         cls, settings: LossSettings, labels_NC: Tensor, steps: int, shallow_share: float, device: torch.device
     ) -> "Objective":
-        """The weights of rare findings come once, from the labels of the training split, int8 [N, C]."""
-        targets_NK = centre_targets(labels_NC, settings.no_finding)
-        present_C, absent_C = (labels_NC == 1).sum(0), (labels_NC == 0).sum(0)
+        """What is learnt, and the weights of rare findings, come once, from the labels of all training images, int8
+        [N, C]."""
+        counts_K = (centre_targets(labels_NC, settings.no_finding) == PRESENT).sum(0)
+        present_C, absent_C = (labels_NC == PRESENT).sum(0), (labels_NC == ABSENT).sum(0)
         return cls(
             settings,
             steps,
-            class_weights((targets_NK == 1).sum(0), settings.class_balance).to(device),
+            (counts_K > 0).to(device),
+            class_weights(counts_K, settings.class_balance).to(device),
             positive_weights(present_C, absent_C, settings.class_balance).to(device),
             shallow_share,
         )
@@ -69,7 +77,7 @@ class Objective:
         `shallow_only` is for shuffled images: a crop of them and the deepest step (of several) mean nothing.
         """
         loss = self.settings
-        targets_BK = centre_targets(labels_BC, loss.no_finding)
+        targets_BK, labels_BC = self.targets(labels_BC), self._known(labels_BC)
         contrastive_weight = loss.contrastive_weight * (progress >= loss.contrastive_from)
         weights = step_weights(progress, self.steps, self.shallow_share)
         total = output.z_PSBD.new_zeros(())
@@ -95,6 +103,11 @@ class Objective:
         parts = {name: value / scale for name, value in sums.items()}
         return total / scale, {"loss": (total / scale).detach(), **parts, BY_TABLE: by_table}
 
+    def targets(self, labels_BC: Tensor) -> Tensor:
+        """What the centres aim at, int8 [B, K]: `centre_targets`, where a class that is not learnt is unknown."""
+        # In this order: an image is No Finding by the labels of its archive.
+        return self._known(centre_targets(labels_BC, self.settings.no_finding))
+
     def ccloss(self, centres: Centres) -> Contrast:
         """CCLoss against one table of `centres` at a time, as the settings have it."""
         loss = self.settings
@@ -112,6 +125,9 @@ class Objective:
             )
 
         return contrast
+
+    def _known(self, labels: Tensor) -> Tensor:
+        return labels.masked_fill(~self.learnt_K[: labels.shape[1]], UNKNOWN)
 
     def _entropy(self, logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
         return multi_label_cross_entropy(logits_BC, labels_BC, self.positive_weights_C, self.settings.smoothing)

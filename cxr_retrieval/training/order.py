@@ -7,7 +7,7 @@ and of a micro-batch do not depend on the number of workers, no row group is rea
 the number of steps before an epoch begins. Where workers do not divide the lanes, some read one lane more than others.
 
 What it gives up: rows that do not fill the last step of an epoch (fewer than one batch) wait for another epoch, and
-images are mixed among about `window` others, not among all.
+an image is mixed among about `window / lanes` of its lane, not among all.
 """
 
 from dataclasses import dataclass

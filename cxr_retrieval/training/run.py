@@ -21,9 +21,9 @@ from ray.train.torch import TorchTrainer
 
 from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Artifact, Draft
-from cxr_retrieval.config import Settings, TrainingSettings
+from cxr_retrieval.config import CorpusSettings, Settings, TrainingSettings
 from cxr_retrieval.corpus.decoding import Recipe
-from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
@@ -40,6 +40,12 @@ from cxr_retrieval.training.tracking import require_tracking, tracking_server
 from cxr_retrieval.training.weights import read_weights
 
 POLL_S = 1.0
+# The settings that decide who is trained on, by `corpus.split`; see corpus/splits.py.
+SPLIT_BY = {
+    "hash": ("split_seed", "validation_share", "test_share"),
+    "official": ("split_seed", "validation_share"),
+    "all_test": (),
+}
 # How a run is executed, not what it computes.
 EXECUTION = ("checkpoint_steps", "max_failures", "cpus_per_worker", "tracking", "compile", "min_workers")
 
@@ -73,6 +79,17 @@ def model_of(settings: Settings) -> tuple[Settings, Artifact]:
     if "split" not in settings.corpus.model_fields_set:
         shaped["split"] = "all_test"
     return settings.model_copy(update={"corpus": settings.corpus.model_copy(update=shaped)}), model
+
+
+def learnt_from(settings: CorpusSettings, corpus: Corpus) -> dict[str, Any]:
+    """What a model keeps of the archive and of the split that it learnt from: hashes of the archive's address and of
+    its label tables, and the settings of the split."""
+    archive = corpus.artifact.manifest["archive_uri"]
+    return {
+        "archive": hashlib.sha256(archive.encode()).hexdigest(),
+        "label_tables": corpus.label_tables,
+        "split": {name: getattr(settings, name) for name in ("split", *SPLIT_BY[settings.split])},
+    }
 
 
 def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
@@ -213,6 +230,16 @@ def require_trainable(settings: Settings, corpus: Corpus) -> None:
             f"{images} training images are fewer than training.batch_size="
             f"{settings.training.batch_size}: lower it, or prepare more images"
         )
+    steps = epoch_steps(settings, corpus) * settings.training.epochs
+    late = {
+        "losses.contrastive_from": settings.losses.contrastive_from,
+        "training.crop_from": settings.training.crop_from,
+    }
+    for key, share in late.items():
+        if share > (steps - 1) / steps:
+            raise UserError(
+                f"{key}={share:g} leaves none of the {steps} optimizer steps: lower it, or raise training.epochs"
+            )
     if (patients := validation_patients(settings, corpus)) < 2:
         raise UserError(
             f"{patients} validation patients: choosing an embedding takes at least two; raise"
@@ -249,10 +276,11 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "findings": list(FINDINGS),
         "losses": settings.losses.model_dump(),
         "unseen": list(settings.training.unseen),
+        "learnt": [name for name, learnt in zip((*FINDINGS, NO_FINDING), final["learnt"], strict=False) if learnt],
         "chosen": final["chosen"],
         "decode_recipe": corpus.recipe.to_json(),
         "corpus": corpus.artifact.input_id,
-        "label_tables": corpus.label_tables,
+        **learnt_from(settings.corpus, corpus),
         "validation": final["validation"],
         "best_epoch": run["best_epoch"],
         "stopped_early": stopped_early(settings, run),

@@ -91,7 +91,9 @@ class Space(Section):
     grace_epochs: int = Field(1, ge=1, description="epochs that every trial gets (asha)")
     reduction: int = Field(3, ge=2, description="one of so many trials goes on at every rung (asha)")
     seed: int = Field(0, ge=0, description="seed of the points")
-    settings: dict[str, Any] = Field({}, description="settings that all trials share, and the best config has too")
+    settings: dict[str, Any] = Field(
+        {}, description="settings of the trials alone, as their epochs are: the best config keeps its own"
+    )
     space: dict[str, Axis] = Field(min_length=1, description="settings to search, each with its values")
 
     @model_validator(mode="after")
@@ -149,23 +151,23 @@ def read_space(file: str) -> Space:
         ) from None
 
 
-def checked_base(space: Space, file: str, settings: Settings) -> Settings:
-    """The settings that all trials share, once every setting that the space can give has been checked.
+def check_space(space: Space, file: str, settings: Settings) -> None:
+    """Check every setting that the space can give to a trial or to the best config, before anything starts.
 
     Rules between settings too: all points of a grid or a random search, as many drawn ones where Optuna will choose,
     and the corners of the space, as far as they can be counted. Raises UserError for the first that is refused.
     """
-    base = with_values(settings, space.settings, file)
     drawn = space.model_copy(update={"trials": MOST_POINTS}) if space.search == "optuna" else space
     corners = itertools.product(*(axis.extremes for axis in space.space.values()))
     points = (dict(zip(space.space, corner, strict=True)) for corner in itertools.islice(corners, MOST_POINTS))
     for point in itertools.chain(points, drawn.points()):
-        trial_settings(base, space, file, point)
-    return base
+        trial_settings(settings, space, file, point)
+        with_values(settings, point, file)
 
 
-def trial_settings(base: Settings, space: Space, file: str, point: Mapping[str, Any]) -> Settings:
-    return with_values(base, {**point, "training.epochs": space.epochs}, file)
+def trial_settings(settings: Settings, space: Space, file: str, point: Mapping[str, Any]) -> Settings:
+    """The settings with the space's own, a point and the small budget."""
+    return with_values(settings, {**space.settings, **point, "training.epochs": space.epochs}, file)
 
 
 def value_of(settings: Settings, key: str) -> Any:

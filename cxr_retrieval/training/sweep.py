@@ -53,23 +53,23 @@ TRIAL_FAILURES = 1  # tries after a trial has failed: a node may be lost
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is searched: a space around settings (as `checked_base` gives them), on a corpus."""
+    """What is searched: a space around a user's settings, on a corpus."""
 
     space: Space
     file: str
-    base: Settings
+    settings: Settings
     corpus: Corpus
 
     @cached_property
     def draft(self) -> Draft:
-        shaping = dict(model_draft(self.base, self.corpus).settings) | {"space": self.space.model_dump(mode="json")}
-        folder = storage.join(self.base.workspace, "reports", "sweeps")
+        shaping = dict(model_draft(self.settings, self.corpus).settings) | {"space": self.space.model_dump(mode="json")}
+        folder = storage.join(self.settings.workspace, "reports", "sweeps")
         return Draft.under(folder, KIND, shaping, (self.corpus.artifact.input_id,))
 
     @property
     def folder(self) -> str:
         """Where the trials that have ended are kept while the sweep runs."""
-        return storage.join(self.base.workspace, "runs", self.draft.input_id)
+        return storage.join(self.settings.workspace, "runs", self.draft.input_id)
 
     def run_name(self, number: int, point: Mapping[str, Any]) -> str:
         """The run of a trial: the same trial has the same one, another point of that number another."""
@@ -78,15 +78,15 @@ class Sweep:
 
     def progress_uri(self, number: int, point: Mapping[str, Any]) -> str:
         """What the workers of a trial tell of themselves."""
-        return storage.join(self.base.workspace, "runs", self.run_name(number, point), PROGRESS_FILE)
+        return storage.join(self.settings.workspace, "runs", self.run_name(number, point), PROGRESS_FILE)
 
     def trial_settings(self, point: Mapping[str, Any]) -> Settings:
-        """The settings of one trial: the base, the point, the small budget."""
-        return trial_settings(self.base, self.space, self.file, point)
+        """The settings of one trial: the user's, those of the space, the point, the small budget."""
+        return trial_settings(self.settings, self.space, self.file, point)
 
     def best_settings(self, point: Mapping[str, Any]) -> Settings:
-        """What to train at full length: the base with the point."""
-        return with_values(self.base, point, self.file)
+        """What to train at full length: the user's settings with the point."""
+        return with_values(self.settings, point, self.file)
 
 
 def trials_at_once(training: TrainingSettings, nodes: Sequence[float], gpus: float) -> int:
@@ -205,9 +205,9 @@ def run_sweep(sweep: Sweep, before: Mapping[int, dict[str, Any]], progress: Prog
 
     Ray must be running. Raises UserError where no trial fits the cluster or nothing can be trained on the corpus.
     """
-    require_trainable(sweep.base, sweep.corpus)
-    require_tracking(sweep.base)
-    at_once = trials_at_once(sweep.base.training, nodes_cpus(), ray.cluster_resources().get("GPU", 0.0))
+    require_trainable(sweep.trial_settings({}), sweep.corpus)
+    require_tracking(sweep.settings)
+    at_once = trials_at_once(sweep.settings.training, nodes_cpus(), ray.cluster_resources().get("GPU", 0.0))
     _Ledger.progress = progress
     if len(before) < sweep.space.count:
         _tuner(sweep, before, at_once).fit()
@@ -340,7 +340,7 @@ def _trial(sweep: Sweep, config: dict[str, Any], result: dict[str, Any], error: 
 
 
 def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    space, training, manifest = sweep.space, sweep.base.training, sweep.corpus.artifact.manifest
+    space, training, manifest = sweep.space, sweep.settings.training, sweep.corpus.artifact.manifest
     tried = [trial for trial in trials if trial["state"] != "failed" and trial["value"] is not None]
     best = max(tried, key=lambda trial: (trial["joined"], trial["value"]), default=None)
     return {
@@ -364,7 +364,7 @@ def _facts(sweep: Sweep, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "train_images": manifest["splits"]["train"]["images"],
         "validation_images": manifest["splits"]["validation"]["images"],
         "chance": next((trial["curve"][0]["chance"] for trial in trials if trial["curve"]), None),
-        "axes": [axis.facts(key, value_of(sweep.base, key)) for key, axis in space.space.items()],
+        "axes": [axis.facts(key, value_of(sweep.settings, key)) for key, axis in space.space.items()],
         "trials": list(trials),
         "best": best and best["id"],
     }

@@ -144,12 +144,15 @@ def _resampled(figures: QueryFigures, patients_Q: Tensor) -> list[float]:
 
 
 def _headline(figures: QueryFigures) -> dict[str, float]:
-    """The figures that a log line and the choice need, in 0 to 1; 0 where no query counts."""
-    if len(figures.ap) == 0:
-        return {"map": 0.0, "recall_at_8": 0.0, "precision_at_8": 0.0, "chance_map": 0.0}
-    return {
-        "map": float(figures.ap.mean()),
-        "recall_at_8": float(figures.recall[:, -1].mean()),
-        "precision_at_8": float(figures.precision[:, -1].mean()),
-        "chance_map": float(chance_levels(figures).ap.mean()),
+    """The figures that a log line and the choice need, each with its chance level, in 0 to 1; 0 where no query
+    counts."""
+    chance = chance_levels(figures)
+    of_queries = {
+        "map": figures.ap,
+        "recall_at_8": figures.recall[:, -1],
+        "precision_at_8": figures.precision[:, -1],
+        "chance_map": chance.ap,
+        "chance_recall_at_8": chance.recall[:, -1],
+        "chance_precision_at_8": chance.precision[:, -1],
     }
+    return {name: float(value_Q.mean()) if len(value_Q) else 0.0 for name, value_Q in of_queries.items()}

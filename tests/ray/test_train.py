@@ -154,7 +154,9 @@ def test_a_finding_that_training_must_not_see_is_left_out_and_one_that_does_not_
     assert seen == every - corpus.artifact.manifest["splits"]["train"]["findings"]["Effusion"] < every
     model, _ = train(settings(phantom_archive, tmp_path / "unseen", unseen=["Effusion"], epochs=1), corpus)
     assert (model.counts["train_images"], model.counts["steps"]) == (seen, seen // BATCH)
-    assert json.loads(model.read("model.json"))["unseen"] == ["Effusion"]
+    facts = json.loads(model.read("model.json"))
+    assert facts["unseen"] == ["Effusion"]
+    assert "Effusion" not in facts["learnt"] != []
     with pytest.raises(UserError, match=r"training\.unseen: there is no finding 'effusio'; did you mean 'Effusion'"):
         train(settings(phantom_archive, tmp_path, unseen=["effusio"]), corpus)
     assert not (tmp_path / "models").exists()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cxr_retrieval.assessment import assess, example_crops, headline, localisation_rows, unseen_rows
+from cxr_retrieval.assessment import apart_rows, assess, example_crops, headline, localisation_rows
 from cxr_retrieval.config import EvaluationSettings
 from cxr_retrieval.corpus.decoding import Recipe
 from cxr_retrieval.corpus.findings import FINDINGS
@@ -127,8 +127,8 @@ def test_every_embedding_and_floor_stands_against_every_gallery(figures: dict[st
         for table in tables.values():
             assert set(table["recall_at"]) == set(table["precision_at"]) == set(table["ndcg_at"]) == set(CUTOFFS)
     assert all(set(tables) == galleries for tables in figures["chosen_minus_floor"].values())
-    assert set(figures["per_finding"]) == set(embedding_names(STEPS))
-    assert set(figures["macro"]) == set(embedding_names(STEPS))
+    assert set(figures["per_finding"]) == set(figures["macro"]) == {*embedding_names(STEPS), "pixels"}
+    assert set(figures["by_group"]) == {"combined", "pixels"}
     assert set(figures["same_patient"]) == {"combined", "pixels", "metadata"}
     assert figures["images"] == 60
     asked = (queries.labels_NC == 1).any(1)
@@ -160,13 +160,18 @@ def test_findings_that_training_never_saw_are_asked_for_each_by_itself(queries: 
     assert found["Hernia"]["combined"]["precision@8"]["value"] == pytest.approx(np.mean(precisions))
     assert found["Hernia"]["combined"]["precision@8"]["queries"] == len(precisions)
     assert "unseen" not in assess(hidden, None, model, SETTINGS)
-    told = unseen_rows(assess(hidden, None, unseen, SETTINGS))
-    assert [row[:3] for row in told[:2]] == [
-        ["Hernia", len(precisions), "combined"],
-        ["Hernia", len(precisions), "pixels"],
+    told = apart_rows(assess(hidden, None, unseen, SETTINGS))
+    assert [row[:4] for row in told[:2]] == [
+        ["Hernia", "unseen", len(precisions), "combined"],
+        ["Hernia", "unseen", len(precisions), "pixels"],
     ]
-    assert told[0][3] == pytest.approx(100 * np.mean(precisions))
-    assert unseen_rows(assess(hidden, None, model, SETTINGS)) == []
+    assert told[0][4] == pytest.approx(100 * np.mean(precisions))
+    assert apart_rows(assess(hidden, None, model, SETTINGS)) == []
+    compared = SETTINGS.model_copy(update={"apart": "all"})
+    saw, saw_not = assess(hidden, None, model, compared), assess(hidden, None, unseen, compared)
+    assert saw["seen"]["Hernia"] == saw_not["unseen"]["Hernia"] == found["Hernia"], "both are asked alike"
+    assert set(saw["seen"]) == {*saw_not["seen"], *found} == {*FINDINGS}
+    assert {(row[0], row[1]) for row in apart_rows(saw_not)} >= {("Hernia", "unseen"), ("Mass", "seen")}
     assert "Findings that training never saw" in write_evaluation(assess(hidden, None, unseen, SETTINGS))
 
 

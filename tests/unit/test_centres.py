@@ -244,11 +244,13 @@ def test_geometry_gives_known_angles():
     assert (opposed.min_cosine, opposed.max_cosine) == (-1.0, 0.0)
     assert opposed.mean_angle_degrees == pytest.approx((180 + 90 + 90) / 3)
     assert [table.mean_cosine for table in Centres(2, 1, 3, RATE).geometry()] == [0.0, 0.0]
+    first_two = centres.geometry(torch.tensor([True, True, False]))
+    assert [table.mean_cosine for table in first_two] == [0.0, -1.0], "those that nothing moves do not count"
 
 
 def test_collapse_of_one_table_is_reported_for_that_table():
     centres = make()
-    assert centres.collapsed() == [False, False]
+    assert [table.collapsed for table in centres.geometry()] == [False, False]
     # Embeddings in one cone, whatever their findings, draw every centre onto its axis.
     generator = torch.Generator().manual_seed(0)
     present_BC = torch.ones(20, CLASSES, dtype=torch.int8)
@@ -256,8 +258,7 @@ def test_collapse_of_one_table_is_reported_for_that_table():
         cone_BD = torch.ones(20, DIMENSIONS) + 0.3 * torch.randn(20, DIMENSIONS, generator=generator)
         centres.accumulate(1, F.normalize(cone_BD, dim=1), present_BC)
         centres.apply()
-    assert centres.collapsed() == [False, True]
-    assert centres.collapsed(threshold=1.0) == [False, False]
+    assert [table.collapsed for table in centres.geometry()] == [False, True]
 
 
 def test_settings_and_batches_that_do_not_fit_are_refused_by_name():

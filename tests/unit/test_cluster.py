@@ -543,6 +543,10 @@ def test_the_image_has_the_python_that_the_project_runs_on() -> None:
     assert line.split()[1] == "python:3.11-slim"
 
 
+def test_an_image_lets_training_ask_the_hub_for_weights() -> None:
+    assert not [line for line in dockerfile()["base"] if "OFFLINE" in line]
+
+
 # --- the page
 
 

@@ -183,6 +183,7 @@ def test_figures_without_value_are_shown_as_such():
         ("localisation", "Where the model looked"),
         ("same_patient", "Embeddings are personal data"),
         ("unseen", "Findings that training never saw"),
+        ("seen", "Findings that training saw, each by itself"),
     ],
 )
 def test_a_section_without_data_is_left_out(key, heading):
@@ -192,6 +193,7 @@ def test_a_section_without_data_is_left_out(key, heading):
         "localisation": LOCALISATION,
         "same_patient": SAME_PATIENT,
         "unseen": {"Hernia": {"combined": {"mAP": cell(0.2)}}},
+        "seen": {"Hernia": {"combined": {"mAP": cell(0.2)}}},
     }
     assert heading not in write_evaluation(evaluation())
     assert heading in write_evaluation(evaluation(**{key: content[key]}))
@@ -210,6 +212,20 @@ def test_findings_stand_by_support_with_rare_ones_marked_and_a_mean_over_those_t
     ] == [("", "Pleural Thickening"), ("few", "Mass"), ("few", "Hernia")]
     assert "Mean over findings 60.0 chance 30.0 30.0 25.0 to 35.0 chance 30.0 20.0" in text(html)
     assert html.index("combined (chosen)</summary>") < html.index("global</summary>")
+
+
+def test_what_the_pixels_alone_give_stands_beside_every_figure_of_a_finding_and_of_a_group():
+    def one(value):
+        return {"Mass": {"support": 19, "recall_at_8": value, "precision_at_8": value, "map": value}}
+
+    tables = {"pixels": one(0.123), "global": one(0.5), "combined": one(0.6)}
+    macro = {name: dict.fromkeys(("recall_at_8", "precision_at_8", "map"), cell(0.234)) for name in tables}
+    by_group = BY_GROUP | {"pixels": {"view": {"AP": table(0.17), "PA": table(0.19)}}}
+    html = write_evaluation(evaluation(per_finding=tables, macro=macro, by_group=by_group))
+    page = text(html)
+    assert page.count("pixels 12.3") == page.count("pixels 23.4") == 6, "three figures of two embeddings"
+    assert page.count("pixels 17.0") == page.count("pixels 19.0") == 3
+    assert "<summary>pixels" not in html
 
 
 def test_nested_tables_are_flattened_with_their_counts():

@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 def labels() -> torch.Tensor:
     drawn_BC = torch.randint(-1, 2, (B, C), generator=torch.Generator().manual_seed(2), dtype=torch.int8)
     drawn_BC[0] = 0  # No Finding
+    drawn_BC[torch.arange(1, B), torch.arange(C)] = 1  # every finding is learnt
     return drawn_BC
 
 
@@ -73,6 +74,37 @@ def test_no_weight_falls_as_training_goes_on(one, other, steps, share):
 
 def test_a_share_of_0_is_no_schedule():
     assert step_weights(0.0, 4, 0.0) == [1.0] * 4
+
+
+# What is learnt
+
+
+def without(finding: int) -> torch.Tensor:
+    """Labels of a training that never sees a finding: of all its images the archive says that they have not got it."""
+    labels_BC = labels()
+    labels_BC[:, finding] = 0
+    return labels_BC
+
+
+@pytest.mark.parametrize("form", ["margin", "softmax"])
+@pytest.mark.parametrize("no_finding", ["center", "ignore"])
+def test_a_finding_that_no_training_image_has_is_unknown_to_every_loss(form, no_finding):
+    sums, out = Objective.build(LossSettings(form=form, no_finding=no_finding), without(1), S, 0.4, CPU), output(2)
+    table = centres(sums)
+    loss, _ = sums(out, without(1), sums.ccloss(table), 1.0)
+    loss.backward()
+    for gradient in (out.logits_PSBC.grad, out.joint_PBC.grad):
+        assert (gradient[..., 1] == 0).all(), "its classifier is taught nothing"
+        assert (gradient[..., [0, 2, 3, 4]] != 0).any()
+    table.vectors_TCD[:, 1] *= -1
+    moved, _ = sums(out, without(1), sums.ccloss(table), 1.0)
+    assert torch.equal(moved, loss), "no image is pushed from its centre"
+
+
+def test_an_image_without_any_finding_that_is_learnt_is_no_finding():
+    for no_finding, expected in (("center", [0, -1, 0, 0, 0, 1]), ("ignore", [-1] * 5)):
+        sums = Objective.build(LossSettings(form="margin", no_finding=no_finding), without(1), S, 0.4, CPU)
+        assert sums.targets(without(1))[0].tolist() == expected
 
 
 # The sum

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_retrieval import storage
-from cxr_retrieval.config import Settings, TrainingSettings, load_settings
+from cxr_retrieval.config import Settings, TrainingSettings, dump_settings, load_settings, with_values
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.evaluation.retrieval import retrieve
+from cxr_retrieval.evaluation.tables import chance_levels
 from cxr_retrieval.training import sweep, validation
-from cxr_retrieval.training.space import Axis, Space, checked_base, read_space
+from cxr_retrieval.training.space import Axis, Space, check_space, read_space
 from cxr_retrieval.training.sweep import trials_at_once
 
 SPACES = sorted((Path(__file__).parents[2] / "tune_spaces").glob("*.yaml"))
@@ -136,19 +137,18 @@ def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers() -> None:
         trials_at_once(TrainingSettings(cpus_per_worker=5), [4, 4], 0)
 
 
-def test_the_best_point_is_a_config_that_train_takes(tmp_path: Path) -> None:
-    from cxr_retrieval.config import dump_settings, with_values
-
-    found = space(tmp_path, settings={"losses.contrastive_from": 0})
-    base = with_values(Settings(workspace=str(tmp_path)), found.settings, "x")
-    best = with_values(base, {"losses.centre_rate": 0.037}, "x")
+def test_the_best_point_is_a_config_that_train_takes_without_what_the_small_budget_asked_for(tmp_path: Path) -> None:
+    found = space(tmp_path, settings={"losses.contrastive_from": 0}, epochs=2)
+    mine = load_settings((), [f"workspace={tmp_path}", "training.epochs=40", "losses.contrastive_from=0.6"])
+    searched = sweep.Sweep(found, str(tmp_path / "space.yaml"), mine, prepared(1))
+    point = {"losses.centre_rate": 0.037}
+    trial = searched.trial_settings(point)
+    assert (trial.losses.centre_rate, trial.losses.contrastive_from, trial.training.epochs) == (0.037, 0, 2)
     file = tmp_path / "best.yaml"
-    file.write_text(dump_settings(best))
-    read = load_settings([str(file)])
-    assert (read.losses.centre_rate, read.losses.contrastive_from) == (0.037, 0)
-    assert read.training.epochs == base.training.epochs  # the full budget, not a trial's
+    file.write_text(dump_settings(searched.best_settings(point)))
+    assert load_settings([str(file)]) == with_values(mine, point, "x")
     with pytest.raises(UserError, match=r"losses\.centre_rate=3.*space\.yaml.*less than or equal to 1"):
-        with_values(base, {"losses.centre_rate": 3}, str(tmp_path / "space.yaml"))
+        searched.best_settings({"losses.centre_rate": 3})
 
 
 def trial_that_ended(number: int, values: list[float], rate: float) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Named(sweep.Sweep):
 
     @property
     def folder(self) -> str:
-        return f"{self.base.workspace}/runs/x"
+        return f"{self.settings.workspace}/runs/x"
 
 
 def test_optuna_knows_what_ended_before_and_gives_out_first_what_had_begun(tmp_path: Path) -> None:
@@ -283,4 +283,26 @@ def test_points_that_optuna_may_choose_are_checked_before_anything_starts() -> N
     )
     settings = load_settings((), ["training.batch_size=16"])
     with pytest.raises(UserError, match=r"training\.batch_size"):  # lanes of 2 and 8 are its corners, and fit
-        checked_base(space, "space.yaml", settings)
+        check_space(space, "space.yaml", settings)
+
+
+def test_a_point_that_only_a_trial_could_have_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """The sweep would end in a best config that nothing trains."""
+    axis = {"losses.no_finding": {"choice": ["ignore", "negatives_only"]}}
+    found = space(tmp_path, search="grid", settings={"losses.form": "margin"}, space=axis)
+    with pytest.raises(UserError, match=r"negatives_only needs losses\.form=margin"):
+        check_space(found, "space.yaml", Settings())
+    check_space(found, "space.yaml", load_settings((), ["losses.form=margin"]))
+
+
+def test_every_figure_of_an_epoch_has_its_chance_level() -> None:
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=1)
+    labels, patients = (torch.rand(40, 3, generator=generator) > 0.6).long(), torch.arange(40)
+    query = (labels == 1).any(1)
+    figures = retrieve(vectors[query], vectors, labels[query], labels, patients[query], patients)
+    told, chance = validation._headline(figures), chance_levels(figures)
+    for name, value_Q in (("recall_at_8", chance.recall[:, -1]), ("precision_at_8", chance.precision[:, -1])):
+        assert told[f"chance_{name}"] == pytest.approx(float(value_Q.mean()))
+    nobody = retrieve(vectors[:1], vectors, labels[:1] * 0, labels * 0, patients[:1], patients)
+    assert validation._headline(nobody) == dict.fromkeys(told, 0.0)

@@ -638,7 +638,7 @@ def test_the_page_says_what_was_searched_how_and_within_which_budget():
     assert "16 points, drawn at random, every setting on its own (seed 0)." in text
     assert "A trial has 4 epochs of 4,781 training images, the sweep 64 epochs at most." in text
     assert "after 1 and 3 epochs only the best one in 3 of those that came so far goes on" in text
-    assert "All trials share losses.contrastive_from = 0." in text
+    assert "All trials share losses.contrastive_from = 0, which the best config does not take over." in text
     assert "0.005 to 0.5 evenly over powers 0.02 to 0.06" in text
 
 

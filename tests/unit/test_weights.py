@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.runtime import ENVIRONMENT
 from cxr_retrieval.training.weights import read_weights
 
 BYTES = b"weights of a backbone" * 100
@@ -63,15 +64,17 @@ def hub() -> Iterator[str]:
 
 
 def asked(endpoint: str, home: str, *names: str) -> dict[str, int | str]:
-    """What `read_weights` gives in a process of its own: the hub's address is read when its library is imported."""
+    """What `read_weights` gives in a process with a job's environment, which the hub's library reads at its import."""
     environment = {"HF_ENDPOINT": endpoint, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", SCRIPT, *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT | os.environ | environment, check=True
+    )
     found: dict[str, int | str] = json.loads(done.stdout)
     return found
 
 
-def test_weights_come_by_a_models_name_and_are_kept(hub, tmp_path):
+def test_weights_come_to_a_job_by_a_models_name_and_are_kept(hub, tmp_path):
     found = asked(hub, str(tmp_path), "hf://owner/name", "hf://nobody/x", "hf://gated/x", "hf://pickled/x", "hf://a b")
     assert found["hf://owner/name"] == len(BYTES)
     assert "no such model" in found["hf://nobody/x"]
