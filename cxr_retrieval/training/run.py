@@ -61,6 +61,8 @@ def model_draft(settings: Settings, corpus: Corpus) -> Draft:
     }
     if settings.network.weights is not None:  # by their bytes: another file under the same name is another model
         shaping["weights"] = hashlib.sha256(read_weights(settings.network.weights)).hexdigest()
+    if settings.training.unseen:  # a model that took what it must not see for absent is another
+        shaping["unseen"] = "unknown"
     return Draft.under(storage.join(settings.workspace, "models"), KIND, shaping, (corpus.artifact.input_id,))
 
 
