@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -27,6 +28,7 @@ from cxr_retrieval.errors import UserError
 S3 = s3.SCHEME
 CHUNK = 1 << 20
 DEEPEST = 100  # folders in folders that are listed
+SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}")  # see _temporary_beside
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,24 @@ def list_files(uri: str, left_out: Callable[[str], None] = lambda _: None) -> It
         else:
             version = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "big", signed=True)
             yield StoredFile(path, join(uri, path), size, modified, version)
+
+
+def list_scratch(uri: str) -> Iterator[StoredFile]:
+    """What local writes below `uri` that were killed have left beside where they wrote to, and what those under way are
+    writing. Object storage shows nothing of a write before its end."""
+    if is_s3(uri):
+        return
+    top = canonical(uri)
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, _, names in os.walk(top, onerror=refuse):
+        for path in (os.path.join(folder, name) for name in sorted(names) if SCRATCH.fullmatch(name)):
+            with contextlib.suppress(FileNotFoundError):  # its writer has ended meanwhile
+                state = os.stat(path)
+                yield StoredFile(os.path.relpath(path, top), path, state.st_size, state.st_mtime, state.st_mtime_ns)
 
 
 def exists(uri: str) -> bool:

@@ -4,13 +4,14 @@
     TO/tombstones/<digest>.json           search shows them of no published version, whichever an alias serves
 
 A tombstone names nobody: its digest is of the name that the patient has outside the corpus, which is a keyed pseudonym
-unless the archive is public.
+unless the archive is public. It tells the id of that key: under another one it would match nobody.
 """
 
 import datetime
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,12 @@ import pyarrow.compute as pc
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import PrivacySettings
+from cxr_retrieval.errors import UserError
 from cxr_retrieval.privacy import Pseudonyms
 
 FOLDER = "tombstones"
 FILE = re.compile(r"([0-9a-f]{64})\.json")
+READS = 8  # at once
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,26 @@ class RemovedPatients:
 
     @classmethod
     def of(cls, workspace: str, privacy: PrivacySettings) -> "RemovedPatients":
-        """Raises UserError where there are tombstones by pseudonyms and no key: nobody could tell whose they are."""
+        """Raises UserError where there are tombstones and no key, or some by names of another key: nobody could tell
+        whose they are. Those that tell no key, of earlier releases, count as made by the one in use."""
         tombstones = Tombstones.at(workspace)
-        return cls(tombstones, Pseudonyms.of(privacy)) if tombstones else NOBODY
+        if not tombstones:
+            return NOBODY
+        pseudonyms = Pseudonyms.of(privacy)
+
+        def key_id(digest: str) -> str | None:
+            found: str | None = json.loads(storage.read_bytes(_uri(workspace, digest))).get("key_id", pseudonyms.key_id)
+            return found
+
+        with ThreadPoolExecutor(READS) as pool:
+            others = [found for found in pool.map(key_id, tombstones.digests) if found != pseudonyms.key_id]
+        if others:
+            raise UserError(
+                f"{workspace}: patients were removed from it under {_key(others[0])} and would come back under"
+                f" {_key(pseudonyms.key_id)}: give the key of then (CXR_PRIVACY_KEY, privacy.key_file,"
+                " privacy.pseudonymise)"
+            )
+        return cls(tombstones, pseudonyms)
 
     def __contains__(self, patient: str | None) -> bool:
         return (
@@ -90,14 +110,28 @@ class RemovedPatients:
 NOBODY = RemovedPatients(NO_TOMBSTONES, Pseudonyms(None))
 
 
-def remove(place: str, name: str) -> bool:
-    """Put a tombstone for the patient who has this name outside the corpus; False where there is one already."""
-    uri = storage.join(place, FOLDER, f"{_digest(name)}.json")
+def remove(place: str, patient: str, pseudonyms: Pseudonyms) -> bool:
+    """Put a tombstone for a patient, by the name that the archive gives; False where there is one already."""
+    uri = _uri(place, _digest(pseudonyms.name("patient", patient)))
     if storage.exists(uri):
         return False
     removed_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    storage.write_bytes(uri, json.dumps({"removed_at": removed_at}).encode())
+    storage.write_bytes(uri, json.dumps({"removed_at": removed_at, "key_id": pseudonyms.key_id}).encode())
     return True
+
+
+def carry(place: str, to: str) -> None:
+    """Put the tombstones of one place at another too, where they are not there."""
+    for digest in sorted(Tombstones.at(place).digests - Tombstones.at(to).digests):
+        storage.write_bytes(_uri(to, digest), storage.read_bytes(_uri(place, digest)))
+
+
+def _uri(place: str, digest: str) -> str:
+    return storage.join(place, FOLDER, f"{digest}.json")
+
+
+def _key(key_id: str | None) -> str:
+    return f"privacy key {key_id}" if key_id else "their own names (privacy.pseudonymise=false)"
 
 
 def _digest(name: str) -> str:

@@ -3,7 +3,7 @@
   python -m jobs.forget PATIENT... --config FILE corpus.archive=DIR publish.to=URI
   python -m jobs.index --config FILE ...                  then build without them, with the same model if you like
   python -m jobs.publish --config FILE ...                and put the new version in front
-  python -m jobs.versions gc --purge --delete --index URI workspace=DIR      then delete what still holds them
+  python -m jobs.versions gc --purge --delete --index URI --config FILE      then delete what still holds them
 
 PATIENT is the name that the archive gives; a name that no image has is refused, unless told `--anyway`: that is for a
 patient whose images are yet to come. Needs no cluster. Servers see it when they look next (`serve.poll_seconds`). The
@@ -11,17 +11,21 @@ archive itself is not touched: what lies there is left out wherever it is prepar
 
 Removed are they from the workspace, from every index that is published in it, and from the one that `publish.to` names.
 An index that is published elsewhere goes on showing them until it is named too: once more, with its own `publish.to=`.
+
+All of this goes by the privacy key: under another one than the workspace's patients were removed under it is refused,
+and versions that were built under another one are named, since they may go on showing them.
 """
 
 import argparse
+import itertools
 
 from cxr_retrieval import command, console
 from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.removal import images_of, published_in
+from cxr_retrieval.index.removal import images_of, published_in, under_other_keys
 from cxr_retrieval.index.versions import list_versions
 from cxr_retrieval.privacy import Pseudonyms
-from cxr_retrieval.tombstones import Tombstones, remove
+from cxr_retrieval.tombstones import RemovedPatients, Tombstones, remove
 from jobs.publish import destination
 
 
@@ -33,6 +37,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     if not options.rest:
         raise UserError("whom to forget? Name patients as the archive does: python -m jobs.forget PATIENT...")
     pseudonyms = Pseudonyms.of(settings.privacy)
+    RemovedPatients.of(settings.workspace, settings.privacy)  # refuses another key
     indexes = indexes_of(settings)
     places = [*indexes, settings.workspace]  # where people search first: a kill in between leaves fewer visible
     images = images_of(options.rest, settings.workspace, indexes, pseudonyms)
@@ -45,18 +50,30 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
             )
     rows = []
     for patient, theirs in images.items():
-        name = pseudonyms.name("patient", patient)
-        put = [remove(place, name) for place in places]
+        put = [remove(place, patient, pseudonyms) for place in places]
         rows.append([patient, "removed" if any(put) else "removed before", f"hides {len(theirs):,} images"])
+    # A publish to a new place takes the tombstones along before its version is seen, unless it did so before
+    # they lay there: then the version is there by now.
+    late = [place for place in indexes_of(settings) if place not in indexes]
+    for place, patient in itertools.product(late, images):
+        remove(place, patient, pseudonyms)
     console.show_table(f"Removed from {settings.workspace}", ["patient", "state", "images"], rows)
-    for place in indexes:
-        versions = len(list_versions(place))
-        console.say(
-            f"{place}: marked; of the {versions:,} versions published there none shows them"
-            if versions
-            else f"{place}: marked, but nothing is published there: name an index published elsewhere by publish.to="
-        )
+    for place in [*indexes, *late]:
+        console.say(f"{place}: {_shown(place, pseudonyms)}")
     console.say("their images are still stored: build and publish an index, then jobs.versions gc --purge (see --help)")
+
+
+def _shown(place: str, pseudonyms: Pseudonyms) -> str:
+    """What of the patients is shown where an index is published, after they were marked there."""
+    versions = len(list_versions(place))
+    if not versions:
+        return "marked, but nothing is published there: name an index published elsewhere by publish.to="
+    if others := under_other_keys(place, pseudonyms):
+        return (
+            f"marked, but versions built under another privacy key may go on showing them: {', '.join(others)}; publish"
+            " one of this key, then jobs.versions drop each of these"
+        )
+    return f"marked; of the {versions:,} versions published there none shows them"
 
 
 def indexes_of(settings: Settings) -> list[str]:

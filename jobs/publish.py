@@ -27,7 +27,7 @@ def published_build(settings: Settings, build: Artifact) -> Published:
     to, alias = destination(settings), settings.publish.alias
     work, size = f"publish-{build.input_id}-{alias}", sum(file.entry.size for file in files_of(build).values())
     with Progress(settings.workspace, work, f"{to}@{alias}", "publish", size, "bytes") as progress:
-        return publish(build, to, alias, progress)
+        return publish(build, to, alias, progress, settings.workspace)
 
 
 def destination(settings: Settings) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 import uvicorn
+from fastapi import FastAPI
 
 from cxr_retrieval import command, console
 from cxr_retrieval.config import ServeSettings, Settings
@@ -27,6 +28,8 @@ from cxr_retrieval.index.versions import split_reference
 from cxr_retrieval.serve.access import token_for
 from cxr_retrieval.serve.api import create_app
 from cxr_retrieval.serve.live import LiveIndex
+
+STOP_SECONDS = 20  # told to stop, for requests under way to end
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,24 +42,30 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     serve = settings.serve
     token_for(serve)  # before the index is opened, which may take minutes
     with listening(serve) as taken, LiveIndex(options.index, serve.poll_seconds, opener(serve, options.index)) as live:
-        app = create_app(live, serve)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,  # paths name images; the audit line does not
-            server_header=False,
-            ssl_certfile=serve.certificate,
-            ssl_keyfile=serve.certificate_key,
-        )
+        answering = server(create_app(live, serve), serve)
         host, port = taken.getsockname()[:2]
-        try:
-            config.load()
-        except OSError as error:  # of ssl too
-            raise UserError(f"serve.certificate={serve.certificate}: it or its key cannot be read ({error})") from None
         scheme = "https" if serve.certificate else "http"
         console.say(f"index: {live.retriever.images:,} images, version {live.retriever.version.version.id}")
         console.say(f"search page: {scheme}://{f'[{host}]' if ':' in host else host}:{port}/  (stop with Ctrl-C)")
-        uvicorn.Server(config).run(sockets=[taken])
+        answering.run(sockets=[taken])
+
+
+def server(app: FastAPI, serve: ServeSettings) -> uvicorn.Server:
+    """What answers by an application. Raises UserError where the certificate or its key cannot be read."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # paths name images; the audit line does not
+        server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        ssl_certfile=serve.certificate,
+        ssl_keyfile=serve.certificate_key,
+    )
+    try:
+        config.load()
+    except OSError as error:  # of ssl too
+        raise UserError(f"serve.certificate={serve.certificate}: it or its key cannot be read ({error})") from None
+    return uvicorn.Server(config)
 
 
 def opener(serve: ServeSettings, reference: str) -> Callable[[str], Retriever]:

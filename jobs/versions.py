@@ -6,11 +6,12 @@
   python -m jobs.versions rollback --index URI@alias                           to the version served before
   python -m jobs.versions drop VERSION --index URI                             its manifest; gc takes the rest
   python -m jobs.versions gc --index URI --delete                              objects that no version names
-  python -m jobs.versions gc --purge --delete --index URI workspace=DIR        what holds patients who were removed
+  python -m jobs.versions gc --purge --delete --index URI --config FILE        what holds patients who were removed
 
 Needs no cluster. `promote` compares precision@8 and mAP of both versions by the evaluations in the workspace, those of
 `jobs.evaluate`; `--without-gate` does not. `gc` only says what it would delete unless it is told `--delete`; with
-`--purge` these are versions and everything in the workspace that hold patients whom `jobs.forget` has removed.
+`--purge` these are versions and everything in the workspace that hold patients whom `jobs.forget` has removed; it needs
+the privacy key that they were removed under, so give it the same settings.
 """
 
 import argparse
@@ -33,9 +34,9 @@ from cxr_retrieval.index.lifecycle import (
     promote,
     rollback,
 )
-from cxr_retrieval.index.removal import published_holdings, published_in, purge, workspace_holdings
+from cxr_retrieval.index.removal import published_holdings, published_in, purge, under_other_keys, workspace_holdings
 from cxr_retrieval.index.versions import Version, list_versions, resolve, split_reference, verify
-from cxr_retrieval.tombstones import NO_TOMBSTONES, RemovedPatients, Tombstones
+from cxr_retrieval.tombstones import NO_TOMBSTONES, RemovedPatients
 
 EVALUATED_GALLERY = "all"
 
@@ -81,10 +82,14 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
 
 def show_versions(to: str) -> None:
     aliases = list_aliases(to)
-    rows = []
+    rows: list[list[object]] = []
     for version in list_versions(to):
-        found = resolve(to, version)
         served = ", ".join(name for name, alias in sorted(aliases.items()) if alias.version == version)
+        try:
+            found = resolve(to, version)
+        except UserError as error:  # damaged, or dropped meanwhile
+            rows.append([version, served, "-", str(error), "-", "-"])
+            continue
         counts = found.facts["counts"]
         rows.append(
             [version, served, f"{counts['indexed']:,}", found.facts["factory"], len(found.objects), found.bytes]
@@ -107,9 +112,8 @@ def show_moved(to: str, moved: Moved) -> None:
     console.say(f"{to}@{moved.alias} serves version {moved.version} now (generation {moved.generation}){instead}")
 
 
-def show_dropped(to: str, dropped: Version) -> None:
-    rows = dropped.facts["counts"]["indexed"]
-    console.say(f"{to}: version {dropped.id} ({rows:,} rows) is dropped; gc takes the objects that only it named")
+def show_dropped(to: str, dropped: str) -> None:
+    console.say(f"{to}: version {dropped} is dropped; gc takes the objects that only it named")
 
 
 def show_garbage(to: str, grace_days: float, delete: bool) -> None:
@@ -123,12 +127,10 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
     of the workspace that hold them are named."""
     to = storage.canonical(to)
     indexes = published_in(settings.workspace)
-    stones = Tombstones.at(settings.workspace)
+    removed = RemovedPatients.of(settings.workspace, settings.privacy)
     found = {
-        to: published_holdings(to, stones if to in indexes else NO_TOMBSTONES),
-        settings.workspace: workspace_holdings(
-            settings.workspace, RemovedPatients.of(settings.workspace, settings.privacy)
-        ),
+        to: published_holdings(to, removed.tombstones if to in indexes else NO_TOMBSTONES),
+        settings.workspace: workspace_holdings(settings.workspace, removed),
     }
     if delete:
         found = {place: purge(holdings) for place, holdings in found.items()}
@@ -141,13 +143,21 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
     learnt = [uri for holdings in found.values() for uri in holdings.learnt]
     if learnt:
         console.say(f"stays, learnt from their images among others; training anew removes it: {', '.join(learnt)}")
+    if unfinished := {file.uri for holdings in found.values() for file in holdings.unfinished}:
+        console.say(f"stay, somebody may be writing them: {len(unfinished):,} half-written files; purge again in a day")
     if any(holdings.versions for holdings in found.values()):
         console.say("copies that readers have fetched stay in their caches (CXR_CACHE) until they are deleted there")
     for other in indexes:
-        if other != to and (holding := published_holdings(other, stones).versions):
+        if other != to and (holding := published_holdings(other, removed.tombstones).versions):
             console.say(
                 f"{other}: {len(holding)} published versions hold removed patients too, and stay: do the same with"
                 f" --index {other}"
+            )
+    for place in dict.fromkeys([to, *indexes]) if removed.tombstones else ():
+        if others := under_other_keys(place, removed.pseudonyms):
+            console.say(
+                f"{place}: not looked into, built under another privacy key, and may hold removed patients: versions"
+                f" {', '.join(others)}; publish one of this key, then jobs.versions drop each of these"
             )
 
 

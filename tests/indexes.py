@@ -115,7 +115,8 @@ def build(
     crops = output.boxes_B4.tolist()
     plan = replace(plan_index(len(images), rows_ND.shape[1], IndexSettings()), lists=lists)
     trained = train(plan, rows_ND) if lists else None
-    settings = {"embedding": embedding, "lists": lists, "shards": shards, "images": len(images), **facts}
+    shape = {"embedding": embedding, "lists": lists, "shards": shards, "images": len(images)}
+    settings = {**shape, "pseudonymised": None, **facts}
     draft = Draft.under(str(workspace / "builds"), KIND, settings, ()).begin()
     entries = [draft.write(f"model/{name}", data) for name, data in zip((MODEL_FILE, WEIGHTS_FILE), files, strict=True)]
     if trained:

@@ -5,11 +5,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import uvicorn
 from fastapi import FastAPI
 
 from cxr_retrieval.config import ServeSettings
-from jobs.serve import listening
+from jobs.serve import listening, server
 
 
 def until(reached: Callable[[], bool]) -> None:
@@ -24,14 +23,14 @@ def until(reached: Callable[[], bool]) -> None:
 def serving(app: FastAPI) -> Iterator[str]:
     """The address at which the application answers."""
     with listening(ServeSettings(port=0)) as taken:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+        answering = server(app, ServeSettings())
+        thread = threading.Thread(target=answering.run, kwargs={"sockets": [taken]})
         thread.start()
         try:
-            while not server.started:
+            while not answering.started:
                 assert thread.is_alive()
                 time.sleep(0.01)
             yield f"http://127.0.0.1:{taken.getsockname()[1]}"
         finally:
-            server.should_exit = True
+            answering.should_exit = True
             thread.join()

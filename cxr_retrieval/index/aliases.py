@@ -131,9 +131,10 @@ def _alias_names(to: str) -> Iterator[str]:
 
 
 def check_alias(alias: str) -> None:
+    """Raises UserError for a name that no alias may have."""
     if not re.fullmatch(NAME, alias) or re.fullmatch(VERSION_ID, alias):
         raise UserError(
-            f"publish.alias={alias!r}: an alias has letters, digits, '.', '_' and '-', at most 64 and a letter or"
+            f"no alias may be called {alias!r}: one has letters, digits, '.', '_' and '-', at most 64 and a letter or"
             " digit first, and does not look like a version id"
         )
 

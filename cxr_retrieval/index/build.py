@@ -244,11 +244,10 @@ def _trained(plan: IndexPlan, settings: IndexSettings, workspace: str, source: S
     draft = Draft.under(folder, QUANTIZER_KIND, shaping, (model,))
     if artifacts.find(draft.uri) is None:
         say(f"index: training {plan.factory} on a sample of {plan.training_rows:,} rows")
-        stride = max(1, plan.rows // plan.training_rows)
         sample = ray.remote(max_retries=3)(_sample)
         firsts = np.cumsum([0, *source.part_rows()])
         groups = whole_parts(source.part_rows(), plan.shard_rows)
-        samples = [sample.remote(parts, int(firsts[parts.start]), stride, source) for parts in groups]
+        samples = [sample.remote(parts, int(firsts[parts.start]), plan, source) for parts in groups]
         # As floats, and what is read of it meanwhile.
         memory = 2 * FLOAT_BYTES * plan.dimensions * plan.training_rows
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
@@ -258,14 +257,16 @@ def _trained(plan: IndexPlan, settings: IndexSettings, workspace: str, source: S
     return quantizer, ray.put(Trained(quantizer.read(QUANTIZER_FILE), quantizer.read(EMPTY_FILE)))
 
 
-def _sample(parts: range, first: int, stride: int, source: Source) -> np.ndarray:
-    """Every `stride`th row of the corpus, of those that lie in `parts`, which begin with row `first`: float16 [N, D].
-    Runs in a Ray task."""
+def _sample(parts: range, first: int, plan: IndexPlan, source: Source) -> np.ndarray:
+    """Of an even sample of the corpus, as large as is planned, the rows that lie in `parts`, which begin with row
+    `first`: float16 [N, D]. Runs in a Ray task."""
     model = Model.open(source.model_uri)
     taken = []
     for part in parts:
         vectors_ND, _, _ = vectors_of(source, model, part, [])
-        taken.append(vectors_ND[-first % stride :: stride])
+        rows_N = np.arange(first, first + len(vectors_ND))
+        # Where the count of rows to take goes up: so many of all, and as far apart as may be.
+        taken.append(vectors_ND[rows_N * plan.training_rows % plan.rows < plan.training_rows])
         first += len(vectors_ND)
     return np.concatenate(taken)
 

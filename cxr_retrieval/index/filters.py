@@ -20,6 +20,9 @@ class Filters:
     An image passes only by what the archive tells of it: one without an age passes no range of ages, and a finding that
     is unknown of it counts neither as there nor as not there. Ends of ranges belong to them. `No Finding` may stand
     for a finding: no finding there, and none unknown.
+
+    Of several values the order is that of the alphabet and each counts once, so that what asks for the same is equal,
+    and takes no more than all the values that an index has.
     """
 
     views: tuple[str, ...] = ()
@@ -31,6 +34,10 @@ class Filters:
     any_of: tuple[str, ...] = ()
     all_of: tuple[str, ...] = ()
     none_of: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("views", "any_of", "all_of", "none_of"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
 
     def mask(self, table: pa.Table) -> np.ndarray:
         """The rows of a sidecar that pass, bool [N]."""
@@ -48,7 +55,10 @@ class Filters:
             if last is not None:
                 passing &= _true(pc.less_equal(table[column], last))
         if self.any_of:
-            passing &= np.any([_present(table, name) for name in self.any_of], axis=0)
+            any_of = np.zeros(table.num_rows, bool)
+            for name in self.any_of:
+                any_of |= _present(table, name)
+            passing &= any_of
         for name in self.all_of:
             passing &= _present(table, name)
         for name in self.none_of:

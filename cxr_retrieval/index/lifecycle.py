@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 from cxr_retrieval import storage
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.aliases import list_aliases, read_alias
+from cxr_retrieval.index.aliases import check_alias, known, list_aliases, read_alias
 from cxr_retrieval.index.shards import INDEX_FILE
 from cxr_retrieval.index.versions import (
     OBJECTS,
     VERSIONS,
     Version,
+    list_versions,
     named_objects,
+    named_version,
     put_in_front,
     read_file,
     resolve,
@@ -71,6 +73,7 @@ def promote(to: str, name: str, alias: str, evaluations: Callable[[Version], Eva
     and as `put_in_front` does.
     """
     to = storage.canonical(to)
+    check_alias(alias)
     wanted = resolve(to, name)
     seen = read_alias(to, alias)
     serving = seen[0].version if seen[0] else None
@@ -95,6 +98,7 @@ def rollback(to: str, alias: str) -> Moved:
     does.
     """
     to = storage.canonical(to)
+    check_alias(alias)
     seen = read_alias(to, alias)
     if seen[0] is None:
         raise UserError(f"{to}: there is no alias {alias!r} to roll back")
@@ -106,7 +110,8 @@ def rollback(to: str, alias: str) -> Moved:
 
 
 def garbage(to: str, grace_days: float) -> list[Garbage]:
-    """Objects that no version names and that are older than `grace_days`: those of publishes that never ended.
+    """Objects that no version names and that are older than `grace_days`: those of publishes that never ended, and what
+    of one was half written.
 
     A publish uploads before it names; the days keep one that is under way from losing what it has uploaded, but not
     what is older and it found there.
@@ -133,26 +138,30 @@ def collect(to: str, grace_days: float) -> list[Garbage]:
     return found
 
 
-def drop_version(to: str, version: str) -> Version:
-    """Delete a version's manifest, so that `collect` takes the objects that only it names; what it was.
+def drop_version(to: str, version: str) -> str:
+    """Delete a version's manifest, also a damaged one, so that `collect` takes the objects that only it names; its id.
 
     Raises UserError for an alias' version or predecessor: readers, and a rollback, may be on their way to it.
     """
     to = storage.canonical(to)
-    found = resolve(to, version)
+    found = named_version(to, version)
+    if found not in list_versions(to):
+        raise UserError(f"{to}: there is no version {found}; {known(to)}")
     for name, alias in list_aliases(to).items():
-        if found.id in (alias.version, alias.predecessor):
-            role = "serves it" if found.id == alias.version else "would roll back to it"
-            raise UserError(f"{to}: version {found.id} is in use: alias {name!r} {role}; promote another one first")
-    storage.delete(storage.join(to, VERSIONS, f"{found.id}.json"))
+        if found in (alias.version, alias.predecessor):
+            role = "serves it" if found == alias.version else "would roll back to it"
+            raise UserError(f"{to}: version {found} is in use: alias {name!r} {role}; promote another one first")
+    storage.delete(storage.join(to, VERSIONS, f"{found}.json"))
     return found
 
 
 def _objects(to: str) -> Iterator[storage.StoredFile]:
+    folder = storage.join(to, OBJECTS)
     try:
-        yield from storage.list_files(storage.join(to, OBJECTS))
+        yield from storage.list_files(folder)
     except FileNotFoundError:
         return  # nothing was ever published there
+    yield from storage.list_scratch(folder)
 
 
 def _pass_gate(wanted: Evaluations, serving: Evaluations, wanted_id: str, serving_id: str) -> None:

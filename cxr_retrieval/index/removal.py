@@ -6,6 +6,7 @@ no row of them is anybody's, and only training anew takes out what they have lea
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ from cxr_retrieval.training.sweep import KIND as SWEEP_KIND
 LEARNT = (MODEL_KIND, QUANTIZER_KIND, SWEEP_KIND)  # made from patients, and no row of them is one
 # Of a workspace: what was made from other things before these, so that a purge that is killed finds the rest again.
 FOLDERS = ("reports", "indexes", "models", "embeddings", "corpora")
+SCRATCH_S = 86_400.0  # a write that is under way writes more often
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Holdings:
     and be run again.
 
     `learnt` are models, quantizers and sweeps that were made from their images, and stay. `to` is where versions are
-    published, if these are.
+    published, if these are. Half-written files, of whom cannot be told, go too where nothing was written to them for a
+    day: `unfinished` are those that stay, since somebody may be writing them.
     """
 
     versions: tuple[str, ...]
@@ -47,6 +50,7 @@ class Holdings:
     files: tuple[storage.StoredFile, ...]
     learnt: tuple[str, ...]
     to: str | None = None
+    unfinished: tuple[storage.StoredFile, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -90,6 +94,12 @@ def images_of(
     return found
 
 
+def under_other_keys(to: str, pseudonyms: Pseudonyms) -> list[str]:
+    """The versions at `to` whose patients have the names of another key: whom they show, this one does not tell."""
+    names = list_versions(to)
+    return [name for name in names if resolve(to, name).facts["settings"]["pseudonymised"] != pseudonyms.key_id]
+
+
 def _pairs(table: pa.Table) -> Iterator[tuple[str, str]]:
     """The rows of a table of two columns."""
     return zip(*(column.to_pylist() for column in table.columns), strict=True)
@@ -125,7 +135,8 @@ def published_holdings(to: str, also: Tombstones = NO_TOMBSTONES) -> Holdings:
     names = {f"{version.id}.json" for version in held}
     files = [file for file in _files(storage.join(to, VERSIONS)) if file.path in names]
     files += [file for file in _files(storage.join(to, OBJECTS)) if file.path not in staying]
-    return Holdings(tuple(sorted(version.id for version in held)), (), tuple(files), (), to)
+    dead, unfinished = _scratch([storage.join(to, OBJECTS)])
+    return Holdings(tuple(sorted(version.id for version in held)), (), tuple(files + dead), (), to, unfinished)
 
 
 def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
@@ -145,7 +156,9 @@ def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
     runs = [file for file in _files(storage.join(workspace, "runs")) if file.path.split("/")[0][:20] in names]
     pages = [file for file in found["reports"] if going and _shows(file.path, names)]
     files = [file for file in every if not going.isdisjoint(_folders_of(file.uri))]
-    return Holdings((), tuple(sorted(going)), tuple(runs + pages + files), tuple(sorted(learnt)))
+    dead, unfinished = _scratch(storage.join(workspace, folder) for folder in (*FOLDERS, "runs"))
+    files = runs + pages + files + dead
+    return Holdings((), tuple(sorted(going)), tuple(files), tuple(sorted(learnt)), unfinished=unfinished)
 
 
 def purge(holdings: Holdings) -> Holdings:
@@ -166,6 +179,15 @@ def purge(holdings: Holdings) -> Holdings:
     for file in files:
         storage.delete(file.uri)
     return replace(holdings, files=files)
+
+
+def _scratch(folders: Iterable[str]) -> tuple[list[storage.StoredFile], tuple[storage.StoredFile, ...]]:
+    """Half-written files whose writers are gone, and those whose writers may be at work."""
+    dead: list[storage.StoredFile] = []
+    unfinished: list[storage.StoredFile] = []
+    for file in (file for folder in folders for file in storage.list_scratch(folder)):
+        (dead if time.time() - file.modified > SCRATCH_S else unfinished).append(file)
+    return dead, tuple(unfinished)
 
 
 def _turn(file: storage.StoredFile) -> tuple[bool, int]:

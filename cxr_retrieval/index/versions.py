@@ -43,6 +43,7 @@ from cxr_retrieval.index.aliases import (
 )
 from cxr_retrieval.index.files import Located, files_of
 from cxr_retrieval.progress import Progress
+from cxr_retrieval.tombstones import carry
 
 OBJECTS, VERSIONS = "objects", "versions"
 SHA256 = r"^[0-9a-f]{64}$"
@@ -137,8 +138,12 @@ class OpenVersion:
         return self.paths[name]
 
 
-def publish(build: Artifact, to: str, alias: str, progress: Progress | None = None) -> Published:
+def publish(
+    build: Artifact, to: str, alias: str, progress: Progress | None = None, workspace: str | None = None
+) -> Published:
     """Upload what `to` lacks of a built index, write its version manifest and move the alias to it.
+
+    Who was removed from `workspace`, where the index was built, also while it was, is shown by no version at `to`.
 
     The same build always gives the same version. Whoever moves the alias first after it was read here wins; the other
     gets a UserError, and its version stands complete beside the winner's. `progress` counts bytes.
@@ -163,6 +168,8 @@ def publish(build: Artifact, to: str, alias: str, progress: Progress | None = No
         if progress:
             progress.advance(entry.size)
     _write_manifest(version, manifest)
+    if workspace is not None:
+        carry(workspace, to)  # between both: who is removed later is marked here too, where a version is by then
     generation, moved = put_in_front(version, alias, *seen)
     reused = len(version.objects) - uploaded
     return Published(version.id, alias, generation, uploaded, reused, uploaded_bytes, moved)
@@ -194,25 +201,33 @@ def split_reference(reference: str) -> tuple[str, str]:
     return uri, name
 
 
+def named_version(to: str, name: str) -> str:
+    """The id of the version that an alias points to, or that id itself; whether the version is there is not looked at.
+
+    Raises UserError, naming the aliases that exist, when there is no such alias.
+    """
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{name!r} is not a name of an alias or version; {known(to)}")
+    if re.fullmatch(VERSION_ID, name):
+        return name
+    alias = read_alias(to, name)[0]
+    if alias is None:
+        raise UserError(f"{to}: there is no alias {name!r}; {known(to)}")
+    return alias.version
+
+
 def resolve(to: str, name: str) -> Version:
     """The version that an alias points to, or the one with that id.
 
     Raises UserError, naming the aliases that exist, when there is neither; CorruptArtifact for a damaged manifest.
     """
     to = storage.canonical(to)
-    if not re.fullmatch(NAME, name):
-        raise UserError(f"{name!r} is not a name of an alias or version; {known(to)}")
-    wanted, by_alias = name, not re.fullmatch(VERSION_ID, name)
-    if by_alias:
-        alias = read_alias(to, name)[0]
-        if alias is None:
-            raise UserError(f"{to}: there is no alias {name!r}; {known(to)}")
-        wanted = alias.version
+    wanted = named_version(to, name)
     uri = _version_uri(to, wanted)
     try:
         manifest = parsed(_Manifest, uri, cached.read_limited(uri, MANIFEST_LIMIT, PUBLISH_AGAIN))
     except FileNotFoundError:
-        if by_alias:
+        if wanted != name:
             message = f"{uri}: the manifest that alias {name!r} points to is missing; publish that version again"
             raise CorruptArtifact(message) from None
         raise UserError(f"{to}: there is no version {wanted}; {known(to)}") from None

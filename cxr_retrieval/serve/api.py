@@ -32,9 +32,11 @@ from cxr_retrieval.serve.uploads import UploadLimit
 MB = 1 << 20
 SLACK = 64 << 10  # of an upload's limit, for the form around the file
 MOST_REQUESTS = 256  # under way at once; each may hold an upload
+STALLED_SECONDS = 20.0  # without a byte of an upload: it gives its place back
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem},
     404: {"model": Problem},
+    408: {"model": Problem},
     413: {"model": Problem},
     422: {"model": Problem},
     503: {"model": Problem},
@@ -66,7 +68,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
     under_way = 0
     looking = Looking()
     page = render("search.html.j2", title="Find similar chest X-rays", facts=[], script="search.js")
-    app.add_middleware(UploadLimit, limit=limit + SLACK, text=too_large)
+    app.add_middleware(UploadLimit, limit=limit + SLACK, text=too_large, seconds=STALLED_SECONDS)
     if token is None:
         # Else a page from anywhere could be this machine's own by a name that it makes point here.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", settings.host])
@@ -157,7 +159,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         """A reduced picture (JPEG) of an indexed image, as it was prepared."""
         retriever = retriever_for(request)
         data = retriever.thumbnail(retriever.case(image_id))
-        return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
+        return Response(data, media_type="image/jpeg")
 
     @app.post("/v1/images/{image_id:path}/why", responses=PROBLEMS)
     def why(request: Request, image_id: str, form: Annotated[Upload, Form(media_type=MULTIPART)]) -> Reason:

@@ -8,7 +8,7 @@ from types import TracebackType
 from cxr_retrieval import console
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.search import Retriever
-from cxr_retrieval.index.versions import resolve, split_reference
+from cxr_retrieval.index.versions import named_version, split_reference
 from cxr_retrieval.tombstones import Tombstones
 
 
@@ -74,15 +74,15 @@ class LiveIndex:
             self.retriever.honour(Tombstones.at(self.to))
 
     def _follow(self) -> None:
-        version = resolve(self.to, self.name)
-        if version.id == self.retriever.version.version.id:
+        version = named_version(self.to, self.name)
+        if version == self.retriever.version.version.id:
             return
-        retriever = self._opened(f"{self.to}@{version.id}")
+        retriever = self._opened(f"{self.to}@{version}")
         with self._turn:  # nobody who was removed while it was opened comes back
             retriever.honour(Tombstones.at(self.to))
             self.retriever = retriever
         self.moves += 1
-        console.say(f"alias {self.name}: now version {version.id}")
+        console.say(f"alias {self.name}: now version {version}")
 
     def _try(self, what: str) -> None:
         try:

@@ -205,8 +205,15 @@ def test_each_patient_is_shown_once_when_that_is_ticked(tmp_path: Path, address:
   $("one_per_patient").click();
   $("form").requestSubmit(); await settled();
   seen.once = patients().length > 1 && new Set(patients()).size === patients().length;
+  seen.status = $("status").textContent.replace(/, nearest.*/, "");
+  let all = films().length;
+  while (!$("next").disabled) { $("next").click(); await settled(); all += films().length; }
+  seen.last = $("page").textContent;
+  seen.all = all;
 """
-    assert acted(tmp_path, address, acts) == {"often": "true", "once": "true"}
+    seen = acted(tmp_path, address, acts)
+    assert re.fullmatch(r"1 to 12 of the patients of \d\d images", seen.pop("status"))
+    assert seen == {"often": "true", "once": "true", "last": "Page 2", "all": "19"}
 
 
 def test_the_page_as_it_is_served_runs_under_its_own_policy(tmp_path: Path, address: str) -> None:

@@ -37,6 +37,7 @@ from cxr_retrieval.index import cache
 from cxr_retrieval.index.lifecycle import collect, drop_version, promote, rollback
 from cxr_retrieval.index.removal import published_holdings, purge
 from cxr_retrieval.index.versions import open_version, publish, resolve, verify
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import remove
 from tests import proxy
 from tests.proxy import FaultProxy
@@ -491,7 +492,7 @@ def test_any_request_that_moves_or_deletes_may_break_and_readers_see_one_whole_v
     if name == "purge":  # fewer versions are fewer requests
         spare = {f"versions/{in_peace.spare}.json", *(objects_of(SPARE) - objects_of(NEW))}
         objects = {key: data for key, data in objects.items() if key not in spare}
-        remove(s3, PATIENT)
+        remove(s3, PATIENT, Pseudonyms(None))
         objects |= dict.fromkeys(bucket.stored(s3), b"{}")
     places = Places(s3, bucket, objects, in_peace.contents)
     doomed = tuple(work.deletes(in_peace))
@@ -537,7 +538,7 @@ def test_any_request_that_moves_or_deletes_may_break_and_readers_see_one_whole_v
 def test_a_version_whose_object_is_gone_is_never_put_in_front(s3: str, bucket: Bucket, in_peace: Published) -> None:
     objects = {key: data for key, data in in_peace.objects.items() if key not in objects_of(SPARE) - objects_of(NEW)}
     place = Places(s3, bucket, objects, in_peace.contents).next()
-    remove(place.to, "somebody")
+    remove(place.to, "somebody", Pseudonyms(None))
     for work in (
         lambda: promote(place.to, in_peace.spare, "latest", None),
         lambda: promote(place.to, in_peace.spare, "another", None),

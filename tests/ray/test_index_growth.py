@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,6 +203,14 @@ def everything_below(folder: Path) -> Iterator[tuple[Path, bytes]]:
                 yield path, b"\n".join(values_of(pq.read_table(path)))
 
 
+def killed_writes(files: set[Path]) -> None:
+    """What local writes of these files leave that were killed at their end, two days ago."""
+    for path in files:
+        scratch = path.with_name(f".{path.name}.0123abcd")
+        shutil.copyfile(path, scratch)
+        os.utime(scratch, (time.time() - 2 * 86_400,) * 2)
+
+
 def test_nothing_of_a_removed_patient_stays(hospital: Hospital, phantom_archive: Path) -> None:
     hospital.receive(phantom_archive, 96)
     first, _ = hospital.index()
@@ -227,13 +237,14 @@ def test_nothing_of_a_removed_patient_stays(hospital: Hospital, phantom_archive:
     page = corpus_report(settings, prepared.artifact)
     holders = {path for path, data in everything_below(hospital.folder) if any(secret in data for secret in secrets)}
     assert any(hospital.to in str(path) for path in holders)
+    killed_writes({path for path in holders if hospital.archive not in path.parents})
     assert any("embeddings" not in str(path) and hospital.workspace in str(path) for path in holders)
 
     # From the tombstone on nobody finds them, whatever version an alias serves.
     query = retriever.query_of(images[0])
-    assert remove(hospital.to, patient)
-    assert remove(hospital.workspace, patient)
-    assert not remove(hospital.to, patient)
+    assert remove(hospital.to, patient, PLAIN)
+    assert remove(hospital.workspace, patient, PLAIN)
+    assert not remove(hospital.to, patient, PLAIN)
     opened = Retriever.open(f"{hospital.to}@latest")
     assert opened.images == 96 - len(rows)
     answer = opened.search(query, k=96)
@@ -301,11 +312,13 @@ def test_without_the_key_nobody_can_prepare_as_if_no_one_was_removed(
 ) -> None:
     hospital.receive(phantom_archive, 16)
     keyed = Pseudonyms(b"a key of sixteen bytes or more")
-    remove(hospital.workspace, keyed.name("patient", hospital.patient_of(3)))
+    remove(hospital.workspace, hospital.patient_of(3), keyed)
     settings = CorpusSettings(archive=str(hospital.archive), size=SIZE)
     monkeypatch.delenv("CXR_PRIVACY_KEY", raising=False)
     with pytest.raises(UserError, match="there is no key"):
         prepare(settings, hospital.workspace)
+    with pytest.raises(UserError, match="would come back under their own names"):
+        prepare(settings, hospital.workspace, PUBLIC)
     monkeypatch.setenv("CXR_PRIVACY_KEY", "a key of sixteen bytes or more")
     corpus, _ = prepare(settings, hospital.workspace)
     theirs = sum(hospital.patient_of(row) == hospital.patient_of(3) for row in range(16))
@@ -319,7 +332,7 @@ def test_a_purge_that_is_killed_after_any_file_leaves_nothing_when_it_is_run_aga
     hospital.receive(phantom_archive, 32)
     hospital.index()
     for place in (hospital.to, hospital.workspace):
-        remove(place, hospital.patient_of(20))
+        remove(place, hospital.patient_of(20), PLAIN)
     hospital.index()
 
     def still_there() -> list[storage.StoredFile]:

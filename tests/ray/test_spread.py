@@ -24,6 +24,7 @@ from cxr_retrieval.index.groups import InProcess, ShardGroup, ShardsAway
 from cxr_retrieval.index.search import Retriever, UnknownImage
 from cxr_retrieval.index.spread import Spread
 from cxr_retrieval.index.versions import resolve, split_reference
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.serve.api import create_app
 from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.tombstones import Tombstones, remove
@@ -208,7 +209,7 @@ def test_a_removed_patient_is_found_by_no_holder_not_even_by_one_that_was_starte
     patient = retriever.case("00000001_000.png").patient
     theirs = COUNT - retriever.search(query, COUNT).passing
     assert theirs >= 1
-    assert remove(to, patient)
+    assert remove(to, patient, Pseudonyms(None))
     retriever.honour(Tombstones.at(to))
 
     def gone() -> None:

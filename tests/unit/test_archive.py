@@ -20,6 +20,7 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.limits import REMOVED
 from cxr_retrieval.corpus.rows import rows_digest
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients, remove
 
 # NIH's own header: the unquoted commas inside the brackets make two columns of one.
@@ -476,7 +477,7 @@ def test_what_is_removed_keeps_its_place_and_says_nothing(folder: Folder, tmp_pa
     names = [f"{n:02d}.png" for n in range(12)]
     folder.images(*names).table(*(line(name, patient=str(n // 2)) for n, name in enumerate(names)))
     before = folder.read(partition_images=8)
-    remove(str(tmp_path), "2")
+    remove(str(tmp_path), "2", Pseudonyms(None))
     removed = RemovedPatients.of(str(tmp_path), PrivacySettings(pseudonymise=False))
     once = cut_after(folder, before, removed)
     marks = [removed.mark(name) for name in names[4:6]]

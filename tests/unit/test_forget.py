@@ -1,5 +1,7 @@
 """Promises of removing patients by name: it says what that hides and where, and a name that nothing has is refused."""
 
+import os
+import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +39,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
         images[n] = replace(images[n], facts={**images[n].facts, **named})
     model = model_files(tmp_path, images)
     for shards in (1, 2):
-        to, _, _ = published(tmp_path, build(tmp_path, images, model, shards=shards)).rpartition("@")
+        made = build(tmp_path, images, model, shards=shards, pseudonymised=names.key_id)
+        to, _, _ = published(tmp_path, made).rpartition("@")
     corpus = tmp_path / "corpora" / "chest" / ("0" * 20) / MANIFEST_FILE
     corpus.parent.mkdir(parents=True)
     named = zip("12345", ("A", "A", "A", "B", None), strict=True)
@@ -85,7 +88,7 @@ def other(settings: Settings) -> str:
     names = Pseudonyms.of(settings.privacy)
     images[0] = replace(images[0], facts={**images[0].facts, "patient": names.name("patient", "A")})
     files = model_files(Path(settings.workspace), images)
-    publish(build(Path(settings.workspace), images, files, shards=3), place, "latest")
+    publish(build(Path(settings.workspace), images, files, shards=3, pseudonymised=names.key_id), place, "latest")
     return place
 
 
@@ -118,12 +121,90 @@ def purge(settings: Settings, index: str) -> None:
 def test_a_purge_of_one_index_names_the_others_that_hold_the_patient_too(
     settings: Settings, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    remove(settings.workspace, Pseudonyms.of(settings.privacy).name("patient", "A"))  # in no index: as it was once
-    images = films(12)
-    publish(build(tmp_path, images, model_files(tmp_path, images), shards=1), other, "latest")
+    remove(settings.workspace, "A", Pseudonyms.of(settings.privacy))  # in no index: as it was once
+    images, key_id = films(12), Pseudonyms.of(settings.privacy).key_id
+    publish(build(tmp_path, images, model_files(tmp_path, images), shards=1, pseudonymised=key_id), other, "latest")
     purge(settings, other)
     said = capsys.readouterr().err
     assert len(list_versions(other)) == 1, "who was removed from the workspace is purged from an index of it"
     assert f"{settings.publish.to}: 2 published versions hold removed patients too, and stay" in said
     assert f"--index {settings.publish.to}" in said
     assert len(list_versions(settings.publish.to or "")) == 2
+
+
+def test_a_purge_takes_what_killed_writes_have_left_and_nothing_that_may_be_being_written(
+    settings: Settings, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove(settings.workspace, "A", Pseudonyms.of(settings.privacy))
+    images = films(12)
+    key_id = Pseudonyms.of(settings.privacy).key_id
+    publish(build(tmp_path, images, model_files(tmp_path, images), shards=1, pseudonymised=key_id), other, "latest")
+    folders = Path(settings.workspace, "embeddings", "one"), Path(other, "objects")
+    left = {folder: [folder / f".rows.npy.0123abc{n}" for n in range(2)] for folder in folders}
+    for folder, (killed, at_work) in left.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (killed, at_work):
+            file.write_bytes(b"half")
+        os.utime(killed, (time.time() - 2 * 86_400,) * 2)
+    purge(settings, other)
+    assert [[file.exists() for file in files] for files in left.values()] == [[False, True]] * 2
+    assert "stay, somebody may be writing them: 2 half-written files; purge again in a day" in capsys.readouterr().err
+
+
+# ---- another key, and what is published meanwhile
+
+
+def test_nobody_is_removed_under_another_key_than_those_before(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(settings, "A")
+    monkeypatch.setenv(KEY_VARIABLE, "another key of sixteen bytes")
+    keyed = settings.privacy.model_copy(update={"pseudonymise": True})
+    with pytest.raises(UserError, match="would come back under privacy key"):
+        forget(settings.model_copy(update={"privacy": keyed}), "B")
+    assert len(Tombstones.at(settings.workspace).digests) == 1
+
+
+def test_versions_of_another_key_are_named_and_never_said_to_hide_a_patient(
+    settings: Settings, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "another key of sixteen bytes")
+    later = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"pseudonymise": True})})
+    forget(later, "A")
+    said = capsys.readouterr().err
+    assert "none shows them" not in said
+    for place in (other, settings.publish.to or ""):
+        (line,) = (line for line in said.splitlines() if line.startswith(f"{place}: "))
+        assert "versions built under another privacy key may go on showing them" in line
+        assert all(version in line for version in list_versions(place))
+    purge(later, other)
+    said = capsys.readouterr().err
+    assert f"{other}: not looked into, built under another privacy key, and may hold removed patients" in said
+
+
+def test_who_is_removed_while_an_index_is_first_published_is_not_shown_by_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the tombstone lies in the workspace before the publish takes them along, or after."""
+    workspace, images = Path(settings.workspace), films(12)
+    names = Pseudonyms.of(settings.privacy)
+    images[0] = replace(images[0], facts={**images[0].facts, "patient": names.name("patient", "A")})
+    made = build(workspace, images, model_files(workspace, images), shards=3, pseudonymised=names.key_id)
+    before = f"{workspace}/indexes/before"
+    forget(settings, "A")
+    publish(made, before, "latest", workspace=str(workspace))
+    assert Retriever.open(before).images == 11
+
+    removed, after = [], f"{workspace}/indexes/after"
+
+    def slow(place: str, patient: str, pseudonyms: Pseudonyms) -> bool:
+        if not removed:  # it has looked where indexes are, and there is nothing yet
+            publish(made, after, "latest", workspace=str(workspace))
+        removed.append(place)
+        return remove(place, patient, pseudonyms)
+
+    for stone in (workspace / "tombstones").iterdir():
+        stone.unlink()
+    monkeypatch.setattr("jobs.forget.remove", slow)
+    forget(settings, "A")
+    assert Retriever.open(after).images == 11

@@ -262,7 +262,7 @@ def test_nothing_is_kept_of_a_removed_patient_once_the_workspace_is_purged(
     privacy = PrivacySettings(pseudonymise=pseudonymise)
     export.put(**{f"jane_doe_{n}": film(patient="jane" if n else "other") for n in range(3)})
     export.read()
-    remove(export.workspace, Pseudonyms.of(privacy).name("patient", "jane"))
+    remove(export.workspace, "jane", Pseudonyms.of(privacy))
     removed = RemovedPatients.of(export.workspace, privacy)
     hidden = export.rows(removed)
     assert [row["excluded"] for row in hidden.values()].count(REMOVED) == 2

@@ -2,7 +2,9 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_retrieval.config import IndexSettings
+from cxr_retrieval.index import build as index_build
 from cxr_retrieval.index.plan import (
     CODEBOOK_ROWS,
     GIB,
@@ -119,6 +122,21 @@ def test_a_code_is_the_longest_that_fits_and_keeps_the_recall_target(
     assert (plan.machines > 1) == (plan.bytes > memory_gib * GIB) == ("machines" in plan.why)
     strict = inverted(rows, dimensions, memory_gib=memory_gib, recall_target=0.995)
     assert strict.code.recall == 1.0
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(10, 10), (11, 10), (19, 10), (25, 10), (1000, 999), (997, 64)])
+def test_as_many_rows_are_sampled_as_are_planned_evenly_and_whatever_the_shards(
+    monkeypatch: pytest.MonkeyPatch, rows: int, wanted: int
+) -> None:
+    plan = replace(plan_index(rows, 1, IndexSettings()), training_rows=wanted)
+    parts = np.array_split(np.arange(rows)[:, None], 3)
+    monkeypatch.setattr(index_build.Model, "open", lambda _: None)
+    monkeypatch.setattr(index_build, "vectors_of", lambda _, __, part, ___: (parts[part], None, None))
+    source = SimpleNamespace(model_uri="")
+    firsts = np.cumsum([0, *map(len, parts)]).tolist()
+    taken = np.concatenate([index_build._sample(range(n, n + 1), firsts[n], plan, source)[:, 0] for n in range(3)])
+    assert len(taken) == wanted
+    assert set(np.diff(taken)) <= {rows // wanted, -(-rows // wanted)}
 
 
 @given(st.integers(10**4, 10**9), st.integers(10**3, 10**6))

@@ -117,6 +117,13 @@ def test_rollback_goes_to_the_version_before_and_done_twice_is_back(to: str, ver
     assert rollback(to, "latest").version == versions[2]
 
 
+def test_no_alias_is_made_or_moved_that_looks_like_a_version(to: str, versions: list[str]) -> None:
+    for act in (lambda: promote(to, versions[0], "0" * 20, None), lambda: rollback(to, versions[0])):
+        with pytest.raises(UserError, match="does not look like a version id"):
+            act()
+    assert list(list_aliases(to)) == ["latest"]
+
+
 def test_there_is_no_way_back_from_the_first_version(tmp_path: Path, to: str) -> None:
     publish(build(tmp_path, "old"), to, "latest")
     with pytest.raises(UserError, match="nothing to roll back to"):
@@ -190,6 +197,16 @@ def test_only_old_objects_that_no_version_names_are_deleted(to: str, versions: l
     assert not (Path(to) / "objects" / orphan).exists()
     assert (Path(to) / "objects" / young).exists()
     assert [verify(to, version) for version in versions] == [[], [], []]
+
+
+def test_what_a_killed_write_of_an_object_has_left_is_deleted_when_it_is_old(to: str, versions: list[str]) -> None:
+    assert versions
+    scratch = Path(to) / "objects" / f".{'a' * 64}.0123abcd"
+    scratch.write_bytes(b"half")
+    assert garbage(to, 30) == []
+    os.utime(scratch, (0, 0))
+    assert [each.path for each in collect(to, 30)] == [scratch.name]
+    assert not scratch.exists()
 
 
 def test_what_a_publish_names_after_it_was_found_to_be_garbage_is_kept(
@@ -278,8 +295,24 @@ def test_what_was_done_to_a_version_is_said_in_one_line(
     assert capsys.readouterr().err.splitlines() == [
         f"{to}@first serves version {newest} now (generation 1)",
         f"{to}@first serves version {old} now (generation 2), not {newest}",
-        f"{to}: version {new} (7 rows) is dropped; gc takes the objects that only it named",
+        f"{to}: version {new} is dropped; gc takes the objects that only it named",
     ]
+
+
+def test_a_version_whose_manifest_is_damaged_is_listed_with_the_reason_and_can_be_dropped(
+    to: str, versions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote(to, versions[2], "first", None)
+    promote(to, versions[0], "latest", None)
+    storage.write_bytes(f"{to}/versions/{versions[1]}.json", b"no JSON")
+    run(Settings(), options(to, ["list"]))
+    said = capsys.readouterr().out
+    assert all(version in said for version in versions)
+    assert "not JSON" in " ".join(said.split())
+    run(Settings(), options(to, ["drop", versions[1]]))
+    assert sorted(list_versions(to)) == sorted([versions[0], versions[2]])
+    with pytest.raises(UserError, match=f"there is no version {versions[1]}; it has first, latest"):
+        drop_version(to, versions[1])
 
 
 @pytest.mark.parametrize(("which", "role"), [(2, "serves it"), (1, "would roll back to it")])

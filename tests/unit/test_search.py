@@ -15,7 +15,7 @@ from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.limits import RejectedImage
 from cxr_retrieval.corpus.phantom.radiographs import draw_patient
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index import cache, groups, search
+from cxr_retrieval.index import cache, filters, groups, search
 from cxr_retrieval.index.filters import EVERYTHING, Filters
 from cxr_retrieval.index.quantizer import Lists
 from cxr_retrieval.index.search import Retriever, UnknownImage
@@ -197,6 +197,20 @@ def test_the_own_patient_is_left_out_inside_the_search_too(retriever: Retriever,
     assert answer.known is not None
     assert answer.known.image_id == images[0].facts["image_id"]
     assert {case.image_id for case in answer.cases} == {film.facts["image_id"] for film in others}
+
+
+def test_a_value_that_a_filter_names_many_times_costs_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    once, often = Filters(any_of=("Mass", "Nodule")), Filters(any_of=("Nodule", "Mass") * 500)
+    assert (once, hash(once)) == (often, hash(often))
+    looked: list[str] = []
+
+    def present(_: pa.Table, name: str) -> np.ndarray:
+        looked.append(name)
+        return np.array([name == "Mass", name == "Nodule", False])
+
+    monkeypatch.setattr(filters, "_present", present)
+    assert often.mask(pa.table({"findings": [[], [], []]})).tolist() == [True, True, False]
+    assert looked == ["Mass", "Nodule"]
 
 
 @pytest.mark.parametrize(("k", "skip"), [(1, 0), (4, 0), (4, 3), (COUNT, 0)])

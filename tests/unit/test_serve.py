@@ -1,6 +1,7 @@
 """Promises of the server: what it takes and gives, what it refuses and how, and that it follows its alias."""
 
 import base64
+import contextlib
 import json
 import socket
 import threading
@@ -26,7 +27,7 @@ from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.serve.looking import MOST, Looking
 from jobs.serve import listening
 from tests.indexes import Film, build, films, model_files, published
-from tests.servers import until
+from tests.servers import serving, until
 
 HERE = "http://127.0.0.1"
 TOKEN = "a token of sixteen or more"
@@ -177,7 +178,7 @@ def test_each_patient_is_found_once_when_asked_for(client: TestClient, world) ->
 
 def test_a_hit_leads_to_its_picture_and_its_reasons(client: TestClient, world) -> None:
     picture = client.get(f"/v1/images/{FIRST}/thumbnail")
-    assert picture.headers["content-type"] == "image/jpeg"
+    assert (picture.headers["content-type"], picture.headers["cache-control"]) == ("image/jpeg", "no-store")
     assert cv2.imdecode(np.frombuffer(picture.content, np.uint8), 0).shape == (64, 64)
     uploaded = client.post("/v1/images/00000002_000.png/why", files={"image": world[1][0].png}).json()
     stored = client.get("/v1/images/00000002_000.png/why", params={"query": FIRST}).json()
@@ -263,6 +264,36 @@ def test_an_upload_over_the_limit_is_refused_whether_or_not_its_length_is_told(c
     assert refusal(untold, 413) == expected
 
 
+def test_an_upload_that_stalls_gives_its_place_back(opened: LiveIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "STALLED_SECONDS", 0.2)
+    with serving(create_app(opened, ServeSettings())) as address, stalled(address) as connection:
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))  # to the end of the connection
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"nothing of the upload came for 0.2 seconds: send it again" in answer
+
+
+def test_a_server_that_is_told_to_stop_waits_for_no_upload_that_stalls(
+    opened: LiveIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.serve.STOP_SECONDS", 1)
+    with contextlib.ExitStack() as client:
+        with serving(create_app(opened, ServeSettings())) as address:
+            client.enter_context(stalled(address))
+            time.sleep(0.5)  # it is being read
+            began = time.monotonic()
+        assert time.monotonic() - began < api.STALLED_SECONDS / 2
+
+
+@contextlib.contextmanager
+def stalled(address: str) -> Iterator[socket.socket]:
+    """A client that has sent the first bytes of an upload, and sends no more."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST /v1/search HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n--x\r\n".encode())
+        yield connection
+
+
 def test_a_bug_is_no_refusal(opened: LiveIndex, world, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
@@ -319,7 +350,7 @@ def test_while_the_alias_cannot_be_followed_the_old_version_serves_and_says_so(
         raise UserError("the store cannot be reached")
 
     with monkeypatch.context() as patch:
-        patch.setattr(live, "resolve", away)
+        patch.setattr(live, "named_version", away)
         found.look()
         found.look()
     assert (found.trouble, found.failures, found.moves) == ("alias failing: the store cannot be reached", 2, 0)
@@ -341,7 +372,7 @@ def test_a_bug_in_looking_at_the_alias_is_told_with_its_traceback_and_looking_go
             raise bug
 
         with monkeypatch.context() as patch:
-            patch.setattr(live, "resolve", broken)
+            patch.setattr(live, "named_version", broken)
             until(lambda: found.failures > 2 or not found.watching)
             ready = client.get("/readyz")
         assert (ready.status_code, ready.json()["trouble"]) == (200, f"alias bugged: {bug!r}")
@@ -349,6 +380,16 @@ def test_a_bug_in_looking_at_the_alias_is_told_with_its_traceback_and_looking_go
     said = capsys.readouterr().err
     assert said.count("Traceback") == 1  # not once a look
     assert f"alias bugged: {bug!r}; version" in said
+
+
+def test_an_alias_that_has_not_moved_is_looked_at_without_reading_its_manifest(world) -> None:
+    folder, images, files = world
+    found = LiveIndex(published(folder, build(folder, images[:20], files), "resting"), 3600)
+    manifest = Path(found.to) / "versions" / f"{found.retriever.version.version.id}.json"
+    away = manifest.rename(manifest.with_suffix(".away"))
+    found.look()
+    away.rename(manifest)
+    assert found.trouble is None
 
 
 def test_the_server_is_not_ready_when_nobody_looks_at_the_alias(world) -> None:

@@ -141,7 +141,9 @@ def test_a_staged_write_that_is_killed_leaves_the_old_file(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", code, uri], timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert storage.read_bytes(uri) == b"old"
-    # What the killed process left is scratch: nothing lists it, and the next write is not in its way.
+    # What the killed process left is scratch: nothing else lists it, and the next write is not in its way.
+    (left,) = storage.list_scratch(str(tmp_path))
+    assert Path(left.uri).read_bytes() == b"half"
     assert [file.path for file in storage.list_files(str(tmp_path))] == ["file"]
     storage.write_bytes(uri, b"new")
     assert storage.read_bytes(uri) == b"new"

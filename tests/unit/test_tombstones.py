@@ -17,7 +17,7 @@ from cxr_retrieval.index.groups import ShardGroup
 from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
 from cxr_retrieval.serve.live import LiveIndex
-from cxr_retrieval.tombstones import FOLDER, NOBODY, RemovedPatients, Tombstones, remove
+from cxr_retrieval.tombstones import FOLDER, NOBODY, RemovedPatients, Tombstones, carry, remove
 from tests.indexes import build, films, model_files, published
 from tests.servers import until
 
@@ -26,17 +26,17 @@ KEY = "a key of sixteen bytes or more"
 
 def test_a_tombstone_names_nobody_and_is_put_once(tmp_path: Path) -> None:
     assert not Tombstones.at(str(tmp_path))
-    assert remove(str(tmp_path), "Patient-7")
+    assert remove(str(tmp_path), "Patient-7", Pseudonyms(None))
     (stone,) = (tmp_path / FOLDER).iterdir()
     assert "Patient" not in stone.name + stone.read_text()
-    assert set(json.loads(stone.read_text())) == {"removed_at"}
+    assert set(json.loads(stone.read_text())) == {"removed_at", "key_id"}
     before = stone.read_bytes()
-    assert not remove(str(tmp_path), "Patient-7")
+    assert not remove(str(tmp_path), "Patient-7", Pseudonyms(None))
     assert stone.read_bytes() == before
 
 
 def test_rows_of_removed_patients_are_told_from_others(tmp_path: Path) -> None:
-    remove(str(tmp_path), "b")
+    remove(str(tmp_path), "b", Pseudonyms(None))
     stones = Tombstones.at(str(tmp_path))
     names = pa.chunked_array([["a", "b", None], ["b", "c"]], pa.string())
     assert stones.mask(names).tolist() == [False, True, False, True, False]
@@ -55,13 +55,57 @@ def test_patients_are_known_by_their_pseudonyms_and_not_without_the_key(
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     workspace = str(tmp_path)
     assert RemovedPatients.of(workspace, PrivacySettings()) is NOBODY  # nobody was removed: no key is needed
-    remove(workspace, Pseudonyms(KEY.encode()).name("patient", "7"))
+    remove(workspace, "7", Pseudonyms(KEY.encode()))
     with pytest.raises(UserError, match="there is no key"):
         RemovedPatients.of(workspace, PrivacySettings())
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     removed = RemovedPatients.of(workspace, PrivacySettings())
     assert ("7" in removed, "8" in removed) == (True, False)
-    assert "7" not in RemovedPatients.of(workspace, PrivacySettings(pseudonymise=False))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        (
+            KEY,
+            "another key of sixteen bytes",
+            r"removed from it under privacy key \w{12} and .* under privacy key \w{12}:",
+        ),
+        (KEY, None, r"removed from it under privacy key \w{12} and would come back under their own names"),
+        (None, KEY, r"removed from it under their own names .* and would come back under privacy key \w{12}:"),
+    ],
+    ids=["another key", "no key any more", "a key since"],
+)
+def test_nobody_comes_back_under_another_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str | None, now: str | None, told: str
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, now or KEY)
+    remove(str(tmp_path), "7", Pseudonyms(then.encode() if then else None))
+    remove(str(tmp_path), "8", Pseudonyms(now.encode() if now else None))
+    with pytest.raises(UserError, match=told) as refused:
+        RemovedPatients.of(str(tmp_path), PrivacySettings(pseudonymise=now is not None))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tombstone_that_tells_no_key_counts_as_made_by_the_one_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    remove(str(tmp_path), "7", Pseudonyms(KEY.encode()))
+    (stone,) = (tmp_path / FOLDER).iterdir()
+    stone.write_text(json.dumps({"removed_at": "2024-01-01T00:00:00+00:00"}))
+    assert "7" in RemovedPatients.of(str(tmp_path), PrivacySettings())
+
+
+def test_tombstones_that_are_carried_hide_the_same_patients_and_are_put_once(tmp_path: Path) -> None:
+    source, to = f"{tmp_path}/workspace", f"{tmp_path}/published"
+    remove(source, "a", Pseudonyms(None))
+    remove(to, "b", Pseudonyms(None))
+    carry(source, to)
+    assert ("a" in Tombstones.at(to), "b" in Tombstones.at(to)) == (True, True)
+    before = {stone: stone.stat().st_mtime_ns for stone in (tmp_path / "published" / FOLDER).iterdir()}
+    carry(source, to)
+    assert {stone: stone.stat().st_mtime_ns for stone in (tmp_path / "published" / FOLDER).iterdir()} == before
 
 
 def test_a_server_that_runs_shows_nobody_who_was_removed_when_it_looks_next(tmp_path: Path) -> None:
@@ -73,7 +117,7 @@ def test_a_server_that_runs_shows_nobody_who_was_removed_when_it_looks_next(tmp_
     assert live.retriever.images == 24
     query = live.retriever.query(images[0].png)
     assert live.retriever.search(query, exclude_own=False).cases[0].patient == patient
-    remove(live.to, patient)
+    remove(live.to, patient, Pseudonyms(None))
     live.look()
     assert live.retriever.images == 24 - theirs
     found = live.retriever.search(query, k=24, exclude_own=False)
@@ -92,7 +136,7 @@ def test_filters_name_nothing_that_only_a_removed_patient_had(tmp_path: Path) ->
     retriever = Retriever.open(published(tmp_path, build(tmp_path, images, model_files(tmp_path, images))))
     assert "LL" in retriever.vocabulary.views
     assert "Situs inversus" in retriever.vocabulary.findings
-    remove(retriever.version.version.to, patient)
+    remove(retriever.version.version.to, patient, Pseudonyms(None))
     retriever.honour(Tombstones.at(retriever.version.version.to))
     assert "LL" not in retriever.vocabulary.views
     assert "Situs inversus" not in retriever.vocabulary.findings
@@ -123,7 +167,7 @@ def test_a_removed_patient_is_hidden_also_while_the_new_version_cannot_be_opened
         raise UserError("the new version is damaged")
 
     moving.open = damaged
-    remove(moving.live.to, moving.patient)
+    remove(moving.live.to, moving.patient, Pseudonyms(None))
     moving.live.look()
     assert (moving.live.retriever.images, moving.live.moves) == (24 - moving.theirs, 0)
     assert moving.live.trouble == "alias latest: the new version is damaged"
@@ -144,7 +188,7 @@ def test_a_removed_patient_is_hidden_while_a_new_version_is_being_opened_and_doe
     moving.open = slow
     with moving.live as live:
         assert opening.wait(60)
-        remove(live.to, moving.patient)
+        remove(live.to, moving.patient, Pseudonyms(None))
         until(lambda: live.retriever.images < 24)
         assert (live.retriever.images, live.moves) == (24 - moving.theirs, 0)
         go_on.set()
@@ -178,7 +222,7 @@ def test_a_search_under_way_shows_nobody_who_is_removed_meanwhile(
     patient = images[0].facts["patient"]
     theirs = sum(film.facts["patient"] == patient for film in images)
     query = live.retriever.query(images[0].png)
-    remove(live.to, patient)
+    remove(live.to, patient, Pseudonyms(None))
     done = getattr(ShardGroup, step)
 
     def removed_before(*asked: Any) -> Any:

@@ -9,6 +9,7 @@
   let query = null; // {file, bitmap} or {id}; region is [x, y, w, h] in pixels of the file
   let found = null; // the last answer
   let skip = 0;
+  let patients = false; // each hit another patient
   let asking = null; // aborts the request under way
   let at = 0; // the hit in the viewer
 
@@ -230,6 +231,7 @@
   async function search(from) {
     if (!query) return say("Choose an image first.");
     skip = from;
+    patients = $("one_per_patient").checked;
     drawQuery();
     asking?.abort();
     const mine = (asking = new AbortController());
@@ -257,19 +259,21 @@
     $("warning").textContent = found.warning ? sentence(found.warning) : "";
     const sharing = hits.filter((hit) => hit.shared.length).length;
     const share = found.query.known_as?.findings.length ? `; ${sharing} of these ${sharing === 1 ? "shares" : "share"} a finding with the query` : "";
+    const images = `${passing.toLocaleString("en")} images`; // how many patients these are of, the server does not count
     $("status").textContent = hits.length
-      ? `${hits[0].rank} to ${hits.at(-1).rank} of ${passing.toLocaleString("en")} images, nearest first${share}.`
-      : "";
+      ? `${hits[0].rank} to ${hits.at(-1).rank} of ${patients ? `the patients of ${images}` : images}, nearest first${share}.`
+      : skip ? `No more ${patients ? "patients" : "images"}: the page before is the last.` : "";
     $("hits").replaceChildren(
       ...hits.map((hit, number) => {
         const film = node("button", { type: "button", class: "film", title: "Look closer", "data-hit": number }, ...picture(hit));
         return node("li", { class: "hit" }, film, about(hit));
       }),
     );
-    $("pager").hidden = passing <= PAGE;
+    const last = hits.length < PAGE || skip + PAGE >= Math.min(passing, 900);
+    $("pager").hidden = skip === 0 && last;
     $("page").textContent = `Page ${skip / PAGE + 1}`;
     $("previous").disabled = skip === 0;
-    $("next").disabled = skip + PAGE >= Math.min(passing, 900);
+    $("next").disabled = last;
   }
 
   // ---- looking closer
