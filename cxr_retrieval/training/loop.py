@@ -74,7 +74,10 @@ class Worker:
         self.pretraining_steps = self.order.steps * training.pretraining
         self.total_steps = self.pretraining_steps + self.order.steps * training.epochs
         labels = torch.as_tensor(np.concatenate([*self._labels()]))
-        self.objective = Objective.build(self.settings.losses, labels, steps, training.shallow_share, self.device)
+        unseen = [FINDINGS.index(name) for name in training.unseen]
+        self.objective = Objective.build(
+            self.settings.losses, labels, steps, training.shallow_share, self.device, unseen
+        )
         self.optimisation = self._optimisation(len(self.objective.learnt_K))
         self.validation = Validation(
             network=self.optimisation.averaged.module,

@@ -3,7 +3,7 @@
 B images, C findings, D dimensions, P passes (whole image, crop), S steps (shallow to deep), T = P * S tables.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +37,9 @@ def step_weights(progress: float, steps: int, share: float) -> list[float]:
 class Objective:
     """A contrastive loss plus multi-label cross-entropy, of every step and pass and of the joint classifier.
 
-    `learnt_K`: which classes of the centres some training image has, bool. What none has, as a finding of
-    `training.unseen`, is unknown to every loss: taken for absent, it would push all images from a centre that nothing
-    moves, and teach its classifier to deny it.
+    `learnt_K`: which classes of the centres training sees, bool. A finding of `training.unseen` is unknown to every
+    loss: taken for absent, it would push all images from a centre that nothing moves, and teach its classifier to deny
+    it.
     """
 
     settings: LossSettings
@@ -51,16 +51,24 @@ class Objective:
 
     @classmethod
     def build(
-        cls, settings: LossSettings, labels_NC: Tensor, steps: int, shallow_share: float, device: torch.device
+        cls,
+        settings: LossSettings,
+        labels_NC: Tensor,
+        steps: int,
+        shallow_share: float,
+        device: torch.device,
+        unseen: Sequence[int] = (),
     ) -> "Objective":
-        """What is learnt, and the weights of rare findings, come once, from the labels of all training images, int8
-        [N, C]."""
+        """The weights of rare findings come once, from the labels of all training images, int8 [N, C]; `unseen` are
+        columns of these."""
         counts_K = (centre_targets(labels_NC, settings.no_finding) == PRESENT).sum(0)
         present_C, absent_C = (labels_NC == PRESENT).sum(0), (labels_NC == ABSENT).sum(0)
+        learnt_K = torch.ones(len(counts_K), dtype=torch.bool)
+        learnt_K[list(unseen)] = False
         return cls(
             settings,
             steps,
-            (counts_K > 0).to(device),
+            learnt_K.to(device),
             class_weights(counts_K, settings.class_balance).to(device),
             positive_weights(present_C, absent_C, settings.class_balance).to(device),
             shallow_share,

@@ -88,8 +88,9 @@ def without(finding: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", ["margin", "softmax"])
 @pytest.mark.parametrize("no_finding", ["center", "ignore"])
-def test_a_finding_that_no_training_image_has_is_unknown_to_every_loss(form, no_finding):
-    sums, out = Objective.build(LossSettings(form=form, no_finding=no_finding), without(1), S, 0.4, CPU), output(2)
+def test_a_finding_that_training_must_not_see_is_unknown_to_every_loss(form, no_finding):
+    sums = Objective.build(LossSettings(form=form, no_finding=no_finding), without(1), S, 0.4, CPU, [1])
+    out = output(2)
     table = centres(sums)
     loss, _ = sums(out, without(1), sums.ccloss(table), 1.0)
     loss.backward()
@@ -103,7 +104,7 @@ def test_a_finding_that_no_training_image_has_is_unknown_to_every_loss(form, no_
 
 def test_an_image_without_any_finding_that_is_learnt_is_no_finding():
     for no_finding, expected in (("center", [0, -1, 0, 0, 0, 1]), ("ignore", [-1] * 5)):
-        sums = Objective.build(LossSettings(form="margin", no_finding=no_finding), without(1), S, 0.4, CPU)
+        sums = Objective.build(LossSettings(form="margin", no_finding=no_finding), without(1), S, 0.4, CPU, [1])
         assert sums.targets(without(1))[0].tolist() == expected
 
 
