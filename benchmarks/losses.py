@@ -6,7 +6,7 @@
 
 `--minutes` of one run become a number of steps, measured once with cross-entropy only and nothing beside it (or
 `--steps` says it), and kept in `budget.json`; every loss and seed takes as many. A run leaves one JSON in
-`benchmarks/results/losses/NAME`; two run side by side on a core each (one on a GPU). Run again, it does only what is
+`benchmarks/results/losses/NAME`; one runs on each core, on a GPU as many as it holds. Run again, it does only what is
 missing, and compares what is there; another archive, recipe or budget takes another name.
 
 The learner is a half-width ResNet-18 from nothing at 64 pixels, or EfficientNet-Lite0 from ImageNet at 96, which takes
@@ -73,6 +73,7 @@ SIDE = 128
 SETTINGS = LossSettings()
 PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
 OUT = RESULTS / "losses"
+GPU_BYTES = 4 << 30  # of a run; a card is far from busy with one, whose launches are its limit
 DECISIVE = (contest, losses, network, augmentation, objective, optimisation)  # whose text decides what a run gives
 Maker = Callable[[torch.device], Rival]
 
@@ -165,7 +166,9 @@ def run_all(
     """
     folder.mkdir(parents=True, exist_ok=True)
     uris = [corpus.artifact.uri for corpus in corpora]
-    at_once = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    at_once = os.cpu_count() or 1
+    if torch.cuda.is_available():
+        at_once = max(1, min(at_once, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES))
     wanted = [(name, seed) for seed in range(seeds) for name in names]
     left = [(name, seed) for name, seed in wanted if not file_of(folder, name, seed).exists()]
     pool = ProcessPoolExecutor(at_once, get_context("spawn"), _load, (uris, learner))
