@@ -40,7 +40,8 @@ def training_report(settings: Settings, model: Artifact, corpus: Corpus) -> str:
     facts = json.loads(model.read(MODEL_FILE))
     centres = safetensors.numpy.load(model.read(WEIGHTS_FILE))[CENTRES]
     classes = [*facts["findings"], NO_FINDING][: centres.shape[1]]
-    learnt = [n for n, name in enumerate(classes) if name in facts.get("learnt", classes)]  # others never moved
+    unmoved = facts.get("unseen", ())
+    learnt = [n for n, name in enumerate(classes) if name not in unmoved]
     examples = []
     if len(places := example_places(corpus, settings.training.unseen)):
         table = corpus.take(places, ["pixels", "findings"])

@@ -308,7 +308,6 @@ class Worker:
             "centring": {name: value.cpu() for name, value in centring.items()},
             "validation": figures,
             "chosen": max(figures, key=lambda name: figures[name]["map"]),
-            "learnt": self.objective.learnt_K.tolist(),
             "centring_images": images,
         }
         self._report_final()

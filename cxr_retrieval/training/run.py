@@ -23,7 +23,7 @@ from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import CorpusSettings, Settings, TrainingSettings
 from cxr_retrieval.corpus.decoding import Recipe
-from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
+from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
@@ -122,13 +122,18 @@ def train(settings: Settings, corpus: Corpus) -> tuple[Artifact, bool]:
 
 
 def cautions(settings: Settings, workers: int) -> list[str]:
-    """What is allowed, and may not be what a person wants."""
-    if workers == 1 or settings.network.normalisation != "batch" or settings.training.gpu:
+    """What is allowed, and may not be what a person wants. Ray must be running."""
+    if settings.training.gpu:
         return []
-    return [
-        f"network.normalisation=batch on CPUs: each of {workers} workers has statistics of its own share of a batch, so"
-        " that another number of workers trains another model; group does not depend on it"
-    ]
+    found = []
+    if gpus := ray.cluster_resources().get("GPU", 0):
+        found.append(f"training.gpu=false: training takes none of the cluster's GPUs ({gpus:g})")
+    if workers > 1 and settings.network.normalisation == "batch":
+        found.append(
+            f"network.normalisation=batch on CPUs: each of {workers} workers has statistics of its own share of a"
+            " batch, so that another number of workers trains another model; group does not depend on it"
+        )
+    return found
 
 
 def _workers_to_begin_with(training: TrainingSettings) -> int:
@@ -278,7 +283,6 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "findings": list(FINDINGS),
         "losses": settings.losses.model_dump(),
         "unseen": list(settings.training.unseen),
-        "learnt": [name for name, learnt in zip((*FINDINGS, NO_FINDING), final["learnt"], strict=False) if learnt],
         "chosen": final["chosen"],
         "decode_recipe": corpus.recipe.to_json(),
         "corpus": corpus.artifact.input_id,
