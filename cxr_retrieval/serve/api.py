@@ -33,6 +33,7 @@ MB = 1 << 20
 SLACK = 64 << 10  # of an upload's limit, for the form around the file
 MOST_REQUESTS = 256  # under way at once; each may hold an upload
 STALLED_SECONDS = 20.0  # without a byte of an upload: it gives its place back
+SLOWEST_SECONDS = 300.0  # of an upload that drips
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem},
     404: {"model": Problem},
@@ -68,7 +69,8 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
     under_way = 0
     looking = Looking()
     page = render("search.html.j2", title="Find similar chest X-rays", facts=[], script="search.js")
-    app.add_middleware(UploadLimit, limit=limit + SLACK, text=too_large, seconds=STALLED_SECONDS)
+    times = {"stalled": STALLED_SECONDS, "slowest": SLOWEST_SECONDS}
+    app.add_middleware(UploadLimit, limit=limit + SLACK, text=too_large, **times)
     if token is None:
         # Else a page from anywhere could be this machine's own by a name that it makes point here.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", settings.host])

@@ -1,4 +1,4 @@
-"""The largest request that is read, and how long is waited for one that stalls."""
+"""The largest request that is read, and how long is waited for it."""
 
 import asyncio
 
@@ -10,25 +10,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 class UploadLimit:
     """Answers 413 to a request of more than `limit` bytes: at once where its length is told, else when they have come;
-    and 408, with the end of its connection, to one of which nothing comes for `seconds` before it is complete.
+    and 408, with the end of its connection, to one of which nothing comes for `stalled` seconds before it is complete,
+    or that is not complete after `slowest` seconds.
 
-    Starlette's own limit does the first, without a word on what to do; nothing else does the second.
+    Starlette's own limit does the first, without a word on what to do; nothing else does the others.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, text: str, seconds: float) -> None:
-        self._app, self._limit, self._text, self._seconds = app, limit, text, seconds
+    def __init__(self, app: ASGIApp, limit: int, text: str, stalled: float, slowest: float) -> None:
+        self._app, self._limit, self._text, self._stalled, self._slowest = app, limit, text, stalled, slowest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         came, complete = 0, False
+        end = asyncio.get_running_loop().time() + self._slowest
 
         async def limited() -> Message:
             nonlocal came, complete
+            now = asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout(None if complete else self._seconds):
+                async with asyncio.timeout_at(None if complete else min(now + self._stalled, end)):
                     message = await receive()
             except TimeoutError:
-                text = f"nothing of the upload came for {self._seconds:g} seconds: send it again"
-                raise HTTPException(408, text, {"Connection": "close"}) from None
+                slow = now + self._stalled > end
+                what = f"was not whole after {self._slowest:g}" if slow else f"stood still for {self._stalled:g}"
+                raise HTTPException(408, f"the upload {what} seconds: send it again", {"Connection": "close"}) from None
             complete = not message.get("more_body", False)
             came += len(message.get("body", b""))
             if came > self._limit:

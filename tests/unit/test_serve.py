@@ -269,7 +269,20 @@ def test_an_upload_that_stalls_gives_its_place_back(opened: LiveIndex, monkeypat
     with serving(create_app(opened, ServeSettings())) as address, stalled(address) as connection:
         answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))  # to the end of the connection
     assert answer.startswith(b"HTTP/1.1 408 ")
-    assert b"nothing of the upload came for 0.2 seconds: send it again" in answer
+    assert b"the upload stood still for 0.2 seconds: send it again" in answer
+
+
+def test_an_upload_that_drips_gives_its_place_back(opened: LiveIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "SLOWEST_SECONDS", 0.5)
+    with serving(create_app(opened, ServeSettings())) as address, stalled(address) as connection:
+        connection.settimeout(0.05)
+        answer, end = b"", time.monotonic() + 30
+        while not answer.endswith(b"}") and time.monotonic() < end:
+            connection.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                answer += connection.recv(1 << 16)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"the upload was not whole after 0.5 seconds: send it again" in answer
 
 
 def test_a_server_that_is_told_to_stop_waits_for_no_upload_that_stalls(
