@@ -137,11 +137,13 @@ def list_scratch(uri: str) -> Iterator[StoredFile]:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    for folder, _, names in os.walk(top, onerror=refuse):
-        for path in (os.path.join(folder, name) for name in sorted(names) if SCRATCH.fullmatch(name)):
-            with contextlib.suppress(FileNotFoundError):  # its writer has ended meanwhile
-                state = os.stat(path)
-                yield StoredFile(os.path.relpath(path, top), path, state.st_size, state.st_mtime, state.st_mtime_ns)
+    with _listing(top, ""):
+        for folder, folders, names in os.walk(top, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (os.path.join(folder, name) for name in sorted(names) if SCRATCH.fullmatch(name)):
+                with contextlib.suppress(FileNotFoundError):  # its writer has ended meanwhile
+                    state = os.stat(path)
+                    yield StoredFile(os.path.relpath(path, top), path, state.st_size, state.st_mtime, state.st_mtime_ns)
 
 
 def exists(uri: str) -> bool:
@@ -427,6 +429,7 @@ def _explained(uri: str, hint: str = "") -> Iterator[None]:
             errno.EROFS: "the file system is read-only: choose another workspace",
             errno.EEXIST: "a file stands where a folder is needed: choose another path",
             errno.ENOTDIR: "a file stands where a folder is needed: choose another path",
+            errno.EISDIR: "a folder stands where a file is needed: choose another path",
         }
         if error.errno in remedies:
             raise UserError(f"{uri}: {remedies[error.errno]}{hint}") from error

@@ -40,10 +40,11 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     RemovedPatients.of(settings.workspace, settings.privacy)  # refuses another key
     indexes = indexes_of(settings)
     places = [*indexes, settings.workspace]  # where people search first: a kill in between leaves fewer visible
-    images = images_of(options.rest, settings.workspace, indexes, pseudonyms)
+    images, damaged = images_of(options.rest, settings.workspace, indexes, pseudonyms)
     stones = [Tombstones.at(place) for place in places]
     for patient, theirs in images.items():
-        if not (theirs or options.anyway or any(pseudonyms.name("patient", patient) in there for there in stones)):
+        known = theirs or any(pseudonyms.name("patient", patient) in there for there in stones)
+        if not (known or damaged or options.anyway):
             raise UserError(
                 f"patient {patient!r} has no image in {' or '.join(reversed(places))}, so nobody was removed: give the"
                 " name that the archive gives, or --anyway for a patient whose images are yet to come"
@@ -60,6 +61,8 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(f"Removed from {settings.workspace}", ["patient", "state", "images"], rows)
     for place in [*indexes, *late]:
         console.say(f"{place}: {_shown(place, pseudonyms)}")
+    for text in damaged:
+        console.say(f"not looked into: {text}")
     console.say("their images are still stored: build and publish an index, then jobs.versions gc --purge (see --help)")
 
 

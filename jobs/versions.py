@@ -61,7 +61,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
             ),
         ),
         "rollback": (0, lambda: show_moved(to, rollback(to, name))),
-        "drop": (1, lambda version: show_dropped(to, drop_version(to, version))),
+        "drop": (1, lambda version: show_dropped(to, *drop_version(to, version))),
         "gc": (
             0,
             lambda: (
@@ -112,8 +112,10 @@ def show_moved(to: str, moved: Moved) -> None:
     console.say(f"{to}@{moved.alias} serves version {moved.version} now (generation {moved.generation}){instead}")
 
 
-def show_dropped(to: str, dropped: str) -> None:
+def show_dropped(to: str, dropped: str, unmoored: list[str]) -> None:
     console.say(f"{to}: version {dropped} is dropped; gc takes the objects that only it named")
+    for alias in unmoored:
+        console.say(f"{to}@{alias} was to roll back to it, and has nothing to roll back to until it is moved again")
 
 
 def show_garbage(to: str, grace_days: float, delete: bool) -> None:
@@ -145,8 +147,11 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
         console.say(f"stays, learnt from their images among others; training anew removes it: {', '.join(learnt)}")
     if unfinished := {file.uri for holdings in found.values() for file in holdings.unfinished}:
         console.say(f"stay, somebody may be writing them: {len(unfinished):,} half-written files; purge again in a day")
-    if any(holdings.versions for holdings in found.values()):
-        console.say("copies that readers have fetched stay in their caches (CXR_CACHE) until they are deleted there")
+    if any(holdings.versions or holdings.artifacts for holdings in found.values()):
+        console.say(
+            "copies that readers, and machines that built from S3, have fetched stay in their caches (CXR_CACHE) until"
+            " they are deleted there"
+        )
     for other in indexes:
         if other != to and (holding := published_holdings(other, removed.tombstones).versions):
             console.say(

@@ -138,21 +138,22 @@ def collect(to: str, grace_days: float) -> list[Garbage]:
     return found
 
 
-def drop_version(to: str, version: str) -> str:
-    """Delete a version's manifest, also a damaged one, so that `collect` takes the objects that only it names; its id.
+def drop_version(to: str, version: str) -> tuple[str, list[str]]:
+    """Delete a version's manifest, also a damaged one, so that `collect` takes the objects that only it names.
 
-    Raises UserError for an alias' version or predecessor: readers, and a rollback, may be on their way to it.
+    Returns its id, and the aliases that would have rolled back to it: they have nothing to roll back to until they are
+    moved again. Raises UserError for a version that an alias serves.
     """
     to = storage.canonical(to)
     found = named_version(to, version)
     if found not in list_versions(to):
         raise UserError(f"{to}: there is no version {found}; {known(to)}")
-    for name, alias in list_aliases(to).items():
-        if found in (alias.version, alias.predecessor):
-            role = "serves it" if found == alias.version else "would roll back to it"
-            raise UserError(f"{to}: version {found} is in use: alias {name!r} {role}; promote another one first")
+    aliases = list_aliases(to)
+    for name, alias in aliases.items():
+        if found == alias.version:
+            raise UserError(f"{to}: version {found} is in use: alias {name!r} serves it; promote another one first")
     storage.delete(storage.join(to, VERSIONS, f"{found}.json"))
-    return found
+    return found, sorted(name for name, alias in aliases.items() if found == alias.predecessor)
 
 
 def _objects(to: str) -> Iterator[storage.StoredFile]:

@@ -69,11 +69,12 @@ def published_in(workspace: str) -> list[str]:
 
 def images_of(
     patients: Iterable[str], workspace: str, places: Iterable[str], pseudonyms: Pseudonyms
-) -> dict[str, set[str]]:
+) -> tuple[dict[str, set[str]], list[str]]:
     """The images of every patient, both by the names that the archive gives: by what all corpora of a workspace list,
     and by all versions at `places`. Images are named as they are outside the corpus.
 
-    Raises CorruptArtifact where a version is damaged.
+    Then what is wrong with each version that is damaged, and so was not looked into: it keeps nobody from being
+    removed.
     """
     outside = {pseudonyms.name("patient", patient): patient for patient in patients}
     found: dict[str, set[str]] = {patient: set() for patient in outside.values()}
@@ -82,7 +83,7 @@ def images_of(
             for rows in _named(file.uri):
                 for patient, image in _pairs(rows.filter(pc.field("patient_id").isin(list(found)))):
                     found[patient].add(pseudonyms.name("image", image))
-    versions = [resolve(to, name) for to in places for name in list_versions(to)]
+    versions, damaged = _readable(places)
     for uri in {version.object_uri(version.files[name]) for version in versions for name in sidecars(version.files)}:
         try:
             theirs = pc.field("patient").isin(list(outside))
@@ -90,14 +91,29 @@ def images_of(
                 for patient, image in _pairs(pq.read_table(opened, columns=["patient", "image_id"], filters=theirs)):
                     found[outside[patient]].add(image)
         except FileNotFoundError:
-            raise CorruptArtifact(f"{uri}: gone since it was uploaded; {GONE_REMEDY}") from None
-    return found
+            damaged.append(f"{uri}: gone since it was uploaded; {GONE_REMEDY}")
+        except pa.ArrowInvalid:
+            damaged.append(f"{uri}: no longer what was uploaded; {GONE_REMEDY}")
+    return found, damaged
+
+
+def _readable(places: Iterable[str]) -> tuple[list[Version], list[str]]:
+    """All versions at `places`, and what is wrong with those that are damaged."""
+    versions, damaged = [], []
+    for to in places:
+        for name in list_versions(to):
+            try:
+                versions.append(resolve(to, name))
+            except CorruptArtifact as error:
+                damaged.append(str(error))
+    return versions, damaged
 
 
 def under_other_keys(to: str, pseudonyms: Pseudonyms) -> list[str]:
-    """The versions at `to` whose patients have the names of another key: whom they show, this one does not tell."""
-    names = list_versions(to)
-    return [name for name in names if resolve(to, name).facts["settings"]["pseudonymised"] != pseudonyms.key_id]
+    """The versions at `to` whose patients have the names of another key: whom they show, this one does not tell.
+    Damaged ones, which nobody can open, are left out."""
+    versions, _ = _readable([to])
+    return [version.id for version in versions if version.facts["settings"]["pseudonymised"] != pseudonyms.key_id]
 
 
 def _pairs(table: pa.Table) -> Iterator[tuple[str, str]]:

@@ -52,7 +52,7 @@ class LiveIndex:
     ) -> None:
         self._stopped.set()
         for watcher in self._watchers:
-            watcher.join()
+            watcher.join(timeout=1.0)  # one that fetches a version, or waits for its store, ends with the process
 
     @property
     def watching(self) -> bool:

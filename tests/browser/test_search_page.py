@@ -225,3 +225,29 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, address: str, size: st
     acts = "seen.fits = document.documentElement.scrollWidth <= innerWidth;"
     shot = f"--screenshot={tmp_path / 'shot.png'}"
     assert acted(tmp_path, address, acts, f"--window-size={size}", shot) == {"fits": "true"}
+
+
+def test_a_search_that_fails_changes_nothing_and_other_pages_keep_their_filters(tmp_path: Path, address: str) -> None:
+    acts = """
+  const plain = window.fetch;
+  const first = films()[0].dataset.hit + $("status").textContent;
+  window.fetch = async () => new Response('{"detail": "ask again"}', { status: 503 });
+  $("next").click(); await settled();
+  seen.told = $("problem").textContent;
+  seen.same = first === films()[0].dataset.hit + $("status").textContent;
+  window.fetch = plain;
+  $("sex").value = "F";
+  $("next").click(); await settled();
+  seen.page2 = $("status").textContent.split(" nearest")[0];
+  window.fetch = async () => new Response('{"detail": "no image"}', { status: 400 });
+  await give("other.png", new ArrayBuffer(8));
+  seen.left = films().length;
+  seen.pager = $("pager").hidden;
+"""
+    assert acted(tmp_path, address, acts) == {
+        "told": "ask again",
+        "same": "true",
+        "page2": "13 to 24 of 60 images,",
+        "left": "0",
+        "pager": "true",
+    }

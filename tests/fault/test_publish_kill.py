@@ -18,6 +18,8 @@ from cxr_retrieval.artifacts import Draft
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.versions import list_versions, open_version, publish, resolve, verify
+from cxr_retrieval.privacy import Pseudonyms
+from cxr_retrieval.tombstones import Tombstones, remove
 
 OLD = {"index.json": b"old", "model.json": b"model", "shards/0.faiss": b"old vectors" * 5000}
 NEW = {"index.json": b"new", "model.json": b"model", "shards/0.faiss": b"new vectors" * 5000}
@@ -28,7 +30,7 @@ import itertools, json, os, shutil, signal, sys, threading
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.index import cache, versions
 
-start, root, build = sys.argv[1:]
+start, root, build, workspace = sys.argv[1:]
 cache.THREADS = 2
 lock = threading.Lock()
 calls = []
@@ -60,7 +62,7 @@ def run(to, number, when):
     child = os.fork()
     if not child:
         die_at, die_when = number, when
-        versions.publish(artifacts.load(build, "index"), to, "latest")
+        versions.publish(artifacts.load(build, "index"), to, "latest", workspace=workspace)
         with open(to + ".calls", "w") as file:
             json.dump(calls, file)
         os._exit(0)
@@ -91,11 +93,13 @@ def contents(reference: str, cache: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("published_before", [True, False])
 def test_a_publish_killed_at_any_operation_can_be_run_again(published_before: bool, tmp_path: Path) -> None:
-    start, root, cache = tmp_path / "start", tmp_path / "killed", tmp_path / "cache"
+    start, root, cache, workspace = (tmp_path / name for name in ("start", "killed", "cache", "workspace"))
     root.mkdir()
+    remove(str(workspace), "somebody", Pseudonyms(None))
+    removed = Tombstones.at(str(workspace)).digests
     old, new = build(tmp_path / "old", OLD), build(tmp_path / "new", NEW)
     old_version = publish(old, str(start), "latest").version if published_before else None
-    command = [sys.executable, "-c", DRIVER, str(start), str(root), new.uri]
+    command = [sys.executable, "-c", DRIVER, str(start), str(root), new.uri, str(workspace)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -106,13 +110,16 @@ def test_a_publish_killed_at_any_operation_can_be_run_again(published_before: bo
     assert calls.count("create") == len(NEW) + 1 - published_before  # model.json was there already
     assert len(report["deaths"]) == 2 * len(calls)
     covering = {"replace", "write_bytes", "os.replace"}  # calls that return once the new alias can be seen
-    assert all(calls.count(name) == 1 for name in covering)
+    assert calls.count("write_bytes") == 2  # the first is of the tombstone
+    assert all(calls[-len(alias_calls) :].count(name) == 1 for name in covering)
     reference_version = None
     for to, number, when in report["deaths"]:
-        moved = number == len(calls) - 1 or (when == "after" and calls[number] in covering)
+        of_alias = number >= len(calls) - len(alias_calls)
+        moved = number == len(calls) - 1 or (when == "after" and of_alias and calls[number] in covering)
         where = f"killed {when} call {number}, {calls[number]}"
         if moved:
             assert contents(to, cache) == NEW, where
+            assert Tombstones.at(to).digests == removed, where  # no new version is seen that shows somebody removed
         elif published_before:
             assert resolve(to, "latest").id == old_version, where
             assert contents(to, cache) == OLD, where
@@ -120,11 +127,12 @@ def test_a_publish_killed_at_any_operation_can_be_run_again(published_before: bo
         else:
             with pytest.raises(UserError, match="there is no alias 'latest'"):
                 resolve(to, "latest")
-        again = publish(new, to, "latest")
+        again = publish(new, to, "latest", workspace=str(workspace))
         reference_version = reference_version or again.version
         assert again.version == reference_version, where
         assert again.moved != moved, where
         assert contents(to, cache) == NEW, where
+        assert Tombstones.at(to).digests == removed, where
         assert list_aliases(to)["latest"].predecessor == old_version, where
         assert list_versions(to) == sorted(filter(None, [old_version, again.version])), where
         for path in (Path(to) / "objects").iterdir():  # whole or not at all; scratch of the killed has a dot

@@ -13,8 +13,10 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.files import sidecars
+from cxr_retrieval.index.lifecycle import drop_version, rollback
 from cxr_retrieval.index.search import Retriever
-from cxr_retrieval.index.versions import list_versions, publish
+from cxr_retrieval.index.versions import list_versions, publish, resolve
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
 from cxr_retrieval.tombstones import Tombstones, remove
 from jobs import versions
@@ -180,6 +182,34 @@ def test_versions_of_another_key_are_named_and_never_said_to_hide_a_patient(
     purge(later, other)
     said = capsys.readouterr().err
     assert f"{other}: not looked into, built under another privacy key, and may hold removed patients" in said
+    # What is said is done: a version of this key in front, and the others dropped.
+    for to in (other, settings.publish.to or ""):
+        old = list_versions(to)
+        key_id, images = Pseudonyms.of(later.privacy).key_id, films(9)
+        made = build(Path(to), images, model_files(Path(to), images), pseudonymised=key_id)
+        publish(made, to, "latest")
+        for version in old:
+            versions.show_dropped(to, *drop_version(to, version))
+        with pytest.raises(UserError, match="there is no"):
+            rollback(to, "latest")
+    capsys.readouterr()
+    purge(later, other)
+    assert "another privacy key" not in capsys.readouterr().err
+
+
+def test_a_damaged_version_keeps_nobody_from_being_removed(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = settings.publish.to or ""
+    version = resolve(to, list_versions(to)[0])
+    sidecar = Path(version.object_uri(version.files[next(sidecars(version.files))]))
+    sidecar.unlink()
+    Path(to, "versions", f"{'a' * 20}.json").write_bytes(b"no JSON")
+    forget(settings, "A", "whom nobody knows")
+    said = capsys.readouterr().err
+    assert len(Tombstones.at(to).digests) == len(Tombstones.at(settings.workspace).digests) == 2
+    assert f"not looked into: {to}/versions/{'a' * 20}.json" in said
+    assert f"not looked into: {sidecar}: gone since it was uploaded" in said
 
 
 def test_who_is_removed_while_an_index_is_first_published_is_not_shown_by_it(

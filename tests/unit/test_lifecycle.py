@@ -315,11 +315,20 @@ def test_a_version_whose_manifest_is_damaged_is_listed_with_the_reason_and_can_b
         drop_version(to, versions[1])
 
 
-@pytest.mark.parametrize(("which", "role"), [(2, "serves it"), (1, "would roll back to it")])
-def test_a_version_in_use_is_not_dropped(to: str, versions: list[str], which: int, role: str) -> None:
-    with pytest.raises(UserError, match=f"alias 'latest' {role}"):
-        drop_version(to, versions[which])
-    assert verify(to, versions[which]) == []
+def test_a_version_that_an_alias_serves_is_not_dropped(to: str, versions: list[str]) -> None:
+    with pytest.raises(UserError, match="alias 'latest' serves it"):
+        drop_version(to, versions[2])
+    assert verify(to, versions[2]) == []
+
+
+def test_a_version_that_an_alias_would_roll_back_to_is_dropped_and_that_is_said(
+    to: str, versions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Settings(), options(to, ["drop", versions[1]]))
+    assert f"{to}@latest was to roll back to it, and has nothing to roll back to" in capsys.readouterr().err
+    with pytest.raises(UserError, match=versions[1]):
+        rollback(to, "latest")
+    assert verify(to, "latest") == []
 
 
 def test_nothing_published_is_no_garbage(tmp_path: Path) -> None:

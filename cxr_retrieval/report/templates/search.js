@@ -9,6 +9,7 @@
   let query = null; // {file, bitmap} or {id}; region is [x, y, w, h] in pixels of the file
   let found = null; // the last answer
   let skip = 0;
+  let asked = []; // the filters of the last answer: its other pages have the same
   let patients = false; // each hit another patient
   let asking = null; // aborts the request under way
   let at = 0; // the hit in the viewer
@@ -194,16 +195,16 @@
   }
 
   function filters() {
-    const asked = [["k", PAGE], ["skip", skip]];
-    for (const box of document.querySelectorAll("#views input:checked")) asked.push(["view", box.value]);
+    const pairs = [];
+    for (const box of document.querySelectorAll("#views input:checked")) pairs.push(["view", box.value]);
     for (const id of ["sex", "age_from", "age_to", "date_from", "date_to"]) {
-      if ($(id).value) asked.push([id, $(id).value]);
+      if ($(id).value) pairs.push([id, $(id).value]);
     }
     for (const choice of document.querySelectorAll("#findings select")) {
-      if (choice.value) asked.push([choice.value, choice.dataset.finding]);
+      if (choice.value) pairs.push([choice.value, choice.dataset.finding]);
     }
-    for (const id of ["own_patient", "one_per_patient"]) if ($(id).checked) asked.push([id, "true"]);
-    return asked;
+    for (const id of ["own_patient", "one_per_patient"]) if ($(id).checked) pairs.push([id, "true"]);
+    return pairs;
   }
 
   function say(text) {
@@ -228,20 +229,26 @@
     return { method: "POST", body: form };
   }
 
-  async function search(from) {
+  async function search(from, wanted = filters()) {
     if (!query) return say("Choose an image first.");
-    skip = from;
-    patients = $("one_per_patient").checked;
     drawQuery();
+    if (!found) {
+      $("hits").replaceChildren(); // of another query
+      $("pager").hidden = true;
+    }
     asking?.abort();
     const mine = (asking = new AbortController());
     $("answers").classList.add("busy");
     $("status").textContent = "Searching\u2026";
     try {
       const signal = mine.signal;
+      const pairs = [["k", PAGE], ["skip", from], ...wanted];
       found = await (query.id === undefined
-        ? ask("/v1/search", { ...upload(filters()), signal })
-        : ask(`${hitUrl(query.id, "similar")}?${new URLSearchParams(filters())}`, { signal }));
+        ? ask("/v1/search", { ...upload(pairs), signal })
+        : ask(`${hitUrl(query.id, "similar")}?${new URLSearchParams(pairs)}`, { signal }));
+      skip = from;
+      asked = wanted;
+      patients = wanted.some(([name]) => name === "one_per_patient");
       say("");
       show();
     } catch (error) {
@@ -341,8 +348,8 @@
       next.focus();
     }
   });
-  $("previous").addEventListener("click", () => search(skip - PAGE));
-  $("next").addEventListener("click", () => search(skip + PAGE));
+  $("previous").addEventListener("click", () => search(skip - PAGE, asked));
+  $("next").addEventListener("click", () => search(skip + PAGE, asked));
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
     search(0);
