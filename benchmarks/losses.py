@@ -57,7 +57,7 @@ from benchmarks.contest import (
     Proxied,
     Rival,
 )
-from cxr_retrieval import losses, network
+from cxr_retrieval import evaluation, losses, network
 from cxr_retrieval.config import CorpusSettings, LossSettings
 from cxr_retrieval.console import Meter, say, show_table
 from cxr_retrieval.corpus.preparation import prepare
@@ -66,7 +66,7 @@ from cxr_retrieval.corpus.splits import TEST, TRAIN, VALIDATION
 from cxr_retrieval.evaluation.intervals import paired_difference, patient_bootstrap
 from cxr_retrieval.losses import baselines
 from cxr_retrieval.runtime import start_ray
-from cxr_retrieval.training import augmentation, objective, optimisation
+from cxr_retrieval.training import augmentation, model, objective, optimisation
 
 OURS, ALONE = "CCLoss", "cross-entropy only"
 SIDE = 128
@@ -74,7 +74,8 @@ SETTINGS = LossSettings()
 PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
 OUT = RESULTS / "losses"
 GPU_BYTES = 4 << 30  # of a run; a card is far from busy with one, whose launches are its limit
-DECISIVE = (contest, losses, network, augmentation, objective, optimisation)  # whose text decides what a run gives
+# Whose text decides what a run gives.
+DECISIVE = (contest, losses, network, evaluation, augmentation, model, objective, optimisation)
 Maker = Callable[[torch.device], Rival]
 
 
@@ -207,7 +208,8 @@ def _budget(
     """What all runs of a folder have in common; results of another budget, learner, other images or another text of
     what decides them (see DECISIVE) are refused."""
     text = [inspect.getsource(rivals), *(file.read_text() for part in DECISIVE for file in _texts(part))]
-    digest = hashlib.sha256(json.dumps([text, SETTINGS.model_dump()], sort_keys=True).encode()).hexdigest()[:12]
+    decided = [text, SETTINGS.model_dump(), LEARNERS[learner].network.model_dump()]
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
     file, wanted = folder / "budget.json", asked | {"corpora": corpora, "learner": learner, "recipe": digest}
     if not file.exists():
         steps = asked["steps"] if "steps" in asked else pool.submit(_calibrated, asked["minutes"]).result()

@@ -7,6 +7,7 @@ line that names the key, where it was written and the nearest key that exists, b
 import difflib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -505,6 +506,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
+@cache
 def _sections() -> set[str]:
     return {key.rpartition(".")[0] for key, _ in settings_fields()}
 

@@ -17,6 +17,7 @@ from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, apart_rows, e
 from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.preparation import find_prepared, prepare
 from cxr_retrieval.corpus.reading import Corpus
+from cxr_retrieval.corpus.splits import TEST
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.runtime import start_ray
 from cxr_retrieval.training.model import MODEL_FILE
@@ -39,11 +40,16 @@ def run(settings: Settings, _: argparse.Namespace) -> None:
 def warn_of_overlap(settings: Settings, model: Artifact, corpus: Corpus) -> None:
     """Say so where the archive is the one that the model learnt from and the split is not known to be the same.
 
-    It is known by its place, or by any of its label tables: it may have grown since.
+    It is known by its place, or by any of its label tables: it may have grown since. Which patients test is decided
+    before which validate.
     """
     facts, here = json.loads(model.read(MODEL_FILE)), learnt_from(settings.corpus, corpus)
     in_common = set(facts.get("label_tables", ())) & set(here["label_tables"])
-    if (in_common or facts.get("archive") == here["archive"]) and facts.get("split") != here["split"]:
+    splits = [dict(learnt["split"]) if "split" in learnt else None for learnt in (facts, here)]
+    if settings.evaluation.split == TEST:
+        for split in filter(None, splits):
+            split.pop("validation_share", None)
+    if (in_common or facts.get("archive") == here["archive"]) and splits[0] != splits[1]:
         console.say(
             "warning: the model was trained on this very archive by another split, so patients that it was trained on"
             " may be queries here: for held-out figures give the training run's config instead of model=URI, or its"

@@ -40,8 +40,7 @@ def training_report(settings: Settings, model: Artifact, corpus: Corpus) -> str:
     facts = json.loads(model.read(MODEL_FILE))
     centres = safetensors.numpy.load(model.read(WEIGHTS_FILE))[CENTRES]
     classes = [*facts["findings"], NO_FINDING][: centres.shape[1]]
-    unmoved = facts.get("unseen", ())
-    learnt = [n for n, name in enumerate(classes) if name not in unmoved]
+    learnt = [n for n, name in enumerate(classes) if name in facts.get("learnt", classes)]  # others never moved
     examples = []
     if len(places := example_places(corpus, settings.training.unseen)):
         table = corpus.take(places, ["pixels", "findings"])

@@ -117,7 +117,8 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     sweep = Sweep(space, options.space, settings, corpus)
     images = corpus.artifact.manifest["splits"]["train"]["images"]
     searched = space.space.get("training.pretraining")
-    passes = space.epochs + (max(searched.extremes) if searched else sweep.trial_settings({}).training.pretraining)
+    pretraining = sweep.trial_settings(space.points()[0]).training.pretraining
+    passes = space.epochs + (max(searched.extremes) if searched else pretraining)
     state = "finished" if artifacts.find(sweep.draft.uri) else "to do"
     console.show_table(
         "Plan of tune",

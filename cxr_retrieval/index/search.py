@@ -61,8 +61,8 @@ class Query:
 
     `pixels` are its prepared pixels uint8 [S, S], or a stored image's thumbnail, a JPEG; `vector` has unit length, [D];
     `crop` (x, y, w, h) is what the network looked at, in prepared pixels, or the region that it was told to look at.
-    `scores` are finding probabilities, none for a stored image. `source_size` is (width, height) in pixels of the
-    image that was given, and each of them is `source_aspect` times as high as wide.
+    `scores` are probabilities of the findings that training saw, none for a stored image. `source_size` is (width,
+    height) in pixels of the image that was given, and each of them is `source_aspect` times as high as wide.
     """
 
     pixels: np.ndarray | bytes
@@ -208,6 +208,7 @@ class Retriever:
         output = self.model.forward(np.stack([seen.image.pixels for seen in batch]), boxes)
         vectors = embeddings(output, self.model.centring)[self.facts["embedding"]].numpy()
         scores = torch.sigmoid(output.joint_PBC.mean(0)).tolist()
+        learnt = set(self.model.findings) - set(self.model.unseen)
         looked = zip(batch, vectors, scores, output.boxes_B4.tolist(), strict=True)
         for seen, vector, mine, (x, y, w, h) in looked:
             image = seen.image
@@ -215,7 +216,7 @@ class Retriever:
                 image.pixels,
                 vector,
                 (x, y, w, h),
-                dict(zip(self.model.findings, mine, strict=True)),
+                {name: score for name, score in zip(self.model.findings, mine, strict=True) if name in learnt},
                 hashlib.sha256(image.pixels.tobytes()).digest(),
                 (image.width, image.height),
                 image.aspect,

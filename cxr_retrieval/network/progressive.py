@@ -112,6 +112,13 @@ class ProgressiveNetwork(nn.Module):
         """The parameters that only the embeddings depend on: no cross-entropy teaches them."""
         return [cast(Step, step).embed.weight for step in self.steps]
 
+    def silence(self, silent_C: Tensor) -> None:
+        """Take away what the classifiers make of some findings, bool [C], before training that teaches nothing of them:
+        they stay so. Random weights would count for as much in scores, profile and heat as what is learnt."""
+        with torch.no_grad():
+            for layer in (self.joint, *(cast(Step, step).classifier for step in self.steps)):
+                layer.weight[silent_C] = 0.0
+
     def _pass(self, images_B1HW: Tensor, which: int) -> _Pass:
         maps = [screen(stage) for screen, stage in zip(self.screens, self.backbone(images_B1HW), strict=True)]
         outputs: list[StepOutput] = [step(stage, which) for step, stage in zip(self.steps, maps, strict=True)]

@@ -22,7 +22,7 @@ MEASURES = {
     "iou": "Intersection over union",
 }
 APART = {
-    "unseen": ("Findings that training never saw", "Images with these findings were left out of training."),
+    "unseen": ("Findings that training never saw", "No image with one of these findings was in training."),
     "seen": ("Findings that training saw, each by itself", "Images with these findings were in training."),
 }
 CHANCE = "chance"

@@ -109,6 +109,7 @@ class Worker:
     def _optimisation(self, classes: int) -> Optimisation:
         """A fresh network with its centres, shared by the workers."""
         network = build_network(self.settings.network, len(FINDINGS))
+        network.silence(~self.objective.taught_C.cpu())
         if self.settings.network.normalisation == "batch" and self.device.type == "cuda" and self.workers > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         model = ray.train.torch.prepare_model(network)  # wrapped by DDP where there are several workers
@@ -308,6 +309,7 @@ class Worker:
             "centring": {name: value.cpu() for name, value in centring.items()},
             "validation": figures,
             "chosen": max(figures, key=lambda name: figures[name]["map"]),
+            "learnt": self.objective.learnt_K.tolist(),
             "centring_images": images,
         }
         self._report_final()

@@ -102,8 +102,10 @@ class Model:
 
     @property
     def unseen(self) -> list[str]:
-        """Findings whose images training never saw."""
-        return list(self.facts.get("unseen", ()))
+        """Findings that no image in training had: it was told to leave them out, or there were none."""
+        told = self.facts.get("unseen", ())
+        learnt = self.facts.get("learnt", self.findings)
+        return [name for name in self.findings if name in told or name not in learnt]
 
     @property
     def chosen(self) -> str:

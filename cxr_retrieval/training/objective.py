@@ -37,14 +37,16 @@ def step_weights(progress: float, steps: int, share: float) -> list[float]:
 class Objective:
     """A contrastive loss plus multi-label cross-entropy, of every step and pass and of the joint classifier.
 
-    `learnt_K`: which classes of the centres training sees, bool. A finding of `training.unseen` is unknown to every
-    loss: taken for absent, it would push all images from a centre that nothing moves, and teach its classifier to deny
-    it.
+    `learnt_K`: which classes of the centres some training image has, bool. The others are unknown to the contrastive
+    loss: taken for absent, they would push all images from centres that nothing moves. `taught_C`: which findings some
+    training image is known to have or to lack, and that are none of `training.unseen`: the others are unknown to the
+    cross-entropy too, which would teach to deny what must not be seen.
     """
 
     settings: LossSettings
     steps: int
     learnt_K: Tensor
+    taught_C: Tensor
     centre_weights_K: Tensor
     positive_weights_C: Tensor
     shallow_share: float
@@ -59,16 +61,18 @@ class Objective:
         device: torch.device,
         unseen: Sequence[int] = (),
     ) -> "Objective":
-        """The weights of rare findings come once, from the labels of all training images, int8 [N, C]; `unseen` are
-        columns of these."""
+        """What is learnt, and the weights of rare findings, come once, from the labels of all training images, int8
+        [N, C]; `unseen` are columns of these."""
         counts_K = (centre_targets(labels_NC, settings.no_finding) == PRESENT).sum(0)
         present_C, absent_C = (labels_NC == PRESENT).sum(0), (labels_NC == ABSENT).sum(0)
-        learnt_K = torch.ones(len(counts_K), dtype=torch.bool)
-        learnt_K[list(unseen)] = False
+        learnt_K, taught_C = counts_K > 0, present_C + absent_C > 0
+        for known in (learnt_K, taught_C):
+            known[list(unseen)] = False
         return cls(
             settings,
             steps,
             learnt_K.to(device),
+            taught_C.to(device),
             class_weights(counts_K, settings.class_balance).to(device),
             positive_weights(present_C, absent_C, settings.class_balance).to(device),
             shallow_share,
@@ -85,7 +89,7 @@ class Objective:
         `shallow_only` is for shuffled images: a crop of them and the deepest step (of several) mean nothing.
         """
         loss = self.settings
-        targets_BK, labels_BC = self.targets(labels_BC), self._known(labels_BC)
+        targets_BK, labels_BC = self.targets(labels_BC), labels_BC.masked_fill(~self.taught_C, UNKNOWN)
         contrastive_weight = loss.contrastive_weight * (progress >= loss.contrastive_from)
         weights = step_weights(progress, self.steps, self.shallow_share)
         total = output.z_PSBD.new_zeros(())
@@ -114,7 +118,7 @@ class Objective:
     def targets(self, labels_BC: Tensor) -> Tensor:
         """What the centres aim at, int8 [B, K]: `centre_targets`, where a class that is not learnt is unknown."""
         # In this order: an image is No Finding by the labels of its archive.
-        return self._known(centre_targets(labels_BC, self.settings.no_finding))
+        return centre_targets(labels_BC, self.settings.no_finding).masked_fill(~self.learnt_K, UNKNOWN)
 
     def ccloss(self, centres: Centres) -> Contrast:
         """CCLoss against one table of `centres` at a time, as the settings have it."""
@@ -133,9 +137,6 @@ class Objective:
             )
 
         return contrast
-
-    def _known(self, labels: Tensor) -> Tensor:
-        return labels.masked_fill(~self.learnt_K[: labels.shape[1]], UNKNOWN)
 
     def _entropy(self, logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
         return multi_label_cross_entropy(logits_BC, labels_BC, self.positive_weights_C, self.settings.smoothing)

@@ -23,7 +23,7 @@ from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import CorpusSettings, Settings, TrainingSettings
 from cxr_retrieval.corpus.decoding import Recipe
-from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.preparation import find_prepared
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.corpus.splits import SPLITS, TRAIN, VALIDATION
@@ -62,7 +62,7 @@ def model_draft(settings: Settings, corpus: Corpus) -> Draft:
     if settings.network.weights is not None:  # by their bytes: another file under the same name is another model
         shaping["weights"] = hashlib.sha256(read_weights(settings.network.weights)).hexdigest()
     if settings.training.unseen:  # a model that took what it must not see for absent is another
-        shaping["unseen"] = "unknown"
+        shaping["unseen"] = "silent"
     return Draft.under(storage.join(settings.workspace, "models"), KIND, shaping, (corpus.artifact.input_id,))
 
 
@@ -283,6 +283,7 @@ def _export(draft: Draft, settings: Settings, corpus: Corpus, run: dict[str, Any
         "findings": list(FINDINGS),
         "losses": settings.losses.model_dump(),
         "unseen": list(settings.training.unseen),
+        "learnt": [name for name, learnt in zip((*FINDINGS, NO_FINDING), final["learnt"], strict=False) if learnt],
         "chosen": final["chosen"],
         "decode_recipe": corpus.recipe.to_json(),
         "corpus": corpus.artifact.input_id,

@@ -20,6 +20,7 @@ FIXED = (
     *("embedding.", "evaluation."),
     *("training.workers", "training.gpu", "training.cpus_per_worker"),  # how many trials fit is counted once
 )
+SCHEDULE = ("losses.contrastive_from", "training.crop_from")
 MOST_TRIALS = 10_000
 MOST_POINTS = 1024  # that are checked of a space that has more
 
@@ -92,7 +93,8 @@ class Space(Section):
     reduction: int = Field(3, ge=2, description="one of so many trials goes on at every rung (asha)")
     seed: int = Field(0, ge=0, description="seed of the points")
     settings: dict[str, Any] = Field(
-        {}, description="settings of the trials alone, as their epochs are: the best config keeps its own"
+        {},
+        description="settings of all trials; the best config has them too, but keeps its own schedule, as its epochs",
     )
     space: dict[str, Axis] = Field(min_length=1, description="settings to search, each with its values")
 
@@ -162,12 +164,19 @@ def check_space(space: Space, file: str, settings: Settings) -> None:
     points = (dict(zip(space.space, corner, strict=True)) for corner in itertools.islice(corners, MOST_POINTS))
     for point in itertools.chain(points, drawn.points()):
         trial_settings(settings, space, file, point)
-        with_values(settings, point, file)
+        best_settings(settings, space, file, point)
 
 
 def trial_settings(settings: Settings, space: Space, file: str, point: Mapping[str, Any]) -> Settings:
     """The settings with the space's own, a point and the small budget."""
     return with_values(settings, {**space.settings, **point, "training.epochs": space.epochs}, file)
+
+
+def best_settings(settings: Settings, space: Space, file: str, point: Mapping[str, Any]) -> Settings:
+    """What to train at full length: the settings with the space's own and a point. When the crop and CCLoss join is
+    asked for by the small budget, and is left as it was, unless it was searched."""
+    kept = {key: value for key, value in space.settings.items() if key not in SCHEDULE}
+    return with_values(settings, {**kept, **point}, file)
 
 
 def value_of(settings: Settings, key: str) -> Any:

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import Draft
-from cxr_retrieval.config import Settings, TrainingSettings, with_values
+from cxr_retrieval.config import Settings, TrainingSettings
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError, user_error_in
 from cxr_retrieval.progress import Progress
@@ -37,7 +37,7 @@ from cxr_retrieval.runtime import leaves_room, nodes_cpus
 from cxr_retrieval.training.input import READ_CPUS
 from cxr_retrieval.training.loop import CURVE, RESAMPLED
 from cxr_retrieval.training.run import model_draft, planned_images, require_trainable, trainer_of
-from cxr_retrieval.training.space import Space, plain, trial_settings, value_of
+from cxr_retrieval.training.space import Space, best_settings, plain, trial_settings, value_of
 from cxr_retrieval.training.telling import PROGRESS_FILE, told_of
 from cxr_retrieval.training.tracking import require_tracking, tracking_server
 
@@ -85,8 +85,8 @@ class Sweep:
         return trial_settings(self.settings, self.space, self.file, point)
 
     def best_settings(self, point: Mapping[str, Any]) -> Settings:
-        """What to train at full length: the user's settings with the point."""
-        return with_values(self.settings, point, self.file)
+        """What to train at full length."""
+        return best_settings(self.settings, self.space, self.file, point)
 
 
 def trials_at_once(training: TrainingSettings, nodes: Sequence[float], gpus: float) -> int:
@@ -205,7 +205,7 @@ def run_sweep(sweep: Sweep, before: Mapping[int, dict[str, Any]], progress: Prog
 
     Ray must be running. Raises UserError where no trial fits the cluster or nothing can be trained on the corpus.
     """
-    require_trainable(sweep.trial_settings({}), sweep.corpus)
+    require_trainable(sweep.trial_settings(sweep.space.points()[0]), sweep.corpus)
     require_tracking(sweep.settings)
     at_once = trials_at_once(sweep.settings.training, nodes_cpus(), ray.cluster_resources().get("GPU", 0.0))
     _Ledger.progress = progress

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import safetensors.numpy
 import torch
 from ray.train import ControllerError, UserCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -157,6 +158,12 @@ def test_a_finding_that_training_must_not_see_is_left_out_and_one_that_does_not_
     assert (model.counts["train_images"], model.counts["steps"]) == (seen, seen // BATCH)
     facts = json.loads(model.read("model.json"))
     assert facts["unseen"] == ["Effusion"]
+    assert "Effusion" not in facts["learnt"] != []
+    weights = safetensors.numpy.load(model.read("weights.safetensors"))
+    heads = [value for name, value in weights.items() if name.endswith(("joint.weight", "classifier.weight"))]
+    assert len(heads) == 1 + facts["network"]["steps"]
+    effusion, *others = (facts["findings"].index(name) for name in ("Effusion", *facts["learnt"][:3]))
+    assert all((head[effusion] == 0).all() and (head[others] != 0).any() for head in heads), "nothing speaks of it"
     with pytest.raises(UserError, match=r"training\.unseen: there is no finding 'effusio'; did you mean 'Effusion'"):
         train(settings(phantom_archive, tmp_path, unseen=["effusio"]), corpus)
     assert not (tmp_path / "models").exists()

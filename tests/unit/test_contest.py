@@ -1,5 +1,6 @@
 """One entry of a contest of losses, on noise: what is shared, what learns, what is judged."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,11 @@ def test_a_learner_from_imagenet_is_judged_like_one_from_nothing(trunk: Path, tm
     entry = run.run(lambda device: Centred(0.1, LossSettings(), 0, device), file)
     first = next(run.network.parameters())
     fresh = next(started(learner).network.parameters())
-    assert torch.allclose(first, fresh, atol=0.01), "it began with what ImageNet taught, at a small rate"
+    untaught = replace(learner, network=learner.network.model_copy(update={"weights": None}))
+    nothing = next(started(untaught).network.parameters())
+    assert torch.allclose(first, fresh, atol=0.01), "it went on from there, at a small rate"
     assert not torch.equal(first, fresh)
+    assert not torch.allclose(first, nothing, atol=0.05), "it began with what ImageNet taught"
     plain = ran(trunk, Nothing())[1]
     assert {place: set(names) for place, names in entry.figures.items()} == {
         place: set(names) for place, names in plain.figures.items()

@@ -67,6 +67,9 @@ def test_another_archive_is_not_warned_of_and_a_setting_that_the_split_does_not_
     official = settings("corpus.split=official")
     facts = learnt_from(official.corpus, corpus())
     assert not warned(capsys, settings("corpus.split=official", "corpus.test_share=0.1"), corpus(), **facts)
+    fewer = "corpus.validation_share=0.05"
+    assert not warned(capsys, settings(fewer), corpus()), "who tests is decided before who validates"
+    assert warned(capsys, settings(fewer, "evaluation.split=validation"), corpus())
 
 
 def test_a_model_that_does_not_know_its_split_is_warned_of_as_well(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,8 +103,8 @@ def test_the_page_of_a_training_leaves_out_the_centres_of_findings_that_it_did_n
     monkeypatch.setattr(train, "example_places", lambda *_: [])
     centres = np.eye(3, 8, dtype=np.float32)[None].repeat(4, 0)
     facts = facts_of([record(0)], findings=["Mass", "Hernia", "Edema"])
-    for unseen, cells in (([], 9), (["Hernia"], 4), (["Hernia", "Edema"], 0)):
-        kept = facts | {"unseen": unseen}
+    for learnt, cells in ((None, 9), (["Mass", "Edema"], 4), (["Mass"], 0)):
+        kept = facts | ({"learnt": learnt} if learnt else {})
         weights = {"weights.safetensors": safetensors.numpy.save({"centres": centres})}
         page = train.training_report(Settings(workspace=str(tmp_path)), model(kept, **weights), corpus())
         html = storage.read_bytes(page).decode()

@@ -113,6 +113,18 @@ def test_maps_of_too_few_places_do_not_say_where_to_look(side, fine):
     torch.testing.assert_close(output.heat_BHW, expected)
 
 
+def test_of_a_silent_finding_every_image_has_the_same_score_and_no_place_speaks():
+    model = network().eval()
+    silent_C = torch.zeros(FINDINGS, dtype=torch.bool)
+    silent_C[2] = True
+    model.silence(silent_C)
+    output = model(images())
+    assert output.joint_PBC[..., 2].unique().numel() == output.logits_PSBC[..., 2].unique().numel() == 1
+    assert output.joint_PBC[..., 1].unique().numel() > 1
+    maps = torch.randn(2, model.steps[0].classifier.in_features, 4, 4)
+    assert (model.steps[0].activations(maps)[:, 2] == 0).all()
+
+
 def test_one_step_is_enough():
     with torch.no_grad():
         output = network(steps=1).eval()(images(2))

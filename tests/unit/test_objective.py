@@ -102,6 +102,21 @@ def test_a_finding_that_training_must_not_see_is_unknown_to_every_loss(form, no_
     assert torch.equal(moved, loss), "no image is pushed from its centre"
 
 
+def test_of_a_finding_that_no_training_image_has_the_classifier_learns_that_and_no_image_is_pushed():
+    sums = Objective.build(LossSettings(no_finding="ignore"), without(1), S, 0.4, CPU)
+    out = output(2)
+    table = centres(sums)
+    loss, _ = sums(out, without(1), sums.ccloss(table), 1.0)
+    loss.backward()
+    assert (out.joint_PBC.grad[..., 1] > 0).all(), "absent in every image"
+    table.vectors_TCD[:, 1] *= -1
+    moved, _ = sums(out, without(1), sums.ccloss(table), 1.0)
+    assert torch.equal(moved, loss)
+    unlabelled = without(1)
+    unlabelled[:, 1] = -1
+    assert Objective.build(LossSettings(), unlabelled, S, 0.4, CPU).taught_C.tolist() == [True, False, True, True, True]
+
+
 def test_an_image_without_any_finding_that_is_learnt_is_no_finding():
     for no_finding, expected in (("center", [0, -1, 0, 0, 0, 1]), ("ignore", [-1] * 5)):
         sums = Objective.build(LossSettings(form="margin", no_finding=no_finding), without(1), S, 0.4, CPU, [1])

@@ -1,5 +1,6 @@
 """Promises of searching a published index: filters hold inside the search, and an answer says what it is worth."""
 
+import copy
 import datetime
 import hashlib
 from dataclasses import replace
@@ -254,6 +255,13 @@ def test_a_date_is_refused_where_no_image_has_one(world) -> None:
 
 
 # ---- queries
+
+
+def test_no_probability_is_told_of_a_finding_that_training_never_saw(flat: Retriever, images: list[Film]) -> None:
+    assert list(flat.query(images[0].png).scores) == list(FINDINGS)
+    taught = copy.copy(flat)
+    taught.model = replace(flat.model, facts={**flat.model.facts, "learnt": ["Mass", "Effusion", "No Finding"]})
+    assert set(taught.query(images[0].png).scores) == {"Mass", "Effusion"}
 
 
 def test_an_indexed_image_is_searched_by_its_id_as_by_its_file(flat: Retriever, images: list[Film]) -> None:

@@ -17,7 +17,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.evaluation.retrieval import retrieve
 from cxr_retrieval.evaluation.tables import chance_levels
 from cxr_retrieval.training import sweep, validation
-from cxr_retrieval.training.space import Axis, Space, check_space, read_space
+from cxr_retrieval.training.space import Axis, Space, best_settings, check_space, read_space
 from cxr_retrieval.training.sweep import trials_at_once
 
 SPACES = sorted((Path(__file__).parents[2] / "tune_spaces").glob("*.yaml"))
@@ -138,7 +138,7 @@ def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers() -> None:
 
 
 def test_the_best_point_is_a_config_that_train_takes_without_what_the_small_budget_asked_for(tmp_path: Path) -> None:
-    found = space(tmp_path, settings={"losses.contrastive_from": 0}, epochs=2)
+    found = space(tmp_path, settings={"losses.contrastive_from": 0, "losses.smoothing": 0.1}, epochs=2)
     mine = load_settings((), [f"workspace={tmp_path}", "training.epochs=40", "losses.contrastive_from=0.6"])
     searched = sweep.Sweep(found, str(tmp_path / "space.yaml"), mine, prepared(1))
     point = {"losses.centre_rate": 0.037}
@@ -146,7 +146,7 @@ def test_the_best_point_is_a_config_that_train_takes_without_what_the_small_budg
     assert (trial.losses.centre_rate, trial.losses.contrastive_from, trial.training.epochs) == (0.037, 0, 2)
     file = tmp_path / "best.yaml"
     file.write_text(dump_settings(searched.best_settings(point)))
-    assert load_settings([str(file)]) == with_values(mine, point, "x")
+    assert load_settings([str(file)]) == with_values(mine, {**point, "losses.smoothing": 0.1}, "x")
     with pytest.raises(UserError, match=r"losses\.centre_rate=3.*space\.yaml.*less than or equal to 1"):
         searched.best_settings({"losses.centre_rate": 3})
 
@@ -286,13 +286,14 @@ def test_points_that_optuna_may_choose_are_checked_before_anything_starts() -> N
         check_space(space, "space.yaml", settings)
 
 
-def test_a_point_that_only_a_trial_could_have_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    """The sweep would end in a best config that nothing trains."""
-    axis = {"losses.no_finding": {"choice": ["ignore", "negatives_only"]}}
+def test_what_won_under_the_settings_of_a_space_is_trained_under_them(tmp_path: Path) -> None:
+    axis = {"losses.no_finding": {"choice": ["ignore", "negatives_only"]}}  # the second needs the margin form
     found = space(tmp_path, search="grid", settings={"losses.form": "margin"}, space=axis)
+    check_space(found, "space.yaml", Settings())
+    best = best_settings(Settings(), found, "space.yaml", {"losses.no_finding": "negatives_only"})
+    assert (best.losses.form, best.losses.no_finding) == ("margin", "negatives_only")
     with pytest.raises(UserError, match=r"negatives_only needs losses\.form=margin"):
-        check_space(found, "space.yaml", Settings())
-    check_space(found, "space.yaml", load_settings((), ["losses.form=margin"]))
+        check_space(space(tmp_path, search="grid", space=axis), "space.yaml", Settings())
 
 
 def test_every_figure_of_an_epoch_has_its_chance_level() -> None:
