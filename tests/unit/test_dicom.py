@@ -709,6 +709,16 @@ def test_a_frame_of_very_many_precincts_is_refused_wherever_it_tells_of_them(
     assert "precincts" in error.text or "segments" in error.text
 
 
+@pytest.mark.parametrize("told", [12, 12 + 8])
+def test_a_tile_that_ends_before_its_data_begin_is_damaged_and_not_read_for_ever(told: int) -> None:
+    frame = jpeg_2000(ramp())
+    tile = frame.index(b"\xff\x90")
+    start, comment = bytearray(frame[tile : tile + 12]), segment(0x64, b"\0\1ab")
+    start[6:10] = struct.pack(">I", told)
+    data = frame[:tile] + bytes(start) + 2 * comment + frame[tile + 12 :]
+    assert rejected(compressed(dataset(ramp()), uid.JPEG2000Lossless, data)).reason == "damaged"
+
+
 @pytest.mark.parametrize("before", [b"\xff\xd0\x00\x40", b"\xff\x01\x00\x40", b"\xff\x00\x00\x40"])
 def test_a_size_that_hides_where_only_the_decoder_sees_it_is_refused(
     before: bytes, monkeypatch: pytest.MonkeyPatch
