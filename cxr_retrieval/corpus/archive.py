@@ -69,7 +69,7 @@ SELECT path, listing.image, listing.size, listing.version,
     coalesce(nullif(labels.patient, ''), headers.patient) AS patient, labels.facts AS label, headers.facts AS header,
     coalesce(twice, 0) AS twice, headers.key IS NOT NULL AND headers.facts IS NULL AS removed, patients.split AS split
 FROM listing LEFT JOIN headers ON headers.key = path
-    LEFT JOIN labels ON labels.image = coalesce(headers.told_as, listing.image)
+    LEFT JOIN labels ON labels.image = nullif(coalesce(headers.told_as, listing.image), '')  -- '': nothing names it
     LEFT JOIN patients ON patients.patient = coalesce(nullif(labels.patient, ''), headers.patient);
 """
 JOINED = """
@@ -117,7 +117,7 @@ SELECT path, size, version FROM listing WHERE path NOT IN (SELECT key FROM heade
 LABELS_WITHOUT_IMAGE = """
 SELECT count(*) FROM labels
 WHERE image NOT IN (SELECT image FROM listing)
-    AND image NOT IN (SELECT told_as FROM headers WHERE told_as IS NOT NULL)
+    AND image NOT IN (SELECT told_as FROM headers WHERE told_as != '')
 """
 
 
