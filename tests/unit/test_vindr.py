@@ -79,6 +79,25 @@ def test_two_of_three_readers_make_a_finding_and_one_alone_an_uncertain_one(vind
     assert set(rows["c"]["unknown"]) == {"Atelectasis", "Effusion", "Hernia", *may_be}
 
 
+def test_an_image_that_one_reader_has_two_rows_for_is_quarantined_and_the_others_stay(vindr: VinDrFolder) -> None:
+    vindr.image("a").image("b").say("train", a=["A", "-", "-"], b=["A", "A", "-"])
+    table = vindr.archive / "annotations" / "image_labels_train.csv"
+    lines = table.read_text().splitlines()
+    vindr._table("image_labels_train", [*lines, lines[1]])
+    rows = vindr.rows()
+    assert (rows["a"]["reason"], rows["a"]["text"]) == (
+        "labels_twice",
+        "the label table has two rows of one reader for this image",
+    )
+    assert (rows["b"]["reason"], rows["b"]["findings"]) == (None, ["Atelectasis"])
+
+
+def test_readers_without_names_are_each_another(vindr: VinDrFolder) -> None:
+    vindr.image("a")._table("image_labels_train", ["image_id,Cardiomegaly", "a,1", "a,1", "a,0"])
+    row = vindr.rows()["a"]
+    assert (row["reason"], row["findings"]) == (None, ["Cardiomegaly"])
+
+
 def test_findings_that_a_table_has_no_column_for_are_unknown(vindr: VinDrFolder) -> None:
     vindr.image("a").image("b")
     vindr._table("image_labels_train", ["image_id,rad_id,Cardiomegaly,No finding", "a,R1,0,1", "a,R2,0,1", "b,R1,1,0"])
