@@ -174,7 +174,11 @@ def test_boxes_of_one_reader_stay_two_and_those_of_several_that_overlap_are_thei
 
 @pytest.mark.parametrize(
     ("row", "told"),
-    [("a,R0,Atelectasis,30,20,10,60", "row 2 is no box"), ("a,R0,Atelectasis,1,x,2,2", "row 2 is no box")],
+    [
+        ("a,R0,Atelectasis,30,20,10,60", "row 2 is no box"),
+        ("a,R0,Atelectasis,1,x,2,2", "row 2 is no box"),
+        ("a,R0,Atelectasis,0,0,1e-200,1e-200", "row 2 is no box"),
+    ],
 )
 def test_a_row_that_is_no_box_is_refused(vindr: VinDrFolder, row: str, told: str) -> None:
     vindr.image("a").say("train", a=["A"] * 3).draw("train", row)

@@ -191,11 +191,12 @@ def _drawn(table: StoredFile) -> Iterator[tuple[str, str, _Drawn]]:
             continue
         try:
             left, top, right, bottom = (coordinate(value) for value in rest[:4])
-            if not (right > left and bottom > top):
+            corners = (left, top, right, bottom)
+            if not (right > left and bottom > top and _area(corners) > 0):  # of tiny sides it is 0
                 raise ValueError("a box without area")
         except ValueError:
             raise UserError(
                 f"{table.uri}: row {number} is no box: x_max above x_min and y_max above y_min; copy it again"
             ) from None
         # A test image's boxes are those that its readers agreed on: no two of them are one.
-        yield image, name, _Drawn(rest[4] if reader else "", (left, top, right, bottom))
+        yield image, name, _Drawn(rest[4] if reader else "", corners)
