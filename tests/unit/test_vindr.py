@@ -1,5 +1,6 @@
 """Promises of reading VinDr-CXR: what its readers agree on, whose boxes are one, and what is held out."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,29 @@ def test_a_row_that_is_no_box_is_refused(vindr: VinDrFolder, row: str, told: str
     vindr.image("a").say("train", a=["A"] * 3).draw("train", row)
     with pytest.raises(UserError, match=told):
         vindr.read()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("annotations/image_labels_train.csv", "image_labels_train"),
+        ("annotations/annotations_test.csv.gz", "annotations_test"),
+        ("image_labels_test.csv", "image_labels_test"),
+        ("annotations/image_labels_train", None),
+        ("annotations/image_labels_train.csv.bz2", None),
+        ("annotations/image_labels_train.v2.csv", None),
+    ],
+)
+def test_a_table_is_a_csv_file_plain_or_packed_by_gzip(name: str, kind: str | None) -> None:
+    assert VinDr.table_kind(name) == kind
+
+
+def test_a_packed_table_is_read_as_a_plain_one(vindr: VinDrFolder) -> None:
+    vindr.image("a").say("train", a=["A"] * 3)
+    table = vindr.archive / "annotations" / "image_labels_train.csv"
+    table.with_suffix(".csv.gz").write_bytes(gzip.compress(table.read_bytes()))
+    table.unlink()
+    assert vindr.rows()["a"]["findings"] == ["Atelectasis"]
 
 
 def test_a_vote_that_is_none_and_a_missing_table_are_refused(vindr: VinDrFolder) -> None:

@@ -59,8 +59,8 @@ class VinDr:
 
     @staticmethod
     def table_kind(path: str) -> str | None:
-        stem = path.removeprefix("annotations/").removesuffix(".csv")
-        return stem if stem in TABLES else None
+        stem, dot, ending = path.removeprefix("annotations/").partition(".")
+        return stem if stem in TABLES and dot + ending in (".csv", ".csv.gz") else None
 
     def image_of(self, path: str) -> str:
         return path.rpartition("/")[2].rpartition(".")[0]
