@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.formats.vindr import VinDr, _Drawn, merged, overlap
+from cxr_retrieval.corpus.formats.vindr import MOST_BOXES, VinDr, _Drawn, merged, overlap
 from cxr_retrieval.errors import UserError
 from tests.dicoms import dataset, ramp, written
 from tests.exports import Export
@@ -208,6 +208,16 @@ def test_a_packed_table_is_read_as_a_plain_one(vindr: VinDrFolder) -> None:
     table.with_suffix(".csv.gz").write_bytes(gzip.compress(table.read_bytes()))
     table.unlink()
     assert vindr.rows()["a"]["findings"] == ["Atelectasis"]
+
+
+def test_more_boxes_of_a_finding_on_an_image_than_readers_draw_are_refused(vindr: VinDrFolder) -> None:
+    vindr.image("a").say("train", a=["A"] * 3)
+    rows = [f"a,R{n},Atelectasis,{2 * n},0,{2 * n + 1},1" for n in range(MOST_BOXES + 1)]
+    vindr.draw("train", *rows[1:])
+    assert len(vindr.rows()["a"]["boxes"]) == MOST_BOXES
+    vindr.draw("train", *rows)
+    with pytest.raises(UserError, match=r"annotations_train.csv: more than 200 boxes of Atelectasis on one image"):
+        vindr.read()
 
 
 def test_a_vote_that_is_none_and_a_missing_table_are_refused(vindr: VinDrFolder) -> None:

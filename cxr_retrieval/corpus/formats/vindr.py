@@ -21,6 +21,7 @@ from cxr_retrieval.storage import StoredFile
 TRAIN_LABELS, TEST_LABELS = "image_labels_train", "image_labels_test"
 TRAIN_BOXES, TEST_BOXES = "annotations_train", "annotations_test"
 TABLES = (TRAIN_LABELS, TEST_LABELS, TRAIN_BOXES, TEST_BOXES)
+MOST_BOXES = 200  # of one finding on one image, each compared with the others: readers draw a few
 SAME = 0.5  # intersection over union above which boxes of two readers are one
 IMAGE, NO_FINDING = "image_id", "No finding"
 READERS = ("rad_id", "rad_ID")
@@ -96,7 +97,13 @@ class VinDr:
                     meant = VINDR.meanings.get(name, "")
                     finding = meant if meant in FINDINGS else name
                     if meant in FINDINGS and votes[image].state(name) == PRESENT:
-                        drawn.setdefault((image, finding), []).append(box)
+                        boxes = drawn.setdefault((image, finding), [])
+                        boxes.append(box)
+                        if len(boxes) > MOST_BOXES:
+                            raise UserError(
+                                f"{tables[kind].uri}: more than {MOST_BOXES} boxes of {finding} on one image;"
+                                " copy it again, or keep a row for each that a reader drew"
+                            )
                     else:  # whoever asks keeps none of these, and counts them by what is wrong with them
                         yield _box(image, finding, box.corners)
                 for (image, finding), found in drawn.items():
