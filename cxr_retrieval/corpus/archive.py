@@ -38,6 +38,18 @@ from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 
 NOTHING_TOLD = dict(vars(Label("")))
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", *DICOM_ENDINGS)
+# Endings of files that are told by them; behind the last dot of others there may be a patient's name.
+TOLD_ENDINGS = frozenset(
+    (
+        *IMAGE_ENDINGS,
+        *(".bmp", ".gif", ".heic", ".j2k", ".jp2", ".mha", ".mhd", ".nii", ".nrrd", ".raw", ".svg", ".tif", ".tiff"),
+        *(".webp", ".avi", ".mp4", ".mpg", ".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".json", ".jsonl"),
+        *(".xml", ".yaml", ".yml", ".db", ".sqlite", ".npy", ".npz", ".pkl", ".h5", ".hdf5", ".mat", ".txt", ".md"),
+        *(".pdf", ".doc", ".docx", ".odt", ".rtf", ".htm", ".html", ".ppt", ".pptx", ".log", ".zip", ".gz", ".tar"),
+        *(".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".iso", ".md5", ".sha256", ".exe", ".dll", ".bat", ".inf"),
+        *(".ini", ".jar", ".js", ".css", ".py", ".sh", ".ipynb", ".bak", ".tmp", ".part"),
+    )
+)
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
 WITHOUT_IMAGE, DOTTED = "DICOM without an image", "names with a dot in front"
 NO_TEXT = re.compile("[\udc80-\udcff]")  # bytes of a local name that is no UTF-8, as Python holds them
@@ -69,7 +81,7 @@ SELECT path, listing.image, listing.size, listing.version,
     coalesce(nullif(labels.patient, ''), headers.patient) AS patient, labels.facts AS label, headers.facts AS header,
     coalesce(twice, 0) AS twice, headers.key IS NOT NULL AND headers.facts IS NULL AS removed, patients.split AS split
 FROM listing LEFT JOIN headers ON headers.key = path
-    LEFT JOIN labels ON labels.image = coalesce(headers.told_as, listing.image)
+    LEFT JOIN labels ON labels.image = nullif(coalesce(headers.told_as, listing.image), '')  -- '': nothing names it
     LEFT JOIN patients ON patients.patient = coalesce(nullif(labels.patient, ''), headers.patient);
 """
 JOINED = """
@@ -117,7 +129,7 @@ SELECT path, size, version FROM listing WHERE path NOT IN (SELECT key FROM heade
 LABELS_WITHOUT_IMAGE = """
 SELECT count(*) FROM labels
 WHERE image NOT IN (SELECT image FROM listing)
-    AND image NOT IN (SELECT told_as FROM headers WHERE told_as IS NOT NULL)
+    AND image NOT IN (SELECT told_as FROM headers WHERE told_as != '')
 """
 
 
@@ -464,9 +476,11 @@ class _Words:
 
 
 def _ending(name: str) -> str:
-    """A file's ending where it is one; a name that goes on after its last dot may be a patient's, and is not told."""
-    found = re.search(r"\.[a-z][a-z0-9]{0,4}$", name.lower())
-    return found.group() if found else "no ending"
+    """A file's ending where it is one of TOLD_ENDINGS."""
+    _, dot, found = name.lower().rpartition(".")
+    if not dot:
+        return "no ending"
+    return dot + found if dot + found in TOLD_ENDINGS else "another ending"
 
 
 def ignored_text(ignored: Mapping[str, int]) -> str:

@@ -169,7 +169,7 @@ def _precincts(data: bytes, width: int, height: int) -> int:
 def _coding_styles(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Levels and sizes of precincts that the main header and those of tile-parts tell (ISO 15444-1, A.6.1 and A.6.2).
 
-    Raises RejectedImage for a segment that is none of the standard's.
+    Raises RejectedImage for a segment that is none of the standard's, and for a tile that ends before its data begin.
     """
     place, tile_end = 2, 0
     component_bytes = 1 if int.from_bytes(data[40:42], "big") < 257 else 2
@@ -179,13 +179,13 @@ def _coding_styles(data: bytes) -> Iterator[tuple[int, bytes]]:
         if marker == END or (marker == TILE_DATA and not tile_end):
             return
         if marker == TILE_DATA:
+            if tile_end <= place:  # it would be read again for ever
+                raise RejectedImage("damaged", "a JPEG 2000 frame whose tiles lie of their length")
             place = tile_end
             continue
         if marker == TILE:
             told = int.from_bytes(data[place + 6 : place + 10], "big")
             tile_end = place + told if told else 0
-            if told and tile_end <= place + 12:
-                raise RejectedImage("damaged", "a JPEG 2000 frame whose tiles lie of their length")
         elif marker in (COD, COC):
             # Behind the style: of all components five bytes of what they have in common, of one its number before it.
             at, begin = (0, 5) if marker == COD else (component_bytes, component_bytes + 1)

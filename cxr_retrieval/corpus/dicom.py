@@ -10,15 +10,18 @@ import logging
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pydicom
 from pydicom import uid
+from pydicom.charset import default_encoding
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.filereader import read_dataset
+from pydicom.filereader import read_dataset, read_sequence
 from pydicom.tag import BaseTag, Tag
 
 from cxr_retrieval.corpus import codestream
@@ -58,9 +61,11 @@ NATIVE = (
     uid.DeflatedExplicitVRLittleEndian,
     uid.ExplicitVRBigEndian,
 )
-ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # what an item of a sequence begins with, little and big endian
-MOST_ITEMS = 20_000  # pydicom makes a data set of about a kilobyte of each, wanted or not
-MOST_VALUE = 1 << 20  # bytes of an element other than the pixels; lookup tables have 128 KiB
+MOST_STEPS = 200_000  # of reading a file, three or so for an element and eight for an item; images take some hundreds
+CHARACTER_SETS = (b"\x08\x00\x05\x00", b"\x00\x08\x00\x05")  # the tag of their names, little and big endian
+MOST_NAMES = 256  # bytes of the names of character sets
+MOST_VALUE = 64 << 10  # bytes of an element that becomes text or numbers
+MOST_TABLE, MOST_TABLES = 128 << 10, 1 << 20  # bytes of a look-up table, and of a sequence of such
 PIXEL_DATA = Tag("PixelData")
 MOST = 1e12  # the largest number that is taken for one; infinity and no-number are neither
 
@@ -143,6 +148,8 @@ def reading() -> Iterator[None]:
     except (RejectedImage, ExcludedImage, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  # pydicom names none of what it raises for mangled bytes
+        if isinstance(error.__context__, RejectedImage):  # it takes whatever is raised before an item for its own
+            raise error.__context__ from None
         raise RejectedImage("damaged", f"a DICOM header that cannot be read ({type(error).__name__})") from None
 
 
@@ -154,20 +161,19 @@ def read_header(
 
     Not `to_the_end`, reading stops behind the last of them; `data` that is not the `whole` file has to reach that far.
     """
-    _require_few_items(data)
-    file: io.BytesIO = io.BytesIO(data)
+    file = _Steps(data)
     file.seek(0 if data.startswith(META) else PREAMBLE + 4)
     meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
     if "TransferSyntaxUID" not in meta:
         raise RejectedImage("damaged", "DICOM that names no transfer syntax")
+    require_short(meta, ["TransferSyntaxUID"])
     syntax = uid.UID(str(meta.TransferSyntaxUID))
     if syntax == uid.DeflatedExplicitVRLittleEndian:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         inflated = inflater.decompress(data[file.tell() :], room)
         if inflater.unconsumed_tail and to_the_end:
             raise RejectedImage("too_large", f"deflated DICOM of more than {room:,} bytes")
-        _require_few_items(inflated)
-        file = io.BytesIO(inflated)
+        file = _Steps(inflated)
     tags: list[BaseTag | int] = [Tag(name) for name in names]
     last, passed = max(tags), False
 
@@ -185,10 +191,7 @@ def read_header(
     )
     if not (passed or whole):
         raise RejectedImage("damaged", f"a DICOM header that does not end within {len(data):,} bytes")
-    for tag in tags:
-        value = getattr(header.get_item(tag), "value", None)  # as it was read: nothing is made of it yet
-        if tag != PIXEL_DATA and isinstance(value, bytes) and len(value) > MOST_VALUE:
-            raise RejectedImage("damaged", f"an element of a DICOM header of {len(value):,} bytes")
+    require_short(header, (name for name in names if name != "PixelData"))
     return header, syntax
 
 
@@ -199,10 +202,46 @@ def require_decodable(syntax: uid.UID) -> None:
         raise RejectedImage("unsupported", f"DICOM in a transfer syntax that is not read: {known}")
 
 
-def _require_few_items(data: bytes) -> None:
-    """Raises RejectedImage where sequences have so many items that reading them takes memory that nobody reserved."""
-    if sum(data.count(item) for item in ITEMS) > MOST_ITEMS:
-        raise RejectedImage("unsupported", f"DICOM whose sequences have more than {MOST_ITEMS:,} items")
+class _Steps(io.BytesIO):
+    """Bytes that pydicom goes through in few steps: it makes objects of every item and, in some sequences, of every
+    element, wanted or not, and takes the names of character sets apart wherever they are. Raises RejectedImage.
+    """
+
+    _steps, _begin = 0, b""
+
+    def tell(self) -> int:
+        self._step()
+        return super().tell()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._step()
+        if self._begin[:4] in CHARACTER_SETS and (size or 0) > MOST_NAMES:
+            raise RejectedImage("damaged", f"names of character sets of {size:,} bytes")
+        found = super().read(size)
+        if size == 8:
+            self._begin = found  # of an element: its tag is in front of it, whatever else is read before its value
+        return found
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            raise RejectedImage("unsupported", f"DICOM of so many elements that reading it takes {MOST_STEPS:,} steps")
+
+
+def require_short(header: Dataset, names: Iterable[str], most: int = MOST_VALUE) -> None:
+    """Raises RejectedImage where an element has more than `most` bytes, as it was read: nothing is made of it yet.
+    Sequences, which have tables in them, may be longer and are read here."""
+    for name in names:
+        raw = header.get_item(name)
+        if not (isinstance(raw, RawDataElement) and isinstance(raw.value, bytes)):
+            continue
+        kind = dictionary_VR(raw.tag) if raw.VR in (None, "UN") else raw.VR
+        if len(raw.value) > (MOST_TABLES if kind == "SQ" else most):
+            raise RejectedImage("damaged", f"an element of a DICOM header of {len(raw.value):,} bytes")
+        if kind == "SQ":  # pydicom would take as many steps as it likes
+            file, length = _Steps(raw.value), len(raw.value)
+            items = read_sequence(file, raw.is_implicit_VR, raw.is_little_endian, length, default_encoding)
+            header[raw.tag] = DataElement(raw.tag, "SQ", items)
 
 
 def element(header: Dataset, name: str) -> Any:

@@ -12,7 +12,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_windowing
 
-from cxr_retrieval.corpus.dicom import element, first, number
+from cxr_retrieval.corpus.dicom import MOST_TABLE, element, first, number, require_short
 from cxr_retrieval.corpus.limits import RejectedImage
 
 WINDOWS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
@@ -57,6 +57,8 @@ class Lut:
         if not (sequence := element(header, name)):
             return None
         item = sequence[0]
+        require_short(item, ["LUTDescriptor"])
+        require_short(item, ["LUTData"], MOST_TABLE)
         count, start, depth = (int(value) & 0xFFFF for value in item.LUTDescriptor)
         if not 8 <= depth <= 16:
             raise RejectedImage("unsupported", f"a look-up table of {depth} bits")

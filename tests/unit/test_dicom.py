@@ -709,6 +709,16 @@ def test_a_frame_of_very_many_precincts_is_refused_wherever_it_tells_of_them(
     assert "precincts" in error.text or "segments" in error.text
 
 
+@pytest.mark.parametrize("told", [12, 12 + 8])
+def test_a_tile_that_ends_before_its_data_begin_is_damaged_and_not_read_for_ever(told: int) -> None:
+    frame = jpeg_2000(ramp())
+    tile = frame.index(b"\xff\x90")
+    start, comment = bytearray(frame[tile : tile + 12]), segment(0x64, b"\0\1ab")
+    start[6:10] = struct.pack(">I", told)
+    data = frame[:tile] + bytes(start) + 2 * comment + frame[tile + 12 :]
+    assert rejected(compressed(dataset(ramp()), uid.JPEG2000Lossless, data)).reason == "damaged"
+
+
 @pytest.mark.parametrize("before", [b"\xff\xd0\x00\x40", b"\xff\x01\x00\x40", b"\xff\x00\x00\x40"])
 def test_a_size_that_hides_where_only_the_decoder_sees_it_is_refused(
     before: bytes, monkeypatch: pytest.MonkeyPatch
@@ -735,31 +745,79 @@ def test_pixel_data_that_claims_to_be_text_is_damaged_or_read_as_it_is(kind: byt
         assert rejected(data[:place] + kind + data[place + 2 :]).reason == "damaged"
 
 
+ITEM, ITEM_END, LAST = (tag + bytes(4) for tag in (b"\xfe\xff\x00\xe0", b"\xfe\xff\x0d\xe0", b"\xfe\xff\xdd\xe0"))
+OPEN_ITEM, EMPTY = ITEM[:4] + b"\xff" * 4, b"\x08\x00\x22\x00DA\x00\x00"
+MANY = dicom.MOST_STEPS
+
+
+def sequence(tag: bytes, value: bytes) -> bytes:
+    return tag + b"SQ\0\0\xff\xff\xff\xff" + value + LAST
+
+
 @pytest.mark.parametrize("read", [read_facts, decoded], ids=["facts", "pixels"])
-def test_sequences_of_very_many_items_are_refused_before_anything_is_made_of_them(
-    read: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "deflated"])
+@pytest.mark.parametrize(
+    "many",
+    [
+        sequence(b"\x08\x00\x99\x99", ITEM * MANY),
+        sequence(b"\x08\x00\x99\x99", OPEN_ITEM + EMPTY * MANY + ITEM_END),
+        EMPTY * MANY,
+    ],
+    ids=["items", "elements of an item", "elements"],
+)
+def test_a_header_of_very_many_elements_is_given_up_and_not_read_to_its_end(
+    many: bytes, packed: bool, read: Any
 ) -> None:
-    def made(*_: Any, **__: Any) -> None:
-        raise AssertionError("it was parsed")
+    made = dataset(ramp())
+    if packed:
+        made.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    data = written(made)
+    begin = 144 + int.from_bytes(data[140:144], "little")  # behind the file meta information
+    body = many + (zlib.decompress(data[begin:], -zlib.MAX_WBITS) if packed else data[begin:])
+    data = data[:begin] + (zlib.compress(body, wbits=-zlib.MAX_WBITS) if packed else body)
+    with pytest.raises(RejectedImage, match="so many elements that reading it takes 200,000 steps"):
+        read(data)
 
+
+def test_tables_of_very_many_items_are_given_up_too() -> None:
     data = written(dataset(ramp()))
-    place = data.index(b"\x10\x00\x10\x00PN")  # behind the class and the date, before the patient
-    items = b"\xfe\xff\x00\xe0\x00\x00\x00\x00" * (dicom.MOST_ITEMS + 1)
-    sequence = b"\x08\x00\x99\x99SQ\x00\x00\xff\xff\xff\xff" + items + b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
-    monkeypatch.setattr(dicom, "read_dataset", made)
-    with pytest.raises(RejectedImage, match="more than 20,000 items"):
-        read(data[:place] + sequence + data[place:])
+    place = data.rindex(b"\xe0\x7f\x10\x00OW")
+    items = ITEM * (dicom.MOST_TABLES // len(ITEM))
+    tables = b"\x28\x00\x10\x30SQ\0\0" + struct.pack("<I", len(items)) + items
+    assert rejected(data[:place] + tables + data[place:]).reason == "unsupported"
 
 
-def test_a_number_of_a_header_that_is_megabytes_long_is_damaged_and_not_taken_apart() -> None:
+@pytest.mark.parametrize("name", ["LUTDescriptor", "LUTData"])
+def test_a_table_that_is_longer_than_any_is_damaged_and_not_taken_apart(name: str) -> None:
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [256, 0, 8], bytes(512)
+    item.add_new(name, "OW", bytes(dicom.MOST_TABLE + 2))
+    made = dataset(ramp(), VOILUTSequence=[item])
+    assert rejected(made).text == "an element of a DICOM header of 131,074 bytes"
+    made["VOILUTSequence"].is_undefined_length = True
+    assert rejected(made).text == "an element of a DICOM header of 131,074 bytes"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_names_of_character_sets_without_end_are_damaged_and_not_taken_apart(nested: bool) -> None:
+    names = b"\\" * (1 << 20)
+    element = b"\x08\x00\x05\x00UT\0\0" + struct.pack("<I", len(names)) + names
+    data = written(dataset(ramp()))
+    place = data.index(b"\x08\x00\x16\x00UI")
+    hidden = sequence(b"\x08\x00\x99\x99", OPEN_ITEM + element + ITEM_END) if nested else element
+    error = rejected(data[:place] + hidden + data[place:])
+    assert (error.reason, error.text) == ("damaged", "names of character sets of 1,048,576 bytes")
+
+
+def test_a_number_of_a_header_that_is_longer_than_any_is_damaged_and_not_taken_apart() -> None:
     made = dataset(ramp())
     made.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
     data = written(made, implicit_vr=True, little_endian=True)
     place = data.rindex(b"\xe0\x7f\x10\x00")
-    centre = b"1\\" * (1 << 20)
+    centre = b"1\\" * (dicom.MOST_VALUE // 2 + 1)
     long = b"\x28\x00\x50\x10" + struct.pack("<I", len(centre)) + centre
     error = rejected(data[:place] + long + data[place:], Limits(min_side=32, max_pixels=1 << 24))
-    assert (error.reason, error.text) == ("damaged", "an element of a DICOM header of 2,097,152 bytes")
+    assert (error.reason, error.text) == ("damaged", "an element of a DICOM header of 65,538 bytes")
 
 
 def test_what_a_file_is_of_is_known_though_its_pixels_cannot_be_read() -> None:

@@ -327,6 +327,17 @@ def test_findings_come_from_a_table_by_file_image_or_study(export: Export, key: 
     assert list(found.table_hashes) == [labels]
 
 
+@pytest.mark.parametrize("key", ["SOPInstanceUID", "StudyInstanceUID"])
+def test_a_row_without_a_key_labels_nothing(key: str, export: Export) -> None:
+    names = {"study": "none", "image": "none"}  # not in the standard's form: not told
+    export.put(a=film(study="1.1", image="1.1"), b=film(patient="p2", **names), c=film(patient="p3", **names))
+    found = export.read(labels=export.labels(f"{key},Mass,Effusion", "1.1,0,1", ",1,0", ",1,0"))
+    rows = [row for partition in found.partitions() for row in partition.to_pylist()]
+    assert [(row["reason"], row["findings"]) for row in rows] == [(None, ["Effusion"]), (None, []), (None, [])]
+    assert rows[1]["unknown"] == list(FINDINGS)
+    assert (found.label_rows, found.labels_without_image) == (3, 1)
+
+
 def test_the_label_table_is_opened_as_often_whatever_the_number_of_files(
     export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:

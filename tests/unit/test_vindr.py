@@ -1,12 +1,13 @@
 """Promises of reading VinDr-CXR: what its readers agree on, whose boxes are one, and what is held out."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.formats.vindr import VinDr, _Drawn, merged, overlap
+from cxr_retrieval.corpus.formats.vindr import MOST_BOXES, VinDr, _Drawn, merged, overlap
 from cxr_retrieval.errors import UserError
 from tests.dicoms import dataset, ramp, written
 from tests.exports import Export
@@ -77,6 +78,25 @@ def test_two_of_three_readers_make_a_finding_and_one_alone_an_uncertain_one(vind
     assert rows["c"]["findings"] == []
     may_be = {"Infiltration", "Mass", "Nodule", "Pneumonia", "Consolidation"}  # what opacity and tuberculosis stand for
     assert set(rows["c"]["unknown"]) == {"Atelectasis", "Effusion", "Hernia", *may_be}
+
+
+def test_an_image_that_one_reader_has_two_rows_for_is_quarantined_and_the_others_stay(vindr: VinDrFolder) -> None:
+    vindr.image("a").image("b").say("train", a=["A", "-", "-"], b=["A", "A", "-"])
+    table = vindr.archive / "annotations" / "image_labels_train.csv"
+    lines = table.read_text().splitlines()
+    vindr._table("image_labels_train", [*lines, lines[1]])
+    rows = vindr.rows()
+    assert (rows["a"]["reason"], rows["a"]["text"]) == (
+        "labels_twice",
+        "the label table has two rows of one reader for this image",
+    )
+    assert (rows["b"]["reason"], rows["b"]["findings"]) == (None, ["Atelectasis"])
+
+
+def test_readers_without_names_are_each_another(vindr: VinDrFolder) -> None:
+    vindr.image("a")._table("image_labels_train", ["image_id,Cardiomegaly", "a,1", "a,1", "a,0"])
+    row = vindr.rows()["a"]
+    assert (row["reason"], row["findings"]) == (None, ["Cardiomegaly"])
 
 
 def test_findings_that_a_table_has_no_column_for_are_unknown(vindr: VinDrFolder) -> None:
@@ -155,11 +175,48 @@ def test_boxes_of_one_reader_stay_two_and_those_of_several_that_overlap_are_thei
 
 @pytest.mark.parametrize(
     ("row", "told"),
-    [("a,R0,Atelectasis,30,20,10,60", "row 2 is no box"), ("a,R0,Atelectasis,1,x,2,2", "row 2 is no box")],
+    [
+        ("a,R0,Atelectasis,30,20,10,60", "row 2 is no box"),
+        ("a,R0,Atelectasis,1,x,2,2", "row 2 is no box"),
+        ("a,R0,Atelectasis,0,0,1e-200,1e-200", "row 2 is no box"),
+    ],
 )
 def test_a_row_that_is_no_box_is_refused(vindr: VinDrFolder, row: str, told: str) -> None:
     vindr.image("a").say("train", a=["A"] * 3).draw("train", row)
     with pytest.raises(UserError, match=told):
+        vindr.read()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("annotations/image_labels_train.csv", "image_labels_train"),
+        ("annotations/annotations_test.csv.gz", "annotations_test"),
+        ("image_labels_test.csv", "image_labels_test"),
+        ("annotations/image_labels_train", None),
+        ("annotations/image_labels_train.csv.bz2", None),
+        ("annotations/image_labels_train.v2.csv", None),
+    ],
+)
+def test_a_table_is_a_csv_file_plain_or_packed_by_gzip(name: str, kind: str | None) -> None:
+    assert VinDr.table_kind(name) == kind
+
+
+def test_a_packed_table_is_read_as_a_plain_one(vindr: VinDrFolder) -> None:
+    vindr.image("a").say("train", a=["A"] * 3)
+    table = vindr.archive / "annotations" / "image_labels_train.csv"
+    table.with_suffix(".csv.gz").write_bytes(gzip.compress(table.read_bytes()))
+    table.unlink()
+    assert vindr.rows()["a"]["findings"] == ["Atelectasis"]
+
+
+def test_more_boxes_of_a_finding_on_an_image_than_readers_draw_are_refused(vindr: VinDrFolder) -> None:
+    vindr.image("a").say("train", a=["A"] * 3)
+    rows = [f"a,R{n},Atelectasis,{2 * n},0,{2 * n + 1},1" for n in range(MOST_BOXES + 1)]
+    vindr.draw("train", *rows[1:])
+    assert len(vindr.rows()["a"]["boxes"]) == MOST_BOXES
+    vindr.draw("train", *rows)
+    with pytest.raises(UserError, match=r"annotations_train.csv: more than 200 boxes of Atelectasis on one image"):
         vindr.read()
 
 

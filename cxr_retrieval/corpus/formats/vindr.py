@@ -21,6 +21,7 @@ from cxr_retrieval.storage import StoredFile
 TRAIN_LABELS, TEST_LABELS = "image_labels_train", "image_labels_test"
 TRAIN_BOXES, TEST_BOXES = "annotations_train", "annotations_test"
 TABLES = (TRAIN_LABELS, TEST_LABELS, TRAIN_BOXES, TEST_BOXES)
+MOST_BOXES = 200  # of one finding on one image, each compared with the others: readers draw a few
 SAME = 0.5  # intersection over union above which boxes of two readers are one
 IMAGE, NO_FINDING = "image_id", "No finding"
 READERS = ("rad_id", "rad_ID")
@@ -29,16 +30,21 @@ CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 @dataclass
 class _Votes:
-    """How many readers saw an image, and how many of them saw each class."""
+    """Who saw an image, a name for every row, and how many of them saw each class."""
 
-    readers: int = 0
+    readers: list[str] = field(default_factory=list)
     classes: Counter[str] = field(default_factory=Counter)
 
     def state(self, name: str) -> int:
         """PRESENT where two readers say so, or the only one; UNKNOWN where one of several does; else ABSENT."""
-        if self.classes[name] >= min(2, self.readers):
+        if self.classes[name] >= min(2, len(self.readers)):
             return PRESENT
         return UNKNOWN if self.classes[name] else ABSENT
+
+    @property
+    def twice(self) -> bool:
+        """Whether a reader votes more than once, which would make two of one."""
+        return len(set(self.readers)) < len(self.readers)
 
 
 class VinDr:
@@ -54,8 +60,8 @@ class VinDr:
 
     @staticmethod
     def table_kind(path: str) -> str | None:
-        stem = path.removeprefix("annotations/").removesuffix(".csv")
-        return stem if stem in TABLES else None
+        stem, dot, ending = path.removeprefix("annotations/").partition(".")
+        return stem if stem in TABLES and dot + ending in (".csv", ".csv.gz") else None
 
     def image_of(self, path: str) -> str:
         return path.rpartition("/")[2].rpartition(".")[0]
@@ -71,7 +77,14 @@ class VinDr:
             vocabulary = VINDR.among(_classes(tables.get(kind)))
             for image, votes in _votes(tables.get(kind)).items():
                 told = vocabulary.read({name: votes.state(name) for name in votes.classes}, ABSENT)
-                yield Label(image, patient=image, study=image, **told._asdict())
+                yield Label(
+                    image,
+                    patient=image,
+                    study=image,
+                    reason="labels_twice" if votes.twice else None,
+                    text="the label table has two rows of one reader for this image" if votes.twice else None,
+                    **told._asdict(),
+                )
 
     def boxes(self, tables: Tables) -> Iterator[Box]:
         for labels, kind in ((TRAIN_LABELS, TRAIN_BOXES), (TEST_LABELS, TEST_BOXES)):
@@ -84,7 +97,13 @@ class VinDr:
                     meant = VINDR.meanings.get(name, "")
                     finding = meant if meant in FINDINGS else name
                     if meant in FINDINGS and votes[image].state(name) == PRESENT:
-                        drawn.setdefault((image, finding), []).append(box)
+                        boxes = drawn.setdefault((image, finding), [])
+                        boxes.append(box)
+                        if len(boxes) > MOST_BOXES:
+                            raise UserError(
+                                f"{tables[kind].uri}: more than {MOST_BOXES} boxes of {finding} on one image;"
+                                " copy it again, or keep a row for each that a reader drew"
+                            )
                     else:  # whoever asks keeps none of these, and counts them by what is wrong with them
                         yield _box(image, finding, box.corners)
                 for (image, finding), found in drawn.items():
@@ -147,15 +166,20 @@ def _classes(table: StoredFile | None) -> list[str]:
     return [name for name in header_of(table) if name not in (IMAGE, NO_FINDING, *READERS)] if table else []
 
 
+def _reader(table: StoredFile) -> list[str]:
+    """The column that names the readers, if there is one."""
+    return [name for name in READERS if name in header_of(table)][:1]
+
+
 def _votes(table: StoredFile | None) -> dict[str, _Votes]:
     """The readers' votes by image. Raises UserError for a cell that is neither 0 nor 1."""
     found: dict[str, _Votes] = {}
     if table is None:
         return found
-    classes = _classes(table)
-    for image, *cells in records(table, [IMAGE, *classes]):
+    classes, reader = _classes(table), _reader(table)
+    for number, (image, *cells) in enumerate(records(table, [IMAGE, *classes, *reader])):
         votes = found.setdefault(image, _Votes())
-        votes.readers += 1
+        votes.readers.append(cells.pop() if reader else str(number))  # whom no name tells apart, each row is another
         for name, cell in zip(classes, cells, strict=True):
             if cell not in ("", "0", "1", "0.0", "1.0"):
                 raise UserError(
@@ -168,17 +192,18 @@ def _votes(table: StoredFile | None) -> dict[str, _Votes]:
 
 def _drawn(table: StoredFile) -> Iterator[tuple[str, str, _Drawn]]:
     """Image, class and box of every row with a box: rows of images without a finding have none."""
-    reader = [name for name in READERS if name in header_of(table)]
+    reader = _reader(table)
     for number, (image, name, *rest) in enumerate(records(table, [IMAGE, "class_name", *CORNERS, *reader]), start=2):
         if not any(rest[:4]):
             continue
         try:
             left, top, right, bottom = (coordinate(value) for value in rest[:4])
-            if not (right > left and bottom > top):
+            corners = (left, top, right, bottom)
+            if not (right > left and bottom > top and _area(corners) > 0):  # of tiny sides it is 0
                 raise ValueError("a box without area")
         except ValueError:
             raise UserError(
                 f"{table.uri}: row {number} is no box: x_max above x_min and y_max above y_min; copy it again"
             ) from None
         # A test image's boxes are those that its readers agreed on: no two of them are one.
-        yield image, name, _Drawn(rest[4] if reader else "", (left, top, right, bottom))
+        yield image, name, _Drawn(rest[4] if reader else "", corners)
