@@ -9,6 +9,7 @@
   let query = null; // {file, bitmap} or {id}; region is [x, y, w, h] in pixels of the file
   let found = null; // the last answer
   let skip = 0;
+  let told = ""; // what is said of the last answer
   let asked = []; // the filters of the last answer: its other pages have the same
   let patients = false; // each hit another patient
   let asking = null; // aborts the request under way
@@ -253,7 +254,7 @@
       show();
     } catch (error) {
       if (error.name === "AbortError") return;
-      $("status").textContent = "";
+      $("status").textContent = found ? told : "";
       say(error.message);
     }
     $("answers").classList.remove("busy");
@@ -267,7 +268,7 @@
     const sharing = hits.filter((hit) => hit.shared.length).length;
     const share = found.query.known_as?.findings.length ? `; ${sharing} of these ${sharing === 1 ? "shares" : "share"} a finding with the query` : "";
     const images = `${passing.toLocaleString("en")} images`; // how many patients these are of, the server does not count
-    $("status").textContent = hits.length
+    $("status").textContent = told = hits.length
       ? `${hits[0].rank} to ${hits.at(-1).rank} of ${patients ? `the patients of ${images}` : images}, nearest first${share}.`
       : skip ? `No more ${patients ? "patients" : "images"}: the page before is the last.` : "";
     $("hits").replaceChildren(
