@@ -73,7 +73,7 @@ SIDE = 128
 SETTINGS = LossSettings()
 PHANTOM_SHARES = {"test_share": 0.74, "validation_share": 0.025}
 OUT = RESULTS / "losses"
-GPU_BYTES = 4 << 30  # of a run; a card is far from busy with one, whose launches are its limit
+GPU_BYTES = 4 << 30  # of a run: a card is far from busy with one of the small network (docs/performance.md)
 # Whose text decides what a run gives.
 DECISIVE = (contest, losses, network, evaluation, augmentation, model, objective, optimisation)
 Maker = Callable[[torch.device], Rival]

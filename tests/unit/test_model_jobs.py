@@ -109,3 +109,4 @@ def test_the_page_of_a_training_leaves_out_the_centres_of_findings_that_it_did_n
         page = train.training_report(Settings(workspace=str(tmp_path)), model(kept, **weights), corpus())
         html = storage.read_bytes(page).decode()
         assert html.count(" degrees, distance ") == cells
+        assert ("Hernia" in html) == (learnt is None)
