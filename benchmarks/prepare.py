@@ -39,7 +39,8 @@ from cxr_retrieval.artifacts import MANIFEST, Artifact
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.decoding import decode
 from cxr_retrieval.corpus.limits import Limits
-from cxr_retrieval.corpus.preparation import prepare, recipe_of
+from cxr_retrieval.corpus.parts import recipe_of
+from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.runtime import start_ray
 
 IMAGES, SIDE, SIZE, ROUNDS = 4096, 1024, 256, 3

@@ -89,17 +89,29 @@ def exists(uri: str) -> bool:
 def objects(uri: str) -> Iterator[tuple[str, int, float, str]]:
     """Every object below `uri`, streamed: its key without the prefix, its size in bytes, when it was written (seconds
     since 1970), its tag."""
-    bucket, prefix = _bucket_key(uri + "/")
     after: dict[str, str] = {}
     while True:
-        with explained(uri):
-            page = _persistently(partial(client().list_objects_v2, Bucket=bucket, Prefix=prefix, **after))
-        for entry in page.get("Contents", []):
-            if path := entry["Key"].removeprefix(prefix):
-                yield path, entry["Size"], entry["LastModified"].timestamp(), entry["ETag"]
+        page, found = _page(uri, **after)
+        yield from found
         if not page["IsTruncated"]:
             return
         after = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def top_objects(uri: str) -> Iterator[tuple[str, int, float, str]]:
+    """The objects right below `uri`, as far as the first page of names shows them, as `objects` tells them."""
+    return _page(uri, Delimiter="/")[1]
+
+
+def _page(uri: str, **asked: str) -> tuple[Any, Iterator[tuple[str, int, float, str]]]:
+    """A page of a listing as S3 answers it, and the objects in it."""
+    bucket, prefix = _bucket_key(uri + "/")
+    with explained(uri):
+        page = _persistently(partial(client().list_objects_v2, Bucket=bucket, Prefix=prefix, **asked))
+    named = ((entry["Key"].removeprefix(prefix), entry) for entry in page.get("Contents", []))
+    return page, (
+        (path, entry["Size"], entry["LastModified"].timestamp(), entry["ETag"]) for path, entry in named if path
+    )
 
 
 def get(uri: str) -> tuple[bytes, str]:

@@ -118,12 +118,32 @@ def list_files(uri: str, left_out: Callable[[str], None] = lambda _: None) -> It
     if not is_s3(uri):
         yield from _list_local(uri, "", uri, left_out)
         return
-    for path, size, modified, tag in s3.objects(uri):
-        if any(name.startswith(".") for name in path.split("/")):
-            left_out(path.rpartition("/")[2])
+    for found in s3.objects(uri):
+        if any(name.startswith(".") for name in found[0].split("/")):
+            left_out(found[0].rpartition("/")[2])
         else:
-            version = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "big", signed=True)
-            yield StoredFile(path, join(uri, path), size, modified, version)
+            yield _stored_object(uri, *found)
+
+
+def list_top(uri: str, wanted: Callable[[str], bool]) -> Iterator[StoredFile]:
+    """The files right in `uri` whose names are `wanted`, as `list_files` tells them: of a local folder all, on object
+    storage those that the first page of names shows. Raises FileNotFoundError."""
+    uri = canonical(uri)
+    if is_s3(uri):
+        found = (_stored_object(uri, *facts) for facts in s3.top_objects(uri))
+        yield from (file for file in found if not file.path.startswith(".") and wanted(file.path))
+        return
+    with _listing(uri, ""):
+        _, names = _names_in(uri, "", uri, lambda _: None, frozenset())
+        for name in filter(wanted, names):
+            if os.path.isfile(path := os.path.join(uri, name)):
+                state = os.stat(path)
+                yield StoredFile(name, path, state.st_size, state.st_mtime, state.st_mtime_ns)
+
+
+def _stored_object(uri: str, path: str, size: int, modified: float, tag: str) -> StoredFile:
+    version = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:8], "big", signed=True)
+    return StoredFile(path, join(uri, path), size, modified, version)
 
 
 def list_scratch(uri: str) -> Iterator[StoredFile]:

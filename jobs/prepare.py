@@ -20,7 +20,8 @@ from cxr_retrieval.config import Settings
 from cxr_retrieval.corpus.archive import ignored_text
 from cxr_retrieval.corpus.census import Example
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.preparation import plan_corpus, prepare, task_memory
+from cxr_retrieval.corpus.parts import task_memory
+from cxr_retrieval.corpus.preparation import plan_corpus, prepare
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.privacy import Pseudonyms

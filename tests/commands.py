@@ -32,7 +32,7 @@ class Outcome:
         """The one line of a refusal."""
         assert self.code == 1, self.err
         assert "Traceback" not in self.err
-        (line,) = [line for line in self.err.splitlines() if not line.startswith("storage: ")]
+        (line,) = [line for line in self.err.splitlines() if not line.startswith(("storage: ", "prepare: "))]
         return line.removeprefix("error: ")
 
 

@@ -12,7 +12,7 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import chain, groupby, islice
@@ -241,7 +241,7 @@ class Archive:
                 self.ignored[DOTTED] += 1
 
         def images() -> Iterator[tuple[str, str, int, int]]:
-            for file in storage.list_files(self.uri, left_out):
+            for file in self._files(left_out):
                 name = file.path.rpartition("/")[2]
                 if file.uri == given:
                     continue
@@ -269,6 +269,12 @@ class Archive:
         if given:
             tables[GIVEN] = storage.StoredFile(given, given, 0, 0.0)
         return tables, others
+
+    def _files(self, left_out: Callable[[str], None]) -> Iterator[storage.StoredFile]:
+        return storage.list_files(self.uri, left_out)
+
+    def _told(self, tables: Tables) -> Iterator[Label]:
+        return self._format.labels(tables)
 
     def _read_headers(self, layout: HeaderFormat, headers: Headers | None) -> None:
         """Keep what the headers of the listed files tell, and drop from the listing what is no image."""
@@ -353,7 +359,7 @@ class Archive:
 
         def rows() -> Iterator[tuple[str, str, str]]:
             nonlocal count
-            for label in self._format.labels(tables):
+            for label in self._told(tables):
                 count += 1
                 facts = vars(label) | {"other": findings.kept(label.other)}
                 if label.view:

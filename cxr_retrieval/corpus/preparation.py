@@ -1,22 +1,22 @@
 """Archive to prepared corpus: partitions of the archive's manifest, decoded by Ray Data, one shard each.
 
-A partition is one batch of the manifest and becomes one part of the corpus (an artifact of its own), written
-whole by one task: a task needs the memory of one partition, and a restart decodes only partitions without a manifest.
+A partition is one batch of the manifest and becomes one part of the corpus, an artifact of its own.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import IO, Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,54 +24,40 @@ import pyarrow.parquet as pq
 import ray
 from ray.util.annotations import RayDeprecationWarning
 
-from cxr_retrieval import artifacts, storage
+from cxr_retrieval import artifacts, console, storage
 from cxr_retrieval.artifacts import PLAN, Artifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, room
-from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
+from cxr_retrieval.corpus.beginning import Beginning, NotToldYet
 from cxr_retrieval.corpus.exclusions import Exclusions, find_duplicates
-from cxr_retrieval.corpus.files import READS_AHEAD, UNREADABLE, read_listed
+from cxr_retrieval.corpus.files import READS_AHEAD
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.headers import Headers
-from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter, read_partition, read_partitions
-from cxr_retrieval.corpus.rows import EXCLUSIONS, LABELS, QUARANTINE, as_read, corpus_schema, rows_digest
+from cxr_retrieval.corpus.parts import (
+    PART_KIND,
+    QUARANTINE_FILE,
+    ROWS_FILE,
+    PartTask,
+    part_of,
+    recipe_of,
+    shaping_of,
+    task_memory,
+)
+from cxr_retrieval.corpus.rows import EXCLUSIONS, as_read
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
 from cxr_retrieval.runtime import DIED, TRIES, nodes_cpus, nodes_memory
 from cxr_retrieval.tombstones import RemovedPatients
 
-KIND, PART_KIND = "corpus", "corpus-part"
-ROWS_FILE, QUARANTINE_FILE, EXCLUSIONS_FILE = "rows.parquet", "quarantine.parquet", "exclusions.parquet"
+KIND = "corpus"
+EXCLUSIONS_FILE = "exclusions.parquet"
 KEYED = PrivacySettings()  # removed patients are told by a key, unless an archive is said to be public
 LATEST = "latest"  # beside the corpora of a name
-BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
-# Bytes a pixel of an image that is decoded, its file and what is made of it on the way: of a PNG of 16 bits, 17 of one
-# with colours. JPEG 2000 with colours takes 28, and nobody's films of the largest size are that.
-DECODING = 18
 BEGUN_TOLD = 8  # partitions that are told where one of them cannot be prepared
-# Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
-SHAPING = ("size", "fit", "max_pixels", "min_side", "source_side", "row_group_images")
-
-PARTS_ADD_UP = Equation("archive", ("prepared", "quarantined", "excluded"))
 CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "duplicates"))
 PATIENTS_ADD_UP = Equation("patients", SPLITS)  # of all splits together, against those of each: nobody is in two
-
-
-def recipe_of(settings: CorpusSettings) -> Recipe:
-    return Recipe(size=settings.size, fit=settings.fit)
-
-
-def box_frame(settings: CorpusSettings) -> int | None:
-    """Side in pixels of the frame that the archive's boxes are given in; None: each image's own."""
-    return settings.box_frame or format_of(settings).frame
-
-
-def task_memory(settings: CorpusSettings) -> int:
-    """Bytes that a task may take: the pixels of its partition twice, files read ahead, and the largest image."""
-    return 2 * settings.partition_images * settings.size**2 + BYTES_AHEAD + DECODING * settings.max_pixels
 
 
 @dataclass(frozen=True)
@@ -95,20 +81,23 @@ def plan_corpus(
 
     Raises UserError for an archive that cannot be read, and where `privacy` has no key to tell who was removed.
     """
-    folder = storage.join(workspace, "corpora", settings.name)
+    folder = corpus_folder(settings, workspace)
     removed = RemovedPatients.of(workspace, privacy)
     headers = Headers(workspace, settings, removed, scans)
     archive = Archive(settings, removed, _partitions_before(folder, settings), headers)
-    shaping = {name: getattr(settings, name) for name in SHAPING}
-    shaping |= {"recipe": recipe_of(settings).id, "box_frame": box_frame(settings)}
-    parts = []
+    shaping, parts = shaping_of(settings), []
     manifest = tempfile.TemporaryFile()  # noqa: SIM115  # the plan keeps it open
     with room(archive.uri), ManifestWriter.to(manifest) as writer:
         for rows in archive.partitions():
-            parts.append(Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),)))
+            parts.append(part_of(folder, rows, shaping))
             writer.write(rows)
     draft = Draft.under(folder, KIND, shaping | {"name": settings.name}, [part.input_id for part in parts])
     return CorpusPlan(archive, draft, parts, manifest)
+
+
+def corpus_folder(settings: CorpusSettings, workspace: str) -> str:
+    """Where everything that is kept under a corpus's name is."""
+    return storage.join(workspace, "corpora", settings.name)
 
 
 def _latest_uri(folder: str, settings: CorpusSettings) -> str:
@@ -146,29 +135,70 @@ def find_prepared(settings: CorpusSettings, workspace: str, privacy: PrivacySett
     return found
 
 
+@dataclass(frozen=True)
+class HeadStart:
+    """The first partition of an archive that was never prepared, at work while the rest is being listed: the first
+    image of a million is out within seconds.
+
+    It is a guess of what the partition is. Where the whole listing tells another one, this part is of no corpus.
+    """
+
+    part: Draft
+    result: Any
+    """Reference to what a PartTask tells of it."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, settings: CorpusSettings, workspace: str, privacy: PrivacySettings) -> Iterator["HeadStart | None"]:
+        """None where the archive was prepared before, its first part is there, or its beginning does not tell it."""
+        folder = corpus_folder(settings, workspace)
+        head = None
+        rows = None
+        if not storage.exists(_latest_uri(folder, settings)):
+            with contextlib.suppress(NotToldYet, UserError):  # what is wrong is told when all of it is listed
+                (rows,) = Beginning(settings, RemovedPatients.of(workspace, privacy)).partitions()
+        if rows is not None:
+            part = part_of(folder, rows, shaping_of(settings))
+            if artifacts.find(part.uri) is None:
+                console.say(f"prepare: the first {rows.num_rows:,} images, while the archive is being listed")
+                work = ray.remote(max_retries=TRIES - 1, memory=_reserved(settings))(_run)
+                task = PartTask(lambda _: rows, dict(part.settings), settings)
+                head = cls(part, work.remote(task, {"partition": 0, "uri": part.uri}))
+        try:
+            yield head
+        finally:
+            if head:
+                ray.cancel(head.result)  # where nobody has waited for it
+
+
+def _run(task: PartTask, what: dict[str, Any]) -> dict[str, Any]:
+    return task(what)
+
+
 def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> tuple[Artifact, bool]:
     """The prepared corpus of an archive, and whether anything had to be done.
 
     Raises UserError for an archive that cannot be read or where more than `max_quarantined` of the images are bad.
     """
-    plan = plan_corpus(settings, workspace, privacy, scans=True)
-    done = artifacts.find(plan.draft.uri)
-    if done:
-        _remember_latest(done, settings)  # of a job that was killed before it did
-        return done, False
-    draft, manifest = plan.draft, _begin(plan.draft, plan.manifest)
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
-        found = list(pool.map(artifacts.find, [part.uri for part in plan.parts]))
-    before = sum(part.counts["archive"] for part in found if part)
-    with Progress.of(workspace, draft, "prepare", plan.archive.rows, before=before) as progress:
-        finished = _prepare_parts(plan, found, settings, progress, names=not privacy.pseudonymise)
-        if [part.uri for part in finished] != [part.uri for part in plan.parts]:
-            draft = replace(draft, inputs=tuple(part.input_id for part in finished))
-            draft = replace(draft, uri=storage.join(storage.parent(draft.uri), draft.input_id))
-            manifest = _begin(draft, _manifest_as_read(plan, finished))
-        corpus = _finish(draft, manifest, finished, plan.archive, settings)
-        _remember_latest(corpus, settings)
-        return corpus, True
+    with HeadStart.of(settings, workspace, privacy) as head:
+        plan = plan_corpus(settings, workspace, privacy, scans=True)
+        done = artifacts.find(plan.draft.uri)
+        if done:
+            _remember_latest(done, settings)  # of a job that was killed before it did
+            return done, False
+        draft, manifest = plan.draft, _begin(plan.draft, plan.manifest)
+        with ThreadPoolExecutor(READS_AHEAD) as pool:
+            found = list(pool.map(artifacts.find, [part.uri for part in plan.parts]))
+        before = sum(part.counts["archive"] for part in found if part)
+        with Progress.of(workspace, draft, "prepare", plan.archive.rows, before=before) as progress:
+            finished = _prepare_parts(plan, found, head, settings, progress, names=not privacy.pseudonymise)
+            if [part.uri for part in finished] != [part.uri for part in plan.parts]:
+                draft = replace(draft, inputs=tuple(part.input_id for part in finished))
+                draft = replace(draft, uri=storage.join(storage.parent(draft.uri), draft.input_id))
+                manifest = _begin(draft, _manifest_as_read(plan, finished))
+            corpus = _finish(draft, manifest, finished, plan.archive, settings)
+            _remember_latest(corpus, settings)
+            return corpus, True
 
 
 def _begin(draft: Draft, manifest: IO[bytes]) -> FileEntry:
@@ -194,46 +224,69 @@ def _manifest_as_read(plan: CorpusPlan, finished: Sequence[Artifact]) -> IO[byte
 
 
 def _prepare_parts(
-    plan: CorpusPlan, found: list[Artifact | None], settings: CorpusSettings, progress: Progress, *, names: bool
+    plan: CorpusPlan,
+    found: list[Artifact | None],
+    head: HeadStart | None,
+    settings: CorpusSettings,
+    progress: Progress,
+    *,
+    names: bool,
 ) -> list[Artifact]:
-    """All parts of the corpus; those not `found` are prepared. `names`: whether images may be told by theirs."""
+    """All parts of the corpus; those not `found` are prepared, but for one that has a `head` start. `names`: whether
+    images may be told by theirs."""
     draft, parts = plan.draft, plan.parts
     missing = [n for n, part in enumerate(found) if part is None]
     total = plan.archive.rows
     uris = {n: part.uri for n, part in enumerate(parts)}
     quarantined = sum(part.counts["quarantined"] for part in found if part)
-    if missing:
-        tasks = [{"partition": n, "uri": parts[n].uri} for n in missing]
-        task = _PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(parts[0].settings), settings)
-        memory = min(task_memory(settings), *nodes_memory())  # a node that has less takes one at a time
+    waiting = dict.fromkeys(missing)
+    try:
+        for result in _results(plan, missing, head, settings):
+            storage.add_retries(result["retries"])
+            if result["error"]:
+                raise UserError(result["error"])
+            del waiting[result["partition"]]
+            uris[result["partition"]] = result["uri"]
+            quarantined += result["quarantined"]
+            progress.advance(result["archive"])
+            _check_quarantine(quarantined, total, settings, draft.uri, final=False)
+    except DIED as error:
+        raise UserError(_death_told(draft, parts, waiting, names)) from error
+    _check_quarantine(quarantined, total, settings, draft.uri, final=True)
+    return [part or artifacts.load(uris[n], PART_KIND) for n, part in enumerate(found)]
+
+
+def _results(
+    plan: CorpusPlan, missing: Sequence[int], head: HeadStart | None, settings: CorpusSettings
+) -> Iterator[dict[str, Any]]:
+    """What the tasks tell of the `missing` parts, in any order, the one with a head start last."""
+    begun = head if head and 0 in missing and head.part.uri == plan.parts[0].uri else None
+    tasks = [{"partition": n, "uri": plan.parts[n].uri} for n in missing if n or not begun]
+    if tasks:
+        rows_of = partial(read_partition, storage.join(plan.draft.uri, MANIFEST_FILE))
+        task = PartTask(rows_of, dict(plan.parts[0].settings), settings)
         with warnings.catch_warnings():
             # Ray 2.60 has no other way to tell it when to give up, and asks for one that it does not name.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-                task, memory=memory, max_retries=TRIES - 1
+                task, memory=_reserved(settings), max_retries=TRIES - 1
             )
-        waiting = dict.fromkeys(missing)
-        try:
-            for result in results.iter_rows():
-                storage.add_retries(result["retries"])
-                if result["error"]:
-                    raise UserError(result["error"])
-                del waiting[result["partition"]]
-                uris[result["partition"]] = result["uri"]
-                quarantined += result["quarantined"]
-                progress.advance(result["archive"])
-                _check_quarantine(quarantined, total, settings, draft.uri, final=False)
-        except DIED as error:
-            raise UserError(_death_told(draft, parts, waiting, names)) from error
-    _check_quarantine(quarantined, total, settings, draft.uri, final=True)
-    return [part or artifacts.load(uris[n], PART_KIND) for n, part in enumerate(found)]
+        yield from results.iter_rows()
+    if begun:
+        yield ray.get(begun.result)
+
+
+def _reserved(settings: CorpusSettings) -> int:
+    """Bytes that Ray keeps for a task: a node that has less than it may take does one at a time."""
+    return min(task_memory(settings), *nodes_memory())
 
 
 def _death_told(draft: Draft, parts: Sequence[Draft], waiting: Iterable[int], names: bool) -> str:
     """What is said where a process died over a partition that was begun, one of those `waiting`, at every try."""
     manifest, told = storage.join(draft.uri, MANIFEST_FILE), []
     at_work = islice(waiting, 2 * int(sum(nodes_cpus())))  # partitions are begun in their order
-    for number in islice((n for n in at_work if storage.exists(storage.join(parts[n].uri, PLAN))), BEGUN_TOLD):
+    begun = (n for n in at_work if storage.exists(storage.join(parts[n].uri, PLAN)))
+    for number in islice((n for n in begun if artifacts.find(parts[n].uri) is None), BEGUN_TOLD):
         uris = read_partition(manifest, number)["source_uri"].drop_null().to_pylist() if names else []
         told.append(f"{number} ({f'{uris[0]} to {uris[-1]}' if uris else parts[number].uri})")
     return (
@@ -250,147 +303,6 @@ def _check_quarantine(bad: int, total: int, settings: CorpusSettings, uri: str, 
             f" corpus.max_quarantined={settings.max_quarantined:g}: see {QUARANTINE_FILE} in"
             f" {storage.join(storage.parent(uri), 'parts')}, mend the archive or raise the limit"
         )
-
-
-class _PartTask:
-    """Prepare one partition. Runs in a Ray Data task: holds plain values only."""
-
-    def __init__(self, manifest_uri: str, shaping: dict[str, Any], settings: CorpusSettings) -> None:
-        self._manifest_uri, self._shaping = manifest_uri, shaping
-        self._settings = settings
-
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        before = storage.retries()
-        cv2.setNumThreads(1)  # tasks run side by side, one a core
-        try:
-            rows = read_partition(self._manifest_uri, task["partition"])
-            planned = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
-            part = prepare_part(planned, rows, self._settings)
-        except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
-            retries = storage.retries() - before
-            return {**task, "archive": 0, "quarantined": 0, "retries": retries, "error": str(error)}
-        done = {name: part.counts[name] for name in ("archive", "quarantined")}
-        return {**task, "uri": part.uri, **done, "retries": storage.retries() - before, "error": ""}
-
-
-def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artifact:
-    """Decode one partition and write it whole: prepared rows, quarantined rows, counts.
-
-    Where files cannot be read, it becomes the part of those rows without them, beside the one that was planned.
-    """
-    recipe, limits = recipe_of(settings), Limits.of(settings)
-    schema, frame = corpus_schema(recipe), box_frame(settings)
-    prepared: list[dict[str, Any]] = []
-    groups: list[pa.Table] = []
-    bad: list[dict[str, Any]] = []
-    excluded: Counter[str] = Counter()
-    burned_in = 0
-    for row, coming in _fetched(rows.to_pylist()):
-        try:
-            if row["reason"]:
-                raise RejectedImage(row["reason"], row["text"])
-            if row["excluded"]:
-                raise ExcludedImage(row["excluded"])
-            data = coming.result()
-            image = _decoded(data, recipe, limits)
-            prepared.append(_prepared_row(row, data, image, recipe, frame))
-            burned_in += image.burned_in
-        except RejectedImage as rejected:
-            bad.append({**row, "reason": rejected.reason, "text": rejected.text})
-        except ExcludedImage as left_out:
-            excluded[left_out.rule] += 1
-        if len(prepared) == settings.row_group_images:  # not all at the end: pixels would be held twice
-            groups.append(pa.Table.from_pylist(prepared, schema=schema))
-            prepared = []
-    if any(row["reason"] == UNREADABLE for row in bad):
-        part = Draft.under(
-            storage.parent(part.uri), PART_KIND, part.settings, (rows_digest(as_read(rows, bad)),)
-        ).begin()
-    table = pa.concat_tables([*groups, pa.Table.from_pylist(prepared, schema=schema)])
-    with part.staged(ROWS_FILE) as (local, rows_entry):
-        pq.write_table(
-            table,
-            local,
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=["patient_id", "sex", "view", "split"],
-            row_group_size=settings.row_group_images,
-        )
-    with part.staged(QUARANTINE_FILE) as (local, bad_entry):
-        pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), local, compression="zstd")
-    counts = {
-        "archive": rows.num_rows,
-        "prepared": table.num_rows,
-        "quarantined": len(bad),
-        "excluded": excluded.total(),
-    }
-    reasons = dict(Counter(row["reason"] for row in bad))
-    return part.finish(
-        [rows_entry.value, bad_entry.value],
-        counts,
-        [PARTS_ADD_UP],
-        quarantine_reasons=reasons,
-        exclusion_rules=dict(excluded),
-        burned_in=burned_in,
-    )
-
-
-def _decoded(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
-    """`decode`; an image for which memory does not suffice is refused alone, and tried again by the next run."""
-    try:
-        return decode(data, recipe, limits)
-    except MemoryError:
-        raise RejectedImage(UNREADABLE, "there was not enough memory to decode it") from None
-
-
-def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:
-    """Each manifest row with its file's bytes, or RejectedImage, to come. Files that are needed are read ahead, those
-    larger than BYTES_AHEAD in their turn."""
-    waiting, ahead, held = deque(rows), deque[Future[bytes]](), 0
-
-    def size(row: dict[str, Any]) -> int:
-        return 0 if row["reason"] or row["excluded"] else row["size"]
-
-    def fetch() -> Future[bytes]:
-        nonlocal held
-        row = waiting.popleft()
-        held += size(row)
-        if row["reason"] or row["excluded"]:
-            return Future()
-        return pool.submit(read_listed, row["source_uri"], row["size"])
-
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
-        for row in rows:
-            coming = ahead.popleft() if ahead else fetch()
-            held -= size(row)
-            while waiting and len(ahead) < READS_AHEAD and held + size(waiting[0]) <= BYTES_AHEAD:
-                ahead.append(fetch())
-            yield row, coming
-
-
-def _prepared_row(
-    row: dict[str, Any], data: bytes, image: DecodedImage, recipe: Recipe, frame: int | None
-) -> dict[str, Any]:
-    pixels = image.pixels.tobytes()
-    scale_x, scale_y = (image.width / frame, image.height / frame) if frame else (1.0, 1.0)
-    boxes = []
-    for box in row["boxes"]:
-        in_source = box["x"] * scale_x, box["y"] * scale_y, box["w"] * scale_x, box["h"] * scale_y
-        x, y, w, h = recipe.to_prepared(in_source, image.width, image.height, image.aspect)
-        boxes.append({"finding": box["finding"], "x": x, "y": y, "w": w, "h": h})
-    return {
-        "image_id": row["image_id"],
-        **{name: row[name] for name, _ in LABELS},
-        "pixels": pixels,
-        "original_width": image.width,
-        "original_height": image.height,
-        "pixel_aspect": image.aspect,
-        "source_uri": row["source_uri"],
-        "source_sha256": hashlib.sha256(data).digest(),
-        "pixel_sha256": hashlib.sha256(pixels).digest(),
-        "boxes": boxes,
-        "split": row["split"],
-    }
 
 
 def _finish(
@@ -469,8 +381,3 @@ def row_facts(parts: Sequence[Artifact], exclusions: Exclusions) -> dict[str, An
         split: {"images": images[split], "patients": numbers[split], "findings": findings[split]} for split in SPLITS
     }
     return {"splits": facts, "split_equation": proof, "other_findings": dict(other)}
-
-
-def schema_recipe(schema: pa.Schema) -> Recipe:
-    """The decode recipe that a shard carries in its schema's metadata."""
-    return Recipe.from_json(json.loads(schema.metadata[b"decode_recipe"]))

@@ -21,7 +21,7 @@ import torch
 from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation
 from cxr_retrieval.config import EmbeddingSettings
-from cxr_retrieval.corpus.preparation import ROWS_FILE
+from cxr_retrieval.corpus.parts import ROWS_FILE
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.network.steps import PASSES

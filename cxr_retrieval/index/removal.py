@@ -18,7 +18,7 @@ from cxr_retrieval import storage
 from cxr_retrieval.artifacts import MANIFEST, PLAN, CorruptArtifact, find
 from cxr_retrieval.corpus.headers import HEADERS_FILE
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, read_partitions
-from cxr_retrieval.corpus.preparation import QUARANTINE_FILE, ROWS_FILE
+from cxr_retrieval.corpus.parts import QUARANTINE_FILE, ROWS_FILE
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.build import QUANTIZER_KIND

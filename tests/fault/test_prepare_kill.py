@@ -9,7 +9,8 @@ import pytest
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import CorpusSettings
-from cxr_retrieval.corpus.preparation import KIND, PART_KIND, prepare
+from cxr_retrieval.corpus.parts import PART_KIND
+from cxr_retrieval.corpus.preparation import KIND, prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.errors import UserError
 from tests.commands import done

@@ -27,7 +27,7 @@ SMALL = {
         "ROUNDS": 1,
         "KINDS": {", half of them duplicates": {"name": "films-alike", "alike": 2}},
     },
-    "listing": {"IMAGES": 3000, "TIMES": 2, "ROUNDS": 1},
+    "listing": {"IMAGES": 3000, "TIMES": 2, "ROUNDS": 1, "PART": 32, "SIDE": 128, "DRAWN": 8},
     "embed": {"IMAGES": 32 * (os.cpu_count() or 1), "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
     "input": {"IMAGES": 120, "SIDE": 128, "ROUNDS": 1, "EPOCHS": 1},
     "workers": {"IMAGES": 160, "SIDE": 128, "ROUNDS": 1, "STEPS": 1, "ROWS": 8},

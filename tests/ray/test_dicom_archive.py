@@ -19,7 +19,8 @@ from cxr_retrieval.config import (
 from cxr_retrieval.corpus import archive, headers
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.headers import Headers
-from cxr_retrieval.corpus.preparation import QUARANTINE_FILE, prepare
+from cxr_retrieval.corpus.parts import QUARANTINE_FILE
+from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed
 from cxr_retrieval.index.build import build_index

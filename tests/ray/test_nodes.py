@@ -115,7 +115,7 @@ def test_a_node_lost_amid_prepare_train_embed_and_build_costs_nothing(
     workspace, log = tmp_path / "workspace", tmp_path / "log"
     words = [f"workspace={workspace}", f"corpus.archive={large_archive}", *TINY]
     begun = {
-        "Map(_PartTask)": "corpora/*/parts/*/manifest.json",
+        "Map(PartTask)": "corpora/*/parts/*/manifest.json",
         "RayTrainWorker": "runs/*/checkpoint_*",
         "MapWorker(Map(_Embedder))": "embeddings/parts/*/manifest.json",
         "_build_shard": "indexes/*/builds/parts/*/rows.npy",

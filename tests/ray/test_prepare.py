@@ -26,24 +26,21 @@ import ray
 from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import AccountingError, Artifact, Draft
 from cxr_retrieval.config import ColumnSettings, CorpusSettings, PrivacySettings, Settings
-from cxr_retrieval.corpus import preparation
+from cxr_retrieval.corpus import parts, preparation
 from cxr_retrieval.corpus.archive import Archive
-from cxr_retrieval.corpus.decoding import Limits, decode
+from cxr_retrieval.corpus.decoding import Limits, Recipe, decode
 from cxr_retrieval.corpus.exclusions import Exclusions
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE
-from cxr_retrieval.corpus.preparation import (
+from cxr_retrieval.corpus.parts import (
     PART_KIND,
     QUARANTINE_FILE,
     ROWS_FILE,
-    find_prepared,
-    plan_corpus,
-    prepare,
+    PartTask,
     prepare_part,
     recipe_of,
-    row_facts,
-    schema_recipe,
     task_memory,
 )
+from cxr_retrieval.corpus.preparation import find_prepared, plan_corpus, prepare, row_facts
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError, user_error_in
@@ -226,14 +223,14 @@ def test_an_image_for_which_memory_does_not_suffice_is_quarantined_alone(
 ) -> None:
     settings = corpus_settings(archive)
     rows = next(Archive(settings).partitions()).slice(0, 16)
-    decode, large = preparation.decode, (archive / "images" / names(archive)[3]).read_bytes()
+    decode, large = parts.decode, (archive / "images" / names(archive)[3]).read_bytes()
 
     def short_of_memory(data: bytes, *what: Any) -> Any:
         if data == large:
             raise MemoryError
         return decode(data, *what)
 
-    monkeypatch.setattr(preparation, "decode", short_of_memory)
+    monkeypatch.setattr(parts, "decode", short_of_memory)
     part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
     assert part.manifest["quarantine_reasons"] == {"unreadable": 1}
     assert part.counts["prepared"] == 15
@@ -259,13 +256,13 @@ def test_files_are_read_ahead_as_far_as_their_bytes_go(monkeypatch: pytest.Monke
             begun.append(what[-1])
             return Future()
 
-    monkeypatch.setattr(preparation, "ThreadPoolExecutor", AtOnce)
-    monkeypatch.setattr(preparation, "BYTES_AHEAD", 100)
+    monkeypatch.setattr(parts, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(parts, "BYTES_AHEAD", 100)
     sizes = [10] * 20 + [101, 60, 60, 10, 10]
     rows = [{"reason": None, "excluded": None, "source_uri": "", "size": size} for size in sizes]
     rows.insert(3, {"reason": "no_patient", "excluded": None, "source_uri": "", "size": 10**12})
     ahead = []
-    for number, _ in enumerate(preparation._fetched(rows)):
+    for number, _ in enumerate(parts._fetched(rows)):
         taken = sum(before["reason"] is None for before in rows[: number + 1])
         ahead.append(len(begun) - taken)
     assert begun == sizes
@@ -284,19 +281,48 @@ def test_tasks_that_may_need_more_memory_than_a_node_has_run_one_at_a_time(
 def test_a_process_that_dies_at_every_try_ends_the_job_in_one_line(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Dies(preparation._PartTask):
+    class Dies(PartTask):
         def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
             if task["partition"] == 3:
                 Draft(task["uri"], PART_KIND, {}, ()).begin()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(task)
 
-    monkeypatch.setattr(preparation, "_PartTask", Dies)
+    monkeypatch.setattr(preparation, "PartTask", Dies)
     monkeypatch.setattr(preparation, "TRIES", 2)
     told = refused(corpus_settings(archive), tmp_path / "work")
     assert re.search(rf"died at every try: (.*, )?3 \({tmp_path}/work/corpora/chest/parts/\w+\)", told), told
     assert "lower corpus.max_pixels, and run the same command again" in told
     assert not any(name in told for name in names(archive))
+
+
+def test_the_first_partition_is_prepared_while_the_archive_is_being_listed(
+    archive: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan_late(*what: Any, **how: Any) -> Any:
+        until = time.monotonic() + 60
+        while not part_manifests(tmp_path / "work"):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        return plan_corpus(*what, **how)
+
+    monkeypatch.setattr(preparation, "plan_corpus", plan_late)
+    made, worked = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    assert worked
+    assert "prepare: the first 16 images, while the archive is being listed" in capsys.readouterr().err
+    assert set(part_manifests(tmp_path / "work")) == {uri.rpartition("/")[2] for uri in made.part_uris}
+    assert made.counts == corpus.artifact.counts
+    prepare(corpus_settings(archive), str(tmp_path / "work"))
+    assert "while the archive is being listed" not in capsys.readouterr().err
+
+
+def test_a_wrong_guess_of_the_first_partition_is_of_no_corpus(archive: Path, tmp_path: Path) -> None:
+    (archive / "later").mkdir()
+    shutil.copy(archive / "images" / names(archive)[0], archive / "later")
+    made, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
+    assert made.manifest["quarantine_reasons"] == {"name_twice": 2}
+    assert made.counts["prepared"] == IMAGES - 1
+    assert made.counts["archive"] == IMAGES + 1
 
 
 def test_a_file_that_is_replaced_is_prepared_again_though_its_size_is_the_same(archive: Path, tmp_path: Path) -> None:
@@ -465,7 +491,7 @@ def test_shards_are_laid_out_as_asked_and_carry_their_recipe(corpus: Corpus, pha
     for file in corpus.files:
         parquet = pq.ParquetFile(file)
         assert [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)] == [8, 8]
-        assert schema_recipe(parquet.schema_arrow) == recipe
+        assert Recipe.from_json(json.loads(parquet.schema_arrow.metadata[b"decode_recipe"])) == recipe
     assert corpus.recipe == recipe
     assert corpus.artifact.manifest["decode_recipe_id"] == recipe.id
 

@@ -15,7 +15,8 @@ from cluster.object_store import ObjectStore
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, IndexSettings, NetworkSettings
-from cxr_retrieval.corpus.preparation import ROWS_FILE, prepare
+from cxr_retrieval.corpus.parts import ROWS_FILE
+from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus
 from cxr_retrieval.embedding.stream import embed, read_part
 from cxr_retrieval.errors import UserError

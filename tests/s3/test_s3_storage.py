@@ -72,6 +72,14 @@ def test_what_is_written_is_read_listed_and_there(s3: str) -> None:
     storage.delete(f"{s3}/b")  # nothing is there any more, which is what was asked for
 
 
+def test_what_lies_right_in_a_folder_is_told_as_a_listing_of_all_tells_it(s3: str) -> None:
+    for path in ("table.csv", "lists.txt", ".hidden.csv", "images/a.png", "images/b.csv"):
+        storage.write_bytes(f"{s3}/{path}", path.encode())
+    every = {file.path: file for file in storage.list_files(s3)}
+    assert list(storage.list_top(s3, lambda name: name.endswith(".csv"))) == [every["table.csv"]]
+    assert [file.path for file in storage.list_top(s3, lambda _: True)] == ["lists.txt", "table.csv"]
+
+
 def test_an_object_of_other_bytes_has_another_version_and_of_the_same_bytes_the_same(s3: str) -> None:
     versions = []
     for data in (b"one", b"two", b"one"):

@@ -20,7 +20,7 @@ from cxr_retrieval.corpus import preparation
 from cxr_retrieval.corpus.files import is_readable, read_listed
 from cxr_retrieval.corpus.limits import RejectedImage
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
-from cxr_retrieval.corpus.preparation import DECODING, PART_KIND, prepare_part
+from cxr_retrieval.corpus.parts import DECODING, PART_KIND, prepare_part
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.errors import UserError
 from tests.unit.test_archive import Folder, line

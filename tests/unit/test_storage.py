@@ -161,6 +161,16 @@ def test_a_file_of_other_bytes_has_another_version_though_its_size_is_the_same(t
     assert version() != one
 
 
+def test_what_lies_right_in_a_folder_is_told_as_a_listing_of_all_tells_it(tmp_path: Path) -> None:
+    for path in ("table.csv", "lists.txt", ".hidden.csv", "images/a.png", "images/b.csv", "folder.csv/c"):
+        storage.write_bytes(str(tmp_path / path), path.encode())
+    every = {file.path: file for file in storage.list_files(str(tmp_path))}
+    assert list(storage.list_top(str(tmp_path), lambda name: name.endswith(".csv"))) == [every["table.csv"]]
+    assert [file.path for file in storage.list_top(str(tmp_path), lambda _: True)] == ["lists.txt", "table.csv"]
+    with pytest.raises(FileNotFoundError):
+        list(storage.list_top(str(tmp_path / "none"), lambda _: True))
+
+
 def test_listing_is_in_the_order_of_paths_and_without_dot_names(tmp_path: Path) -> None:
     names = ["b", "a/z", "a.b", "a/.hidden", ".git/config", "a-b/c", "a/sub/y", "B", "\u00e9", ".dot", "a0"]
     for name in names:

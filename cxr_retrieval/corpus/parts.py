@@ -1,0 +1,201 @@
+"""A part of a corpus: one partition of the archive, decoded and written whole by one task.
+
+A task needs the memory of one partition, and a restart decodes only partitions without a manifest.
+"""
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cxr_retrieval import storage
+from cxr_retrieval.artifacts import Artifact, Draft, Equation
+from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
+from cxr_retrieval.corpus.files import READS_AHEAD, UNREADABLE, read_listed
+from cxr_retrieval.corpus.formats import format_of
+from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
+from cxr_retrieval.corpus.rows import LABELS, QUARANTINE, as_read, corpus_schema, rows_digest
+from cxr_retrieval.errors import UserError
+
+PART_KIND = "corpus-part"
+ROWS_FILE, QUARANTINE_FILE = "rows.parquet", "quarantine.parquet"
+BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
+# Bytes a pixel of an image that is decoded, its file and what is made of it on the way: of a PNG of 16 bits, 17 of one
+# with colours. JPEG 2000 with colours takes 28, and nobody's films of the largest size are that.
+DECODING = 18
+# Settings that decide what the prepared rows are; the others (limits of the job, names) do not.
+SHAPING = ("size", "fit", "max_pixels", "min_side", "source_side", "row_group_images")
+
+
+PARTS_ADD_UP = Equation("archive", ("prepared", "quarantined", "excluded"))
+
+
+def recipe_of(settings: CorpusSettings) -> Recipe:
+    return Recipe(size=settings.size, fit=settings.fit)
+
+
+def box_frame(settings: CorpusSettings) -> int | None:
+    """Side in pixels of the frame that the archive's boxes are given in; None: each image's own."""
+    return settings.box_frame or format_of(settings).frame
+
+
+def task_memory(settings: CorpusSettings) -> int:
+    """Bytes that a task may take: the pixels of its partition twice, files read ahead, and the largest image."""
+    return 2 * settings.partition_images * settings.size**2 + BYTES_AHEAD + DECODING * settings.max_pixels
+
+
+def shaping_of(settings: CorpusSettings) -> dict[str, Any]:
+    """The settings that decide what the prepared rows are."""
+    told = {name: getattr(settings, name) for name in SHAPING}
+    return told | {"recipe": recipe_of(settings).id, "box_frame": box_frame(settings)}
+
+
+def part_of(folder: str, rows: pa.Table, shaping: dict[str, Any]) -> Draft:
+    """The part of a corpus in `folder` that some rows of the archive become."""
+    return Draft.under(storage.join(folder, "parts"), PART_KIND, shaping, (rows_digest(rows),))
+
+
+class PartTask:
+    """Prepare one partition. Runs in a Ray task: holds plain values only. `rows_of` gives a partition's rows."""
+
+    def __init__(self, rows_of: Callable[[int], pa.Table], shaping: dict[str, Any], settings: CorpusSettings) -> None:
+        self._rows_of, self._shaping, self._settings = rows_of, shaping, settings
+
+    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        before = storage.retries()
+        cv2.setNumThreads(1)  # tasks run side by side, one a core
+        try:
+            rows = self._rows_of(task["partition"])
+            planned = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
+            part = prepare_part(planned, rows, self._settings)
+        except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was
+            retries = storage.retries() - before
+            return {**task, "archive": 0, "quarantined": 0, "retries": retries, "error": str(error)}
+        done = {name: part.counts[name] for name in ("archive", "quarantined")}
+        return {**task, "uri": part.uri, **done, "retries": storage.retries() - before, "error": ""}
+
+
+def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artifact:
+    """Decode one partition and write it whole: prepared rows, quarantined rows, counts.
+
+    Where files cannot be read, it becomes the part of those rows without them, beside the one that was planned.
+    """
+    recipe, limits = recipe_of(settings), Limits.of(settings)
+    schema, frame = corpus_schema(recipe), box_frame(settings)
+    prepared: list[dict[str, Any]] = []
+    groups: list[pa.Table] = []
+    bad: list[dict[str, Any]] = []
+    excluded: Counter[str] = Counter()
+    burned_in = 0
+    for row, coming in _fetched(rows.to_pylist()):
+        try:
+            if row["reason"]:
+                raise RejectedImage(row["reason"], row["text"])
+            if row["excluded"]:
+                raise ExcludedImage(row["excluded"])
+            data = coming.result()
+            image = _decoded(data, recipe, limits)
+            prepared.append(_prepared_row(row, data, image, recipe, frame))
+            burned_in += image.burned_in
+        except RejectedImage as rejected:
+            bad.append({**row, "reason": rejected.reason, "text": rejected.text})
+        except ExcludedImage as left_out:
+            excluded[left_out.rule] += 1
+        if len(prepared) == settings.row_group_images:  # not all at the end: pixels would be held twice
+            groups.append(pa.Table.from_pylist(prepared, schema=schema))
+            prepared = []
+    if any(row["reason"] == UNREADABLE for row in bad):
+        part = Draft.under(
+            storage.parent(part.uri), PART_KIND, part.settings, (rows_digest(as_read(rows, bad)),)
+        ).begin()
+    table = pa.concat_tables([*groups, pa.Table.from_pylist(prepared, schema=schema)])
+    with part.staged(ROWS_FILE) as (local, rows_entry):
+        pq.write_table(
+            table,
+            local,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=["patient_id", "sex", "view", "split"],
+            row_group_size=settings.row_group_images,
+        )
+    with part.staged(QUARANTINE_FILE) as (local, bad_entry):
+        pq.write_table(pa.Table.from_pylist(bad, schema=QUARANTINE), local, compression="zstd")
+    counts = {
+        "archive": rows.num_rows,
+        "prepared": table.num_rows,
+        "quarantined": len(bad),
+        "excluded": excluded.total(),
+    }
+    reasons = dict(Counter(row["reason"] for row in bad))
+    return part.finish(
+        [rows_entry.value, bad_entry.value],
+        counts,
+        [PARTS_ADD_UP],
+        quarantine_reasons=reasons,
+        exclusion_rules=dict(excluded),
+        burned_in=burned_in,
+    )
+
+
+def _decoded(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
+    """`decode`; an image for which memory does not suffice is refused alone, and tried again by the next run."""
+    try:
+        return decode(data, recipe, limits)
+    except MemoryError:
+        raise RejectedImage(UNREADABLE, "there was not enough memory to decode it") from None
+
+
+def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:
+    """Each manifest row with its file's bytes, or RejectedImage, to come. Files that are needed are read ahead, those
+    larger than BYTES_AHEAD in their turn."""
+    waiting, ahead, held = deque(rows), deque[Future[bytes]](), 0
+
+    def size(row: dict[str, Any]) -> int:
+        return 0 if row["reason"] or row["excluded"] else row["size"]
+
+    def fetch() -> Future[bytes]:
+        nonlocal held
+        row = waiting.popleft()
+        held += size(row)
+        if row["reason"] or row["excluded"]:
+            return Future()
+        return pool.submit(read_listed, row["source_uri"], row["size"])
+
+    with ThreadPoolExecutor(READS_AHEAD) as pool:
+        for row in rows:
+            coming = ahead.popleft() if ahead else fetch()
+            held -= size(row)
+            while waiting and len(ahead) < READS_AHEAD and held + size(waiting[0]) <= BYTES_AHEAD:
+                ahead.append(fetch())
+            yield row, coming
+
+
+def _prepared_row(
+    row: dict[str, Any], data: bytes, image: DecodedImage, recipe: Recipe, frame: int | None
+) -> dict[str, Any]:
+    pixels = image.pixels.tobytes()
+    scale_x, scale_y = (image.width / frame, image.height / frame) if frame else (1.0, 1.0)
+    boxes = []
+    for box in row["boxes"]:
+        in_source = box["x"] * scale_x, box["y"] * scale_y, box["w"] * scale_x, box["h"] * scale_y
+        x, y, w, h = recipe.to_prepared(in_source, image.width, image.height, image.aspect)
+        boxes.append({"finding": box["finding"], "x": x, "y": y, "w": w, "h": h})
+    return {
+        "image_id": row["image_id"],
+        **{name: row[name] for name, _ in LABELS},
+        "pixels": pixels,
+        "original_width": image.width,
+        "original_height": image.height,
+        "pixel_aspect": image.aspect,
+        "source_uri": row["source_uri"],
+        "source_sha256": hashlib.sha256(data).digest(),
+        "pixel_sha256": hashlib.sha256(pixels).digest(),
+        "boxes": boxes,
+        "split": row["split"],
+    }
