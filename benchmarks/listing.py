@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import get_context
 from pathlib import Path
@@ -63,9 +63,9 @@ def simulated(folder: str, images: int, sizes: Sequence[int] = ()) -> Iterator[N
     def told(uri: str, *rest: Any) -> Iterator[storage.StoredFile]:
         return listing(uri, images, sizes) if uri == folder else real(uri, *rest)
 
-    def listed(_: Any, __: Any, head: preparation.HeadStart | None, *___: Any, **____: Any) -> None:
-        if head:
-            ray.get(head.result)
+    def listed(_: Any, __: Any, begun: Any, *___: Any, **____: Any) -> None:
+        if begun is not None:
+            assert not ray.get(begun)["error"]
         raise Listed
 
     with (
@@ -144,17 +144,20 @@ def until_the_first_images() -> float:
 
         def prepared() -> None:
             with suppress(Listed):
-                settings = CorpusSettings(archive=folder, partition_images=PART)
-                preparation.prepare(settings, f"{folder}/workspace")
+                preparation.prepare(CorpusSettings(archive=folder, partition_images=PART), f"{folder}/workspace")
+
+        def out() -> list[Path]:
+            return list(Path(folder, "workspace").glob(f"corpora/*/parts/*/{MANIFEST}"))
 
         with simulated(folder, IMAGES, [film.stat().st_size for film in films]):
-            at_work = threading.Thread(target=prepared)
             began = time.perf_counter()
-            at_work.start()
-            while at_work.is_alive() and not list(Path(folder, "workspace").glob(f"corpora/*/parts/*/{MANIFEST}")):
-                time.sleep(0.02)
-            seconds = time.perf_counter() - began
-            at_work.join()
+            with ThreadPoolExecutor(1) as thread:
+                at_work = thread.submit(prepared)
+                while not (at_work.done() or out()):
+                    time.sleep(0.02)
+                seconds = time.perf_counter() - began
+                at_work.result()
+        assert len(out()) == 1, "the first partition is prepared, and no other"
     return seconds
 
 

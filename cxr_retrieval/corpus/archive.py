@@ -186,7 +186,7 @@ class Archive:
             self.rows = self._count("SELECT count(*) FROM listing")
             self.labels_without_image = self._count(LABELS_WITHOUT_IMAGE)
             self._require_labels()
-        self.table_hashes = {file.path: storage.content_hash(file.uri) for file in tables.values()}
+        self.table_hashes = self._hashes(tables)
 
     def partitions(self) -> Iterator[pa.Table]:
         """The rows by schema ARCHIVE: those that were placed before in their partitions, then the others in the order
@@ -275,6 +275,9 @@ class Archive:
 
     def _told(self, tables: Tables) -> Iterator[Label]:
         return self._format.labels(tables)
+
+    def _hashes(self, tables: Tables) -> dict[str, str]:
+        return {file.path: storage.content_hash(file.uri) for file in tables.values()}
 
     def _read_headers(self, layout: HeaderFormat, headers: Headers | None) -> None:
         """Keep what the headers of the listed files tell, and drop from the listing what is no image."""

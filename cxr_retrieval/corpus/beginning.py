@@ -10,6 +10,8 @@ from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.formats.labels import HeaderFormat, Label, Tables
 from cxr_retrieval.tombstones import NOBODY, RemovedPatients
 
+MOST_ROWS = 100_000  # of the label tables, which may be in another order than the listing: a second or two
+
 
 class NotToldYet(Exception):
     """The beginning of an archive does not tell enough of its first partition."""
@@ -19,12 +21,12 @@ class Beginning(Archive):
     """The first partition of an archive, as far as the beginning of its listing and of its tables tells.
 
     A guess: what is listed later may have the name of one of these images, or a second label row may come. Tables are
-    looked for right in the archive's folder, and are read until every image has its row.
+    looked for right in the archive's folder, and labels are read until every image has its row.
     """
 
     def __init__(self, settings: CorpusSettings, removed: RemovedPatients = NOBODY) -> None:
-        """Raises NotToldYet where a table is missing so far, where headers tell what the images are, and where the
-        archive has no more than one partition; and UserError as an Archive does."""
+        """Raises NotToldYet where a table or a row is missing so far, where headers tell what the images are, and where
+        the archive has no more than one partition; and UserError as an Archive does."""
         if isinstance(format_of(settings), HeaderFormat):
             raise NotToldYet
         super().__init__(settings, removed)
@@ -43,12 +45,16 @@ class Beginning(Archive):
 
     def _told(self, tables: Tables) -> Iterator[Label]:
         names = self._database.execute("SELECT path, image FROM listing").fetchall()
-        waiting = {row["image"] for row in names} | {row["path"].rpartition("/")[2] for row in names}
-        listed = len(names)
-        for label in self._format.labels(tables):
-            if label.image in waiting:
+        wanted = {row["image"] for row in names} | {row["path"].rpartition("/")[2] for row in names}
+        seen: set[str] = set()
+        for number, label in enumerate(self._format.labels(tables)):
+            if label.image in wanted:
+                seen.add(label.image)
                 yield label
-                waiting.remove(label.image)
-                listed -= 1
-                if not listed:
+                if len(seen) == len(names):
                     return
+            if number == MOST_ROWS:
+                raise NotToldYet
+
+    def _hashes(self, _: Tables) -> dict[str, str]:
+        return {}

@@ -5,7 +5,7 @@ A task needs the memory of one partition, and a restart decodes only partitions 
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
 from cxr_retrieval.corpus.files import READS_AHEAD, UNREADABLE, read_listed
 from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
+from cxr_retrieval.corpus.manifest import read_partition
 from cxr_retrieval.corpus.rows import LABELS, QUARANTINE, as_read, corpus_schema, rows_digest
 from cxr_retrieval.errors import UserError
 
@@ -62,16 +63,16 @@ def part_of(folder: str, rows: pa.Table, shaping: dict[str, Any]) -> Draft:
 
 
 class PartTask:
-    """Prepare one partition. Runs in a Ray task: holds plain values only. `rows_of` gives a partition's rows."""
+    """Prepare one partition of a corpus's manifest. Runs in a Ray task: holds plain values only."""
 
-    def __init__(self, rows_of: Callable[[int], pa.Table], shaping: dict[str, Any], settings: CorpusSettings) -> None:
-        self._rows_of, self._shaping, self._settings = rows_of, shaping, settings
+    def __init__(self, manifest_uri: str, shaping: dict[str, Any], settings: CorpusSettings) -> None:
+        self._manifest_uri, self._shaping, self._settings = manifest_uri, shaping, settings
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         before = storage.retries()
         cv2.setNumThreads(1)  # tasks run side by side, one a core
         try:
-            rows = self._rows_of(task["partition"])
+            rows = read_partition(self._manifest_uri, task["partition"])
             planned = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
             part = prepare_part(planned, rows, self._settings)
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was

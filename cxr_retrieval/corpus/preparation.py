@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import IO, Any
 
@@ -91,8 +90,11 @@ def plan_corpus(
         for rows in archive.partitions():
             parts.append(part_of(folder, rows, shaping))
             writer.write(rows)
-    draft = Draft.under(folder, KIND, shaping | {"name": settings.name}, [part.input_id for part in parts])
-    return CorpusPlan(archive, draft, parts, manifest)
+    return CorpusPlan(archive, _corpus_of(folder, settings, shaping, parts), parts, manifest)
+
+
+def _corpus_of(folder: str, settings: CorpusSettings, shaping: dict[str, Any], parts: Sequence[Draft]) -> Draft:
+    return Draft.under(folder, KIND, shaping | {"name": settings.name}, [part.input_id for part in parts])
 
 
 def corpus_folder(settings: CorpusSettings, workspace: str) -> str:
@@ -140,39 +142,61 @@ class HeadStart:
     """The first partition of an archive that was never prepared, at work while the rest is being listed: the first
     image of a million is out within seconds.
 
-    It is a guess of what the partition is. Where the whole listing tells another one, this part is of no corpus.
+    It is a guess of what the partition is, begun as the one part of a corpus of its own: whose images are in it is told
+    by that corpus's manifest, for removals. Where the whole listing tells another partition, this corpus stays
+    unfinished and the part is of no other.
     """
 
+    draft: Draft
     part: Draft
     result: Any
-    """Reference to what a PartTask tells of it."""
+    """Reference to what a PartTask tells of the part."""
 
     @classmethod
     @contextlib.contextmanager
     def of(cls, settings: CorpusSettings, workspace: str, privacy: PrivacySettings) -> Iterator["HeadStart | None"]:
         """None where the archive was prepared before, its first part is there, or its beginning does not tell it."""
-        folder = corpus_folder(settings, workspace)
-        head = None
-        rows = None
+        folder, head, rows = corpus_folder(settings, workspace), None, None
         if not storage.exists(_latest_uri(folder, settings)):
             with contextlib.suppress(NotToldYet, UserError):  # what is wrong is told when all of it is listed
                 (rows,) = Beginning(settings, RemovedPatients.of(workspace, privacy)).partitions()
         if rows is not None:
-            part = part_of(folder, rows, shaping_of(settings))
+            shaping = shaping_of(settings)
+            part = part_of(folder, rows, shaping)
             if artifacts.find(part.uri) is None:
-                console.say(f"prepare: the first {rows.num_rows:,} images, while the archive is being listed")
-                work = ray.remote(max_retries=TRIES - 1, memory=_reserved(settings))(_run)
-                task = PartTask(lambda _: rows, dict(part.settings), settings)
-                head = cls(part, work.remote(task, {"partition": 0, "uri": part.uri}))
+                head = cls._at_work(_corpus_of(folder, settings, shaping, [part]), part, rows, settings)
         try:
             yield head
         finally:
-            if head:
+            if head and ray.is_initialized():
                 ray.cancel(head.result)  # where nobody has waited for it
+
+    @classmethod
+    def _at_work(cls, draft: Draft, part: Draft, rows: pa.Table, settings: CorpusSettings) -> "HeadStart":
+        console.say(f"prepare: the first {rows.num_rows:,} images, while the archive is being listed")
+        with tempfile.TemporaryFile() as manifest:
+            with room(settings.archive or ""), ManifestWriter.to(manifest) as writer:
+                writer.write(rows)
+            _begin(draft, manifest)
+        work = ray.remote(max_retries=TRIES - 1, memory=_reserved(settings))(_run).options(name="HeadStart")
+        return cls(draft, part, work.remote(_task_of(draft, part, settings), {"partition": 0, "uri": part.uri}))
+
+    def is_of(self, plan: CorpusPlan) -> bool:
+        """Whether the guess was right."""
+        return self.part.uri == plan.parts[0].uri
+
+    def close(self) -> None:
+        """Delete what was begun for a guess that was right: the plan's manifest tells whose images the part holds."""
+        for file in list(storage.list_files(self.draft.uri)):
+            storage.delete(file.uri)
 
 
 def _run(task: PartTask, what: dict[str, Any]) -> dict[str, Any]:
     return task(what)
+
+
+def _task_of(draft: Draft, part: Draft, settings: CorpusSettings) -> PartTask:
+    return PartTask(storage.join(draft.uri, MANIFEST_FILE), dict(part.settings), settings)
 
 
 def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> tuple[Artifact, bool]:
@@ -189,9 +213,14 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
         draft, manifest = plan.draft, _begin(plan.draft, plan.manifest)
         with ThreadPoolExecutor(READS_AHEAD) as pool:
             found = list(pool.map(artifacts.find, [part.uri for part in plan.parts]))
+        begun = head.result if head and head.is_of(plan) else None
+        if begun:
+            found[0] = None  # finished meanwhile or not, its task tells of it
         before = sum(part.counts["archive"] for part in found if part)
         with Progress.of(workspace, draft, "prepare", plan.archive.rows, before=before) as progress:
-            finished = _prepare_parts(plan, found, head, settings, progress, names=not privacy.pseudonymise)
+            finished = _prepare_parts(plan, found, begun, settings, progress, names=not privacy.pseudonymise)
+            if head and begun:
+                head.close()
             if [part.uri for part in finished] != [part.uri for part in plan.parts]:
                 draft = replace(draft, inputs=tuple(part.input_id for part in finished))
                 draft = replace(draft, uri=storage.join(storage.parent(draft.uri), draft.input_id))
@@ -226,14 +255,14 @@ def _manifest_as_read(plan: CorpusPlan, finished: Sequence[Artifact]) -> IO[byte
 def _prepare_parts(
     plan: CorpusPlan,
     found: list[Artifact | None],
-    head: HeadStart | None,
+    begun: Any | None,
     settings: CorpusSettings,
     progress: Progress,
     *,
     names: bool,
 ) -> list[Artifact]:
-    """All parts of the corpus; those not `found` are prepared, but for one that has a `head` start. `names`: whether
-    images may be told by theirs."""
+    """All parts of the corpus; those not `found` are prepared, and the first is at work where its task's result has
+    `begun`. `names`: whether images may be told by theirs."""
     draft, parts = plan.draft, plan.parts
     missing = [n for n, part in enumerate(found) if part is None]
     total = plan.archive.rows
@@ -241,7 +270,7 @@ def _prepare_parts(
     quarantined = sum(part.counts["quarantined"] for part in found if part)
     waiting = dict.fromkeys(missing)
     try:
-        for result in _results(plan, missing, head, settings):
+        for result in _results(plan, missing, begun, settings):
             storage.add_retries(result["retries"])
             if result["error"]:
                 raise UserError(result["error"])
@@ -257,23 +286,24 @@ def _prepare_parts(
 
 
 def _results(
-    plan: CorpusPlan, missing: Sequence[int], head: HeadStart | None, settings: CorpusSettings
+    plan: CorpusPlan, missing: Sequence[int], begun: Any | None, settings: CorpusSettings
 ) -> Iterator[dict[str, Any]]:
-    """What the tasks tell of the `missing` parts, in any order, the one with a head start last."""
-    begun = head if head and 0 in missing and head.part.uri == plan.parts[0].uri else None
-    tasks = [{"partition": n, "uri": plan.parts[n].uri} for n in missing if n or not begun]
+    """What the tasks tell of the `missing` parts, in any order: of the first one what `begun` refers to, if it is."""
+    tasks = [{"partition": n, "uri": plan.parts[n].uri} for n in missing if n or begun is None]
     if tasks:
-        rows_of = partial(read_partition, storage.join(plan.draft.uri, MANIFEST_FILE))
-        task = PartTask(rows_of, dict(plan.parts[0].settings), settings)
         with warnings.catch_warnings():
             # Ray 2.60 has no other way to tell it when to give up, and asks for one that it does not name.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-                task, memory=_reserved(settings), max_retries=TRIES - 1
+                _task_of(plan.draft, plan.parts[0], settings), memory=_reserved(settings), max_retries=TRIES - 1
             )
-        yield from results.iter_rows()
-    if begun:
-        yield ray.get(begun.result)
+        for result in results.iter_rows():
+            yield result
+            if begun is not None and ray.wait([begun], timeout=0)[0]:
+                yield ray.get(begun)
+                begun = None
+    if begun is not None:
+        yield ray.get(begun)
 
 
 def _reserved(settings: CorpusSettings) -> int:
@@ -285,8 +315,7 @@ def _death_told(draft: Draft, parts: Sequence[Draft], waiting: Iterable[int], na
     """What is said where a process died over a partition that was begun, one of those `waiting`, at every try."""
     manifest, told = storage.join(draft.uri, MANIFEST_FILE), []
     at_work = islice(waiting, 2 * int(sum(nodes_cpus())))  # partitions are begun in their order
-    begun = (n for n in at_work if storage.exists(storage.join(parts[n].uri, PLAN)))
-    for number in islice((n for n in begun if artifacts.find(parts[n].uri) is None), BEGUN_TOLD):
+    for number in islice((n for n in at_work if storage.exists(storage.join(parts[n].uri, PLAN))), BEGUN_TOLD):
         uris = read_partition(manifest, number)["source_uri"].drop_null().to_pylist() if names else []
         told.append(f"{number} ({f'{uris[0]} to {uris[-1]}' if uris else parts[number].uri})")
     return (

@@ -44,6 +44,7 @@ from cxr_retrieval.corpus.preparation import find_prepared, plan_corpus, prepare
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError, user_error_in
+from cxr_retrieval.index.removal import images_of
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.runtime import nodes_memory
 from jobs import prepare as job
@@ -91,6 +92,11 @@ def quarantined(made: Artifact) -> dict[str, tuple[str, str]]:
 def part_manifests(workspace: Path) -> dict[str, int]:
     """Time of writing of each finished part, by its id."""
     return {path.parent.name: path.stat().st_mtime_ns for path in workspace.glob("corpora/*/parts/*/manifest.json")}
+
+
+def rows_of_part(workspace: Path, part: str) -> list[dict[str, Any]]:
+    (file,) = workspace.glob(f"corpora/*/parts/{part}/{ROWS_FILE}")
+    return pq.read_table(file, columns=["image_id", "patient_id"]).to_pylist()
 
 
 def rows_of(reader: Corpus, columns: list[str]) -> list[dict[str, Any]]:
@@ -278,12 +284,13 @@ def test_tasks_that_may_need_more_memory_than_a_node_has_run_one_at_a_time(
     assert prepare(settings, str(tmp_path))[0].counts["prepared"] == IMAGES
 
 
+@pytest.mark.parametrize("dies", [3, 0], ids=["later", "in its head start"])
 def test_a_process_that_dies_at_every_try_ends_the_job_in_one_line(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dies: int, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Dies(PartTask):
         def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-            if task["partition"] == 3:
+            if task["partition"] == dies:
                 Draft(task["uri"], PART_KIND, {}, ()).begin()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(task)
@@ -291,14 +298,15 @@ def test_a_process_that_dies_at_every_try_ends_the_job_in_one_line(
     monkeypatch.setattr(preparation, "PartTask", Dies)
     monkeypatch.setattr(preparation, "TRIES", 2)
     told = refused(corpus_settings(archive), tmp_path / "work")
-    assert re.search(rf"died at every try: (.*, )?3 \({tmp_path}/work/corpora/chest/parts/\w+\)", told), told
+    assert re.search(rf"died at every try: (.*, )?{dies} \({tmp_path}/work/corpora/chest/parts/\w+\)", told), told
     assert "lower corpus.max_pixels, and run the same command again" in told
     assert not any(name in told for name in names(archive))
 
 
-def test_the_first_partition_is_prepared_while_the_archive_is_being_listed(
-    archive: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def listed_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The archive's listing ends after its first partition is prepared."""
+
     def plan_late(*what: Any, **how: Any) -> Any:
         until = time.monotonic() + 60
         while not part_manifests(tmp_path / "work"):
@@ -307,22 +315,56 @@ def test_the_first_partition_is_prepared_while_the_archive_is_being_listed(
         return plan_corpus(*what, **how)
 
     monkeypatch.setattr(preparation, "plan_corpus", plan_late)
+
+
+@pytest.mark.usefixtures("listed_late")
+def test_the_first_partition_is_prepared_while_the_archive_is_being_listed(
+    archive: Path, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(preparation.storage, "add_retries", counted.append)
     made, worked = prepare(corpus_settings(archive), str(tmp_path / "work"))
     assert worked
     assert "prepare: the first 16 images, while the archive is being listed" in capsys.readouterr().err
     assert set(part_manifests(tmp_path / "work")) == {uri.rpartition("/")[2] for uri in made.part_uris}
+    assert len(counted) == len(made.part_uris), "what was asked again is told of every part"
     assert made.counts == corpus.artifact.counts
+    plans = list((tmp_path / "work" / "corpora").glob("*/*/plan.json"))
+    assert [plan.parent.name for plan in plans] == [made.input_id], "the guess is nowhere any more"
     prepare(corpus_settings(archive), str(tmp_path / "work"))
     assert "while the archive is being listed" not in capsys.readouterr().err
 
 
-def test_a_wrong_guess_of_the_first_partition_is_of_no_corpus(archive: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("listed_late")
+def test_a_wrong_guess_of_the_first_partition_is_of_no_corpus_and_its_patients_are_still_known(
+    archive: Path, tmp_path: Path
+) -> None:
     (archive / "later").mkdir()
-    shutil.copy(archive / "images" / names(archive)[0], archive / "later")
+    shutil.copy(archive / "images" / (film := names(archive)[0]), archive / "later")
     made, _ = prepare(corpus_settings(archive), str(tmp_path / "work"))
     assert made.manifest["quarantine_reasons"] == {"name_twice": 2}
     assert made.counts["prepared"] == IMAGES - 1
-    assert made.counts["archive"] == IMAGES + 1
+    (guess,) = set(part_manifests(tmp_path / "work")) - {uri.rpartition("/")[2] for uri in made.part_uris}
+    assert {row["image_id"] for row in rows_of_part(tmp_path / "work", guess)} > {film}
+    patient = film.partition("_")[0].lstrip("0")
+    with_names = PrivacySettings(pseudonymise=False)
+    told, _ = images_of([patient], str(tmp_path / "work"), [], Pseudonyms.of(with_names))
+    assert film in told[patient]
+
+
+@pytest.mark.usefixtures("listed_late")
+def test_an_archive_that_is_refused_after_its_head_start_has_told_whose_images_were_prepared(
+    archive: Path, tmp_path: Path
+) -> None:
+    with (archive / TABLE).open("a") as table:
+        table.write('"a quote that is never closed')
+    assert "cannot be read" in refused(corpus_settings(archive), tmp_path / "work")
+    (guess,) = part_manifests(tmp_path / "work")
+    (row, *_) = rows_of_part(tmp_path / "work", guess)
+    told, _ = images_of(
+        [row["patient_id"]], str(tmp_path / "work"), [], Pseudonyms.of(PrivacySettings(pseudonymise=False))
+    )
+    assert row["image_id"] in told[row["patient_id"]]
 
 
 def test_a_file_that_is_replaced_is_prepared_again_though_its_size_is_the_same(archive: Path, tmp_path: Path) -> None:
@@ -348,7 +390,7 @@ def test_a_file_that_could_not_be_read_is_tried_again_and_nothing_else_is(
     begin = preparation._begin
 
     def begin_and_lose(*what: Any) -> Any:
-        if film.exists():
+        if film.exists() and len(what[0].inputs) > 1:  # all is listed
             film.rename(away)
         return begin(*what)
 

@@ -8,6 +8,7 @@ import pytest
 
 from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.corpus import beginning
 from cxr_retrieval.corpus.archive import Archive
 from cxr_retrieval.corpus.beginning import Beginning, NotToldYet
 from cxr_retrieval.errors import UserError
@@ -63,6 +64,22 @@ def test_it_lists_one_image_more_than_it_needs_and_reads_no_further_row(
     assert listed == 17
     with pytest.raises(UserError, match="cannot be read"):
         Archive(settings)
+
+
+def test_a_second_row_that_comes_in_time_is_told_as_the_whole_archive_tells_it(folder: Folder) -> None:
+    folder.table(*(line(name, patient=name[:4]) for name in (NAMES[0], *NAMES)))
+    settings = settings_of(folder)
+    rows = first(Beginning(settings))
+    assert rows["reason"].to_pylist()[:2] == ["labels_twice", None]
+    assert rows.equals(first(Archive(settings)))
+
+
+def test_a_row_that_does_not_come_soon_is_not_waited_for(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.table(*(line(name, patient=name[:4]) for name in reversed(NAMES)))
+    assert first(Beginning(settings_of(folder))).num_rows == 16
+    monkeypatch.setattr(beginning, "MOST_ROWS", 60)
+    with pytest.raises(NotToldYet):
+        Beginning(settings_of(folder))
 
 
 def test_an_image_whose_row_never_comes_has_its_reason(folder: Folder) -> None:
