@@ -273,11 +273,14 @@ class Retriever:
         return Answer(cases, self._warning(query, found, filters), known, passing)
 
     def why(self, query: Query, case: SimilarCase) -> Why:
-        """Why a hit of `search` is near. The hit is seen by its thumbnail, so figures of large images are near ones."""
+        """Why a hit of `search` is near. In the index's own embedding it is the distance that a search tells; in the
+        others the hit is seen by its thumbnail, so figures of large images are near ones."""
         pixels = np.stack([self._pixels(query.pixels), self._pixels(self.thumbnail(case))])
         output = self.model.forward(pixels, torch.tensor([query.crop, case.crop]))
         named = embeddings(output, self.model.centring)
         distances = {name: float(torch.dist(vectors[0], vectors[1])) for name, vectors in named.items()}
+        stored = self.holders.of(case.shard, ShardGroup.vector, case.shard, case.row)
+        distances[self.facts["embedding"]] = float(np.linalg.norm(query.vector - stored))
         return Why(distances, query.crop, case.crop)
 
     def thumbnail(self, case: SimilarCase) -> bytes:
