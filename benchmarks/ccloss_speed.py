@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.claim import Claim, publish
+from cxr_retrieval.config import LossSettings
 from cxr_retrieval.console import show_table
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.losses.ccloss import cc_loss
@@ -32,6 +33,7 @@ SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 86_524)  # the last
 MOST_PAIRED = 16_000  # the largest N whose N^2 pairs are measured: 34 times as many at 86,524
 DIMENSIONS, BATCH, BLOCK, ROUNDS = 128, 64, 256, 3
 MARGIN, TARGET = 1.0, 100.0
+LOSS = LossSettings()  # as `jobs.train` has it where nothing else is said
 
 
 def embeddings(count: int) -> tuple[Tensor, Tensor]:
@@ -43,11 +45,13 @@ def embeddings(count: int) -> tuple[Tensor, Tensor]:
 
 
 def ccloss_epoch(z_ND: Tensor, labels_NC: Tensor) -> None:
-    targets_NK = centre_targets(labels_NC, "center")
-    centres = Centres(1, targets_NK.shape[1], DIMENSIONS, rate=0.5)
+    targets_NK = centre_targets(labels_NC, LOSS.no_finding)
+    centres = Centres(1, targets_NK.shape[1], DIMENSIONS, rate=LOSS.centre_rate)
     for z_BD, targets_BK in zip(z_ND.split(BATCH), targets_NK.split(BATCH), strict=True):
         z_BD = z_BD.clone().requires_grad_()
-        cc_loss(z_BD, centres.vectors_TCD[0], targets_BK).backward()
+        cc_loss(
+            z_BD, centres.vectors_TCD[0], targets_BK, form=LOSS.form, temperature=LOSS.temperature, margin=LOSS.margin
+        ).backward()
         centres.accumulate(0, z_BD.detach(), targets_BK)
         centres.reduce()
         centres.apply()
