@@ -68,11 +68,12 @@ class PartTask:
     def __init__(self, manifest_uri: str, shaping: dict[str, Any], settings: CorpusSettings) -> None:
         self._manifest_uri, self._shaping, self._settings = manifest_uri, shaping, settings
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, task: dict[str, Any], rows: pa.Table | None = None) -> dict[str, Any]:
         before = storage.retries()
         cv2.setNumThreads(1)  # tasks run side by side, one a core
         try:
-            rows = read_partition(self._manifest_uri, task["partition"])
+            if rows is None:
+                rows = read_partition(self._manifest_uri, task["partition"])
             planned = Draft(task["uri"], PART_KIND, self._shaping, (rows_digest(rows),)).begin()
             part = prepare_part(planned, rows, self._settings)
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was

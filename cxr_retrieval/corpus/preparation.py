@@ -147,7 +147,6 @@ class HeadStart:
     unfinished and the part is of no other.
     """
 
-    draft: Draft
     part: Draft
     result: Any
     """Reference to what a PartTask tells of the part."""
@@ -179,20 +178,26 @@ class HeadStart:
                 writer.write(rows)
             _begin(draft, manifest)
         work = ray.remote(max_retries=TRIES - 1, memory=_reserved(settings))(_run).options(name="HeadStart")
-        return cls(draft, part, work.remote(_task_of(draft, part, settings), {"partition": 0, "uri": part.uri}))
+        return cls(part, work.remote(_task_of(draft, part, settings), {"partition": 0, "uri": part.uri}, rows))
 
     def is_of(self, plan: CorpusPlan) -> bool:
         """Whether the guess was right."""
         return self.part.uri == plan.parts[0].uri
 
-    def close(self) -> None:
-        """Delete what was begun for a guess that was right: the plan's manifest tells whose images the part holds."""
-        for file in list(storage.list_files(self.draft.uri)):
-            storage.delete(file.uri)
+    @staticmethod
+    def clear(plan: CorpusPlan, settings: CorpusSettings) -> None:
+        """Delete what this run or a killed one began for a guess that was right: the plan's manifest tells whose images
+        the part holds."""
+        first = plan.parts[:1]
+        guess = _corpus_of(storage.parent(plan.draft.uri), settings, dict(first[0].settings), first)
+        if guess.uri != plan.draft.uri and artifacts.find(guess.uri) is None:
+            with contextlib.suppress(FileNotFoundError):
+                for file in list(storage.list_files(guess.uri)):
+                    storage.delete(file.uri)
 
 
-def _run(task: PartTask, what: dict[str, Any]) -> dict[str, Any]:
-    return task(what)
+def _run(task: PartTask, what: dict[str, Any], rows: pa.Table) -> dict[str, Any]:
+    return task(what, rows)
 
 
 def _task_of(draft: Draft, part: Draft, settings: CorpusSettings) -> PartTask:
@@ -219,14 +224,13 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
         before = sum(part.counts["archive"] for part in found if part)
         with Progress.of(workspace, draft, "prepare", plan.archive.rows, before=before) as progress:
             finished = _prepare_parts(plan, found, begun, settings, progress, names=not privacy.pseudonymise)
-            if head and begun:
-                head.close()
             if [part.uri for part in finished] != [part.uri for part in plan.parts]:
                 draft = replace(draft, inputs=tuple(part.input_id for part in finished))
                 draft = replace(draft, uri=storage.join(storage.parent(draft.uri), draft.input_id))
                 manifest = _begin(draft, _manifest_as_read(plan, finished))
             corpus = _finish(draft, manifest, finished, plan.archive, settings)
             _remember_latest(corpus, settings)
+            HeadStart.clear(plan, settings)
             return corpus, True
 
 

@@ -27,6 +27,7 @@ GRAPH_MS, SHARD_MS, CANDIDATE_MS = 0.15, 0.06, 0.004
 ROW_MS = 2.5  # reading a row and its image, thumbnail, sidecar
 # Memory of building a shard: vectors as read, as taken and as floats; thumbnails and sidecar.
 ROW_BYTES = 16_000
+S3_BYTES = 5e9
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,10 @@ def _shard_rows(dimensions: int, settings: IndexSettings) -> tuple[int, str]:
     """Rows that a shard is filled up to: `shard_rows`, or as many as a machine has the memory to build."""
     in_memory = max(1, int(settings.memory_gib * GIB / shard_bytes(1, dimensions)))
     if settings.shard_rows <= in_memory:
-        why = f"index.shard_rows={settings.shard_rows}, so that a file stays below the 5 GB that S3 takes at once"
+        small = settings.shard_rows * max(ROW_BYTES, HALF_BYTES * dimensions) < S3_BYTES
+        why = f"index.shard_rows={settings.shard_rows}, "
+        why += "so that" if small else "where it is not sure that"
+        why += " a file stays below the 5 GB that S3 takes at once"
     else:
         why = f"building {in_memory} rows takes all of index.memory_gib={settings.memory_gib:g}"
     return min(settings.shard_rows, in_memory), why
@@ -187,13 +191,13 @@ def _lists(rows: int, dimensions: int, memory: float) -> tuple[int, str]:
 
 
 def _codes(dimensions: int) -> list[Code]:
-    """Ever shorter codes. The longest divisor of the dimensions that is not over a share of them makes a PQ code."""
+    """Ever shorter codes. A PQ code has a byte for so many numbers as divide the dimensions, at most as many as was
+    measured: dimensions of few divisors, as 398, have few codes."""
     codes = [Code("SQfp16", HALF_BYTES * dimensions, 1, 1.0), Code("SQ8", dimensions, 4, 1.0)]
-    for share, candidates, recall in ((2, 8, 1.0), (4, 16, 0.99), (8, 32, 0.95)):
-        limit = dimensions // share
-        length = max((size for size in range(1, limit + 1) if dimensions % size == 0), default=0)
-        if 0 < length < codes[-1].bytes:
-            codes.append(Code(f"PQ{length}", length, candidates, recall))
+    for most, candidates, recall in ((2, 8, 1.0), (4, 16, 0.99), (8, 32, 0.95)):
+        numbers = max((size for size in range(2, most + 1) if dimensions % size == 0), default=0)
+        if numbers > most // 2:
+            codes.append(Code(f"PQ{dimensions // numbers}", dimensions // numbers, candidates, recall))
     return codes
 
 

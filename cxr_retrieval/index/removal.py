@@ -92,7 +92,7 @@ def images_of(
                     found[outside[patient]].add(image)
         except FileNotFoundError:
             damaged.append(f"{uri}: gone since it was uploaded; {GONE_REMEDY}")
-        except pa.ArrowInvalid:
+        except (pa.ArrowInvalid, OSError):
             damaged.append(f"{uri}: no longer what was uploaded; {GONE_REMEDY}")
     return found, damaged
 
@@ -226,6 +226,8 @@ def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -
                     patients = pq.read_table(file, columns=["patient"])["patient"]
             except FileNotFoundError:
                 raise CorruptArtifact(f"{uri}: gone since it was uploaded; {GONE_REMEDY}") from None
+            except (pa.ArrowInvalid, OSError):
+                raise CorruptArtifact(f"{uri}: no longer what was uploaded; {GONE_REMEDY}") from None
             holding[entry.sha256] = bool(tombstones.mask(patients).any())
         if holding[entry.sha256]:
             return True

@@ -189,7 +189,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
 
     @app.get("/readyz", responses={503: {"model": Ready}})
     async def ready(response: Response) -> Ready:
-        """Searches are answered, and the alias is followed."""
+        """A version is open, and it is being looked at where the alias points and who was removed."""
         response.status_code = 200 if live.watching else 503
         found = live.retriever
         return Ready(ready=live.watching, version=found.version.version.id, images=found.images, trouble=live.trouble)

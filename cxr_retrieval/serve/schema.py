@@ -182,7 +182,8 @@ class IndexFacts(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether searches are answered; `trouble` is what keeps the alias or removed patients from being looked at."""
+    """Whether a version is open, and its alias and removals are looked at; shards may be away all the same. `trouble`
+    is what keeps the alias or removed patients from being looked at."""
 
     ready: bool
     version: str

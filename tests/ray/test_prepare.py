@@ -289,11 +289,11 @@ def test_a_process_that_dies_at_every_try_ends_the_job_in_one_line(
     dies: int, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Dies(PartTask):
-        def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+        def __call__(self, task: dict[str, Any], *rows: Any) -> dict[str, Any]:
             if task["partition"] == dies:
                 Draft(task["uri"], PART_KIND, {}, ()).begin()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(task)
+            return super().__call__(task, *rows)
 
     monkeypatch.setattr(preparation, "PartTask", Dies)
     monkeypatch.setattr(preparation, "TRIES", 2)

@@ -3,6 +3,7 @@
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,19 +198,35 @@ def test_versions_of_another_key_are_named_and_never_said_to_hide_a_patient(
     assert "another privacy key" not in capsys.readouterr().err
 
 
+def rot_footer(parquet: Path) -> None:
+    """What tells where the columns are becomes nonsense; the file still ends as Parquet does."""
+    data = bytearray(parquet.read_bytes())
+    length = int.from_bytes(data[-8:-4], "little")
+    data[-8 - length : -8] = b"\xff" * length
+    parquet.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (Path.unlink, "gone since it was uploaded"),
+        (lambda path: path.write_bytes(b"no Parquet"), "no longer what was uploaded"),
+        (rot_footer, "no longer what was uploaded"),
+    ],
+)
 def test_a_damaged_version_keeps_nobody_from_being_removed(
-    settings: Settings, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[Path], object], told: str, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     to = settings.publish.to or ""
     version = resolve(to, list_versions(to)[0])
     sidecar = Path(version.object_uri(version.files[next(sidecars(version.files))]))
-    sidecar.unlink()
+    damage(sidecar)
     Path(to, "versions", f"{'a' * 20}.json").write_bytes(b"no JSON")
     forget(settings, "A", "whom nobody knows")
     said = capsys.readouterr().err
     assert len(Tombstones.at(to).digests) == len(Tombstones.at(settings.workspace).digests) == 2
     assert f"not looked into: {to}/versions/{'a' * 20}.json" in said
-    assert f"not looked into: {sidecar}: gone since it was uploaded" in said
+    assert f"not looked into: {sidecar}: {told}" in said
 
 
 def test_who_is_removed_while_an_index_is_first_published_is_not_shown_by_it(
