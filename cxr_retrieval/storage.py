@@ -26,6 +26,7 @@ from cxr_retrieval import s3
 from cxr_retrieval.errors import UserError
 
 S3 = s3.SCHEME
+MOST_BYTES = s3.MOST_BYTES  # of one file that may lie on object storage
 CHUNK = 1 << 20
 DEEPEST = 100  # folders in folders that are listed
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}")  # see _temporary_beside

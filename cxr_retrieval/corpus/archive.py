@@ -270,6 +270,8 @@ class Archive:
             tables[GIVEN] = storage.StoredFile(given, given, 0, 0.0)
         return tables, others
 
+    # What a Beginning reads less of.
+
     def _files(self, left_out: Callable[[str], None]) -> Iterator[storage.StoredFile]:
         return storage.list_files(self.uri, left_out)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from cxr_retrieval import storage
 from cxr_retrieval.config import IndexSettings
 
 FLOAT_BYTES, HALF_BYTES, ID_BYTES, LINK_BYTES = 4, 2, 8, 4
@@ -27,7 +28,6 @@ GRAPH_MS, SHARD_MS, CANDIDATE_MS = 0.15, 0.06, 0.004
 ROW_MS = 2.5  # reading a row and its image, thumbnail, sidecar
 # Memory of building a shard: vectors as read, as taken and as floats; thumbnails and sidecar.
 ROW_BYTES = 16_000
-S3_BYTES = 5e9
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _shard_rows(dimensions: int, settings: IndexSettings) -> tuple[int, str]:
     """Rows that a shard is filled up to: `shard_rows`, or as many as a machine has the memory to build."""
     in_memory = max(1, int(settings.memory_gib * GIB / shard_bytes(1, dimensions)))
     if settings.shard_rows <= in_memory:
-        small = settings.shard_rows * max(ROW_BYTES, HALF_BYTES * dimensions) < S3_BYTES
+        small = settings.shard_rows * max(ROW_BYTES, HALF_BYTES * dimensions) < storage.MOST_BYTES
         why = f"index.shard_rows={settings.shard_rows}, "
         why += "so that" if small else "where it is not sure that"
         why += " a file stays below the 5 GB that S3 takes at once"

@@ -7,7 +7,7 @@ no row of them is anybody's, and only training anew takes out what they have lea
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -86,15 +86,26 @@ def images_of(
     versions, damaged = _readable(places)
     for uri in {version.object_uri(version.files[name]) for version in versions for name in sidecars(version.files)}:
         try:
-            theirs = pc.field("patient").isin(list(outside))
-            with storage.arrow_reader(uri) as opened:
-                for patient, image in _pairs(pq.read_table(opened, columns=["patient", "image_id"], filters=theirs)):
-                    found[outside[patient]].add(image)
-        except FileNotFoundError:
-            damaged.append(f"{uri}: gone since it was uploaded; {GONE_REMEDY}")
-        except (pa.ArrowInvalid, OSError):
-            damaged.append(f"{uri}: no longer what was uploaded; {GONE_REMEDY}")
+            rows = _sidecar(uri, ["patient", "image_id"])
+        except CorruptArtifact as error:
+            damaged.append(str(error))
+            continue
+        for patient, image in _pairs(rows.filter(pc.field("patient").isin(list(outside)))):
+            found[outside[patient]].add(image)
     return found, damaged
+
+
+def _sidecar(uri: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of a published version's sidecar. Raises CorruptArtifact where it is gone or damaged; storage that does
+    not answer is neither."""
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise CorruptArtifact(f"{uri}: gone since it was uploaded; {GONE_REMEDY}") from None
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=list(columns))
+    except (pa.ArrowInvalid, OSError):  # a rotten footer is an OSError to Parquet's reader
+        raise CorruptArtifact(f"{uri}: no longer what was uploaded; {GONE_REMEDY}") from None
 
 
 def _readable(places: Iterable[str]) -> tuple[list[Version], list[str]]:
@@ -220,14 +231,7 @@ def _holds(version: Version, tombstones: Tombstones, holding: dict[str, bool]) -
     for name in sidecars(version.files):
         entry = version.files[name]
         if entry.sha256 not in holding:
-            uri = version.object_uri(entry)
-            try:
-                with storage.arrow_reader(uri) as file:
-                    patients = pq.read_table(file, columns=["patient"])["patient"]
-            except FileNotFoundError:
-                raise CorruptArtifact(f"{uri}: gone since it was uploaded; {GONE_REMEDY}") from None
-            except (pa.ArrowInvalid, OSError):
-                raise CorruptArtifact(f"{uri}: no longer what was uploaded; {GONE_REMEDY}") from None
+            patients = _sidecar(version.object_uri(entry), ["patient"])["patient"]
             holding[entry.sha256] = bool(tombstones.mask(patients).any())
         if holding[entry.sha256]:
             return True
