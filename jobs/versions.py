@@ -108,8 +108,18 @@ def show_moved(to: str, moved: Moved) -> None:
     if not moved.moved:
         console.say(f"{to}@{moved.alias} serves version {moved.version} already")
         return
+    if moved.compared:
+        console.show_table(
+            "What the gate let pass: figures in percent, with 95% intervals over patients",
+            ["judged on", "figure", f"{moved.version}, serves now", f"{moved.before}, before"],
+            [[each.judged_on, each.name, _percent(each.ours), _percent(each.theirs)] for each in moved.compared],
+        )
     instead = f", not {moved.before}" if moved.before else ""
     console.say(f"{to}@{moved.alias} serves version {moved.version} now (generation {moved.generation}){instead}")
+
+
+def _percent(figure: Figure) -> str:
+    return f"{100 * figure.value:.1f} [{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
 
 
 def show_dropped(to: str, dropped: str, unmoored: list[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pydicom
 from pydicom import uid
 from pydicom.charset import default_encoding
-from pydicom.datadict import dictionary_VR
+from pydicom.datadict import dictionary_VR, keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset, read_sequence
@@ -32,6 +32,7 @@ pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", module=r"pydicom\b")
 
+UNDEFINED = 0xFFFF_FFFF  # the length of an element that ends with a delimiter
 PREAMBLE, MAGIC = 128, b"DICM"
 META = b"\x02\x00\x00\x00UL\x04\x00"  # what file meta information begins with: DICOM for certain, preamble or not
 BARE = re.compile(rb"\x08\x00[\x00-\x18]\x00(UI|CS|UL|SH|DA|TM|LO|[\x00-\x40]\x00\x00\x00)", re.DOTALL)
@@ -191,6 +192,7 @@ def read_header(
     )
     if not (passed or whole):
         raise RejectedImage("damaged", f"a DICOM header that does not end within {len(data):,} bytes")
+    require_complete(header)
     require_short(header, (name for name in names if name != "PixelData"))
     return header, syntax
 
@@ -226,6 +228,14 @@ class _Steps(io.BytesIO):
         self._steps += 1
         if self._steps > MOST_STEPS:
             raise RejectedImage("unsupported", f"DICOM of so many elements that reading it takes {MOST_STEPS:,} steps")
+
+
+def require_complete(header: Dataset) -> None:
+    """Raises RejectedImage where the file ends within an element: pydicom takes what is there for its value."""
+    for raw in header.values():
+        if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) < raw.length != UNDEFINED:
+            there = f"{len(raw.value):,} of {raw.length:,} bytes"
+            raise RejectedImage("damaged", f"DICOM that ends within {keyword_for_tag(raw.tag)}: {there}")
 
 
 def require_short(header: Dataset, names: Iterable[str], most: int = MOST_VALUE) -> None:

@@ -45,14 +45,25 @@ figures of different ones do not compare) and by name of the figure."""
 
 
 @dataclass(frozen=True)
+class Compared:
+    """A figure of a version beside that of the one which served before it, on what both were judged on."""
+
+    judged_on: str
+    name: str
+    ours: Figure
+    theirs: Figure
+
+
+@dataclass(frozen=True)
 class Moved:
-    """Where an alias points now. `moved` is False where it pointed there already."""
+    """Where an alias points now. `moved` is False where it pointed there already; `compared` is what a gate let pass."""
 
     alias: str
     version: str
     before: str | None
     generation: int
     moved: bool
+    compared: tuple[Compared, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,12 +88,13 @@ def promote(to: str, name: str, alias: str, evaluations: Callable[[Version], Eva
     wanted = resolve(to, name)
     seen = read_alias(to, alias)
     serving = seen[0].version if seen[0] else None
+    compared: tuple[Compared, ...] = ()
     if evaluations and serving and serving != wanted.id:
         now = resolve(to, serving)
         if embedded_by(now) != embedded_by(wanted):
-            _pass_gate(evaluations(wanted), evaluations(now), wanted.id, serving)
+            compared = _pass_gate(evaluations(wanted), evaluations(now), wanted.id, serving)
     generation, moved = put_in_front(wanted, alias, *seen)
-    return Moved(alias, wanted.id, serving, generation, moved)
+    return Moved(alias, wanted.id, serving, generation, moved, compared)
 
 
 def embedded_by(version: Version) -> tuple[str, str]:
@@ -165,21 +177,26 @@ def _objects(to: str) -> Iterator[storage.StoredFile]:
     yield from storage.list_scratch(folder)
 
 
-def _pass_gate(wanted: Evaluations, serving: Evaluations, wanted_id: str, serving_id: str) -> None:
+def _pass_gate(wanted: Evaluations, serving: Evaluations, wanted_id: str, serving_id: str) -> tuple[Compared, ...]:
     common = sorted(set(wanted) & set(serving))
     if not common:
         raise UserError(
             f"version {wanted_id} was evaluated on {_listed(wanted)}, and {serving_id}, which serves now, on"
             f" {_listed(serving)}: evaluate both models on the same corpus, or promote without the gate"
         )
-    for judged_on in common:
-        for name in GATE_FIGURES:
-            ours, theirs = wanted[judged_on][name], serving[judged_on][name]
-            if ours.value < theirs.low:
-                raise UserError(
-                    f"version {wanted_id} is refused: its {name} on {judged_on} is {100 * ours.value:.1f}, below the"
-                    f" interval [{100 * theirs.low:.1f}, {100 * theirs.high:.1f}] of {serving_id}, which serves now"
-                )
+    compared = tuple(
+        Compared(judged_on, name, wanted[judged_on][name], serving[judged_on][name])
+        for judged_on in common
+        for name in GATE_FIGURES
+    )
+    for each in compared:
+        if each.ours.value < each.theirs.low:
+            raise UserError(
+                f"version {wanted_id} is refused: its {each.name} on {each.judged_on} is {100 * each.ours.value:.1f},"
+                f" below the interval [{100 * each.theirs.low:.1f}, {100 * each.theirs.high:.1f}] of {serving_id},"
+                " which serves now"
+            )
+    return compared
 
 
 def _listed(evaluations: Evaluations) -> str:

@@ -653,6 +653,17 @@ def test_a_truncated_file_is_damaged(syntax: str, share: float) -> None:
     assert rejected(data[: int(len(data) * share)]).reason in {"damaged", "not_an_image"}
 
 
+@pytest.mark.parametrize("more", [1, 2, 0x3FFF_0000, 0xFFFF_FFFE - 2 * WIDTH * HEIGHT])
+def test_a_file_that_ends_before_its_pixel_data_claims_to_is_damaged(more: int) -> None:
+    data, length = written(dataset(ramp())), 2 * WIDTH * HEIGHT
+    place = data.rindex(b"\xe0\x7f\x10\x00OW") + 8
+    error = rejected(data[:place] + (length + more).to_bytes(4, "little") + data[place + 4 :])
+    assert (error.reason, error.text) == (
+        "damaged",
+        f"DICOM that ends within PixelData: {length:,} of {length + more:,} bytes",
+    )
+
+
 def test_a_frame_that_tells_another_size_than_the_header_is_refused_before_it_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import jobs.versions
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact, Draft
 from cxr_retrieval.config import Settings
@@ -90,6 +91,20 @@ def test_a_version_that_is_worse_by_more_than_the_interval_is_refused(to: str, v
     assert list_aliases(to)["latest"].version == versions[2]
     gates[versions[0]] = judged(**{worse: 0.19})  # within it
     assert promote(to, versions[0], "latest", lambda version: gates[version.id]).moved
+
+
+def test_what_a_gate_let_pass_is_shown_with_both_figures(
+    to: str, versions: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = {versions[0]: judged(mAP=0.19), versions[2]: judged()}
+    monkeypatch.setattr(jobs.versions, "evaluations_in", lambda _: lambda version: gates[version.id])
+    gated = Namespace(**vars(options(f"{to}@latest", ["promote", versions[0]])) | {"without_gate": False})
+    run(Settings(), gated)
+    told = capsys.readouterr()
+    shown = " ".join((told.out + told.err).split())
+    assert f"{versions[0]}, serves now" in shown
+    assert f"{versions[2]}, before" in shown
+    assert "NIH │ mAP │ 19.0 [17.0, 21.0] │ 20.0 [18.0, 22.0]" in shown
 
 
 def test_versions_of_one_model_need_no_judgement(tmp_path: Path, to: str, versions: list[str]) -> None:
