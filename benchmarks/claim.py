@@ -1,9 +1,12 @@
 """What a benchmark says: a claim, what it is measured against, the ratio (more is better), the target, the samples."""
 
+import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ class Claim:
     holds: bool
     samples: list[float]
     machine: str
+    origin: str
     figures: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -33,12 +37,27 @@ class Claim:
     def of(cls, claim: str, against: str, target: float, samples: Sequence[float], **figures: float) -> "Claim":
         ratio = statistics.median(samples)
         rounded = [round(sample, 3) for sample in samples]
-        return cls(claim, against, round(ratio, 3), target, ratio >= target, rounded, machine(), figures)
+        return cls(claim, against, round(ratio, 3), target, ratio >= target, rounded, machine(), origin(), figures)
 
 
 def machine() -> str:
     """Enough of the machine to read a ratio by."""
-    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    """Its model, where this system tells it: cores of one name differ by half in what they do."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return f"{platform.machine()} {models[0]}" if models else platform.machine()
+
+
+def origin() -> str:
+    """When it was measured, and the commit of the code (`-dirty`: with changes), where git knows it."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    commit = told.stdout.strip() if told and told.returncode == 0 else "unknown"
+    return f"{datetime.date.today().isoformat()}, commit {commit}"
 
 
 def publish(name: str, claims: Sequence[Claim]) -> None:

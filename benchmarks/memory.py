@@ -1,9 +1,10 @@
-"""Peak memory of preparing an archive, and of embedding and indexing it, and of one of eight times the rows.
+"""Peak memory of preparing an archive, of embedding and indexing it, and of evaluating, and of eight times the rows.
 
   python -m benchmarks.memory
 
 Proportional set size of the job's driver and workers together, sampled; Ray's own processes are left out. The smaller
 archive has several partitions for every core already: what grows with the rows is all that is new in the larger one.
+Two claims of each: the peaks' ratio, and 5% of an image's stored bytes against what an image more adds to the peak.
 Prepare once with no two films alike, and once with every film there twice.
 """
 
@@ -48,26 +49,46 @@ def index_peak(archive: str) -> float:
         return run_job("index", *words(archive, folder), *model, f"index.shard_rows={2 * PART}")[1]
 
 
-def claim(what: str, peak: Callable[[str], float], **films: Any) -> Claim:
-    """The peak of an archive against that of one of TIMES the films."""
+def evaluate_peak(archive: str) -> float:
+    """MiB, of the job that embeds a prepared corpus and evaluates it, every image a query."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = CorpusSettings(archive=archive, size=SIDE, partition_images=PART, split="all_test")
+        corpus = Corpus(prepare(settings, folder, PrivacySettings(pseudonymise=False))[0])
+        return run_job("evaluate", *words(archive, folder), f"model={fresh_model(folder, corpus)}")[1]
+
+
+def claims(what: str, peak: Callable[[str], float], **films: Any) -> list[Claim]:
+    """The peak of an archive against that of one of TIMES the films, and what a film more adds to it."""
     archives = [large_archive(images, SIDE, **films) for images in (IMAGES, TIMES * IMAGES)]
     peaks = [[peak(archive) for archive in archives] for _ in range(ROUNDS)]
     once, more = np.median(peaks, axis=0)
-    return Claim.of(
-        f"peak memory of {what}, {IMAGES:,} images of {SIDE} x {SIDE}",
-        f"of {TIMES} times as many",
-        0.9,
-        [less / most for less, most in peaks],
-        MiB=float(once),
-        MiB_of_more=float(more),
-        extra_bytes_an_image=float(more - once) * 2**20 / ((TIMES - 1) * IMAGES),
-    )
+    title = f"peak memory of {what}, {IMAGES:,} images of {SIDE} x {SIDE}"
+    added = [max(1.0, (most - less) * 2**20 / ((TIMES - 1) * IMAGES)) for less, most in peaks]  # less is no growth
+    return [
+        Claim.of(
+            title,
+            f"of {TIMES} times as many",
+            0.9,
+            [less / most for less, most in peaks],
+            MiB=float(once),
+            MiB_of_more=float(more),
+            extra_bytes_an_image=float(more - once) * 2**20 / ((TIMES - 1) * IMAGES),
+        ),
+        Claim.of(
+            f"5% of an image's bytes, {SIDE} x {SIDE}",
+            f"what one more adds to the {title}",
+            1.0,
+            [0.05 * SIDE**2 / each for each in added],
+            bytes_more=float(np.median(added)),
+        ),
+    ]
 
 
 def main() -> None:
     start_ray()
-    prepared = [claim(f"prepare{what}", prepare_peak, **films) for what, films in KINDS.items()]
-    publish("memory", [*prepared, claim("embed and index", index_peak)])
+    made = [each for what, films in KINDS.items() for each in claims(f"prepare{what}", prepare_peak, **films)]
+    made += claims("embed and index", index_peak) + claims("embed and evaluate", evaluate_peak)
+    publish("memory", made)
 
 
 if __name__ == "__main__":

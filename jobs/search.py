@@ -224,12 +224,18 @@ def _record(image: str, query: Query, answer: Answer) -> dict[str, object]:
 
 
 def _region(text: str) -> tuple[float, float, float, float]:
-    x, y, w, h = map(float, text.split(","))
+    try:
+        x, y, w, h = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no box: write X,Y,W,H in pixels of IMAGE") from None
     return x, y, w, h
 
 
 def _date(text: str) -> datetime.date:
-    return datetime.date.fromisoformat(text)
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date: write YYYY-MM-DD") from None
 
 
 def plan(settings: Settings, options: argparse.Namespace) -> None:

@@ -194,9 +194,8 @@ def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:
             chosen = {"precision@8": cells["precision_at"]["8"], "mAP": cells["map"]}
             if any(cell["low"] is None for cell in chosen.values()):
                 continue  # too few patients for an interval decide nothing
-            found[f"the {figures['split']} patients of corpus {figures['corpus']}"] = {
-                name: Figure(cell["value"], cell["low"], cell["high"]) for name, cell in chosen.items()
-            }
+            judged_on = ", ".join([f"the {figures['split']} patients of corpus {figures['corpus']}", *figures["drawn"]])
+            found[judged_on] = {name: Figure(cell["value"], cell["low"], cell["high"]) for name, cell in chosen.items()}
         return found
 
     return evaluations

@@ -150,6 +150,11 @@ class _Embedder:
                 self._model = Model.open(task["model"])
                 if torch.cuda.is_available():
                     self._model.network.cuda()
+                elif ray.get_gpu_ids():
+                    raise UserError(
+                        "embed: a worker was given a GPU that its PyTorch cannot use: install a build of PyTorch for"
+                        " that GPU on the nodes, or start their Ray with --num-gpus=0"
+                    )
             part = Draft(task["uri"], PART_KIND, {}, tuple(task["inputs"])).begin()
             counts = embed_part(part, task["rows"], self._model, self._batch_size).counts
         except UserError as error:  # returned: Ray Data keeps the text of what is raised, and loses what it was

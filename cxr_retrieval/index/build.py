@@ -251,6 +251,9 @@ def _trained(plan: IndexPlan, settings: IndexSettings, workspace: str, source: S
         # As floats, and what is read of it meanwhile.
         memory = 2 * FLOAT_BYTES * plan.dimensions * plan.training_rows
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        if gpus and not hasattr(faiss, "StandardGpuResources"):
+            say("index: this build of FAISS has no GPU support: lists are trained on CPUs beside an idle GPU")
+            gpus = 0
         training = ray.remote(max_retries=3)(_train_quantizer).options(memory=memory, num_gpus=gpus)
         storage.add_retries(ray.get(training.remote(plan, draft, source.corpus.artifact.input_id, *samples)))
     quantizer = artifacts.load(draft.uri, QUANTIZER_KIND)

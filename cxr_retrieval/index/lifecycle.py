@@ -56,7 +56,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Moved:
-    """Where an alias points now. `moved` is False where it pointed there already; `compared` is what a gate let pass."""
+    """Where an alias points now; `moved` is False where it pointed there already, `compared` what a gate let pass."""
 
     alias: str
     version: str

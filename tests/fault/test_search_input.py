@@ -154,6 +154,23 @@ def test_a_file_that_may_not_be_read_is_refused_in_one_line(index: str, tmp_path
     assert "permission denied" in refusal(str(path), "--index", index)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--region", "1,2", "'1,2' is no box: write X,Y,W,H in pixels of IMAGE"),
+        ("--region", "a,b,c,d", "'a,b,c,d' is no box: write X,Y,W,H in pixels of IMAGE"),
+        ("--date-from", "1.2.2020", "'1.2.2020' is no date: write YYYY-MM-DD"),
+        ("--date-to", "2020", "'2020' is no date: write YYYY-MM-DD"),
+    ],
+)
+def test_an_option_that_is_written_otherwise_says_how_to_write_it(
+    option: str, value: str, said: str, index: str, image: str
+) -> None:
+    code, out, err = search(image, "--index", index, option, value)
+    assert (code, out) == (2, "")
+    assert f"argument {option}: {said}" in err
+
+
 def test_a_bad_image_among_good_ones_is_named(index: str, image: str, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert "bad.png cannot be searched with" in refusal(image, str(tmp_path / "bad.png"), "--index", index)
