@@ -98,7 +98,7 @@ def retrieve(
     query_positions_Q: Tensor | None = None,
     query_groups_Q: Tensor | None = None,
     gallery_groups_G: Tensor | None = None,
-    block: int = 256,
+    block: int = 64,
 ) -> QueryFigures:
     """Rank the gallery for every query and return the figures of each ranking.
 
