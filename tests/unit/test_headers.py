@@ -88,7 +88,7 @@ def test_what_is_called_dicom_and_cannot_be_read_is_a_row_with_its_reason(export
     rows = export.rows()
     assert {name: row["reason"] for name, row in rows.items()} == {
         "fine": None,
-        "cut": "no_patient",
+        "cut": "damaged",
         "bare": "not_an_image",
         "text.dcm": "not_an_image",
         "empty.DICOM": "not_an_image",
