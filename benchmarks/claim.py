@@ -36,8 +36,13 @@ class Claim:
     @classmethod
     def of(cls, claim: str, against: str, target: float, samples: Sequence[float], **figures: float) -> "Claim":
         ratio = statistics.median(samples)
-        rounded = [round(sample, 3) for sample in samples]
-        return cls(claim, against, round(ratio, 3), target, ratio >= target, rounded, machine(), origin(), figures)
+        rounded = [_three_digits(sample) for sample in samples]
+        return cls(claim, against, _three_digits(ratio), target, ratio >= target, rounded, machine(), origin(), figures)
+
+
+def _three_digits(ratio: float) -> float:
+    """So that what is far below its target is not told as nothing."""
+    return float(f"{ratio:.3g}")
 
 
 def machine() -> str:
@@ -63,7 +68,7 @@ def origin() -> str:
 def publish(name: str, claims: Sequence[Claim]) -> None:
     """Print the claims and write `benchmarks/results/NAME.json`."""
     rows = [
-        [c.claim, c.against, f"{c.ratio:.3f}", f"{c.target:g}", "yes" if c.holds else "NO", _figures(c)] for c in claims
+        [c.claim, c.against, f"{c.ratio:g}", f"{c.target:g}", "yes" if c.holds else "NO", _figures(c)] for c in claims
     ]
     show_table(name, ["claim", "against", "ratio", "target", "holds", "figures"], rows)
     RESULTS.mkdir(exist_ok=True)
