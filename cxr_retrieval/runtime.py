@@ -57,6 +57,12 @@ def nodes_memory() -> list[int]:
     return [int(node["Resources"]["memory"]) for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
+def reserved_memory(wanted: int) -> int:
+    """Bytes that Ray keeps for a task that takes about so many: a node that has less does one such task at a time,
+    where Ray would wait for ever for one that has them. Ray must be running."""
+    return min([wanted, *nodes_memory()])
+
+
 def working_nodes() -> list[str]:
     """The ids of the nodes that are alive and have CPUs, which a head may lack; of all where none has any."""
     alive = [node for node in ray.nodes() if node["Alive"]]

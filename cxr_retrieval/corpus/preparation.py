@@ -47,7 +47,7 @@ from cxr_retrieval.corpus.rows import EXCLUSIONS, as_read
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.progress import Progress
-from cxr_retrieval.runtime import DIED, TRIES, nodes_cpus, nodes_memory
+from cxr_retrieval.runtime import DIED, TRIES, nodes_cpus, reserved_memory
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND = "corpus"
@@ -177,7 +177,9 @@ class HeadStart:
             with room(settings.archive or ""), ManifestWriter.to(manifest) as writer:
                 writer.write(rows)
             _begin(draft, manifest)
-        work = ray.remote(max_retries=TRIES - 1, memory=_reserved(settings))(_run).options(name="HeadStart")
+        work = ray.remote(max_retries=TRIES - 1, memory=reserved_memory(task_memory(settings)))(_run).options(
+            name="HeadStart"
+        )
         return cls(part, work.remote(_task_of(draft, part, settings), {"partition": 0, "uri": part.uri}, rows))
 
     def is_of(self, plan: CorpusPlan) -> bool:
@@ -299,7 +301,9 @@ def _results(
             # Ray 2.60 has no other way to tell it when to give up, and asks for one that it does not name.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-                _task_of(plan.draft, plan.parts[0], settings), memory=_reserved(settings), max_retries=TRIES - 1
+                _task_of(plan.draft, plan.parts[0], settings),
+                memory=reserved_memory(task_memory(settings)),
+                max_retries=TRIES - 1,
             )
         for result in results.iter_rows():
             yield result
@@ -308,11 +312,6 @@ def _results(
                 begun = None
     if begun is not None:
         yield ray.get(begun)
-
-
-def _reserved(settings: CorpusSettings) -> int:
-    """Bytes that Ray keeps for a task: a node that has less than it may take does one at a time."""
-    return min(task_memory(settings), *nodes_memory())
 
 
 def _death_told(draft: Draft, parts: Sequence[Draft], waiting: Iterable[int], names: bool) -> str:

@@ -40,6 +40,7 @@ from cxr_retrieval.index.source import (
 )
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.progress import Progress
+from cxr_retrieval.runtime import reserved_memory
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
 KIND, QUANTIZER_KIND = "index", "index-quantizer"
@@ -168,7 +169,9 @@ def _build_shards(
     """All shards; those not `found` are built, each in a task of its own."""
     build = ray.remote(max_retries=3)(_build_shard)
     waiting = [
-        build.options(memory=shard_bytes(shard.rows, plan.dimensions)).remote(shard, plan, source, pseudonyms, trained)
+        build.options(memory=reserved_memory(shard_bytes(shard.rows, plan.dimensions))).remote(
+            shard, plan, source, pseudonyms, trained
+        )
         for shard, made in zip(shards, found, strict=True)
         if not made
     ]
@@ -249,7 +252,7 @@ def _trained(plan: IndexPlan, settings: IndexSettings, workspace: str, source: S
         groups = whole_parts(source.part_rows(), plan.shard_rows)
         samples = [sample.remote(parts, int(firsts[parts.start]), plan, source) for parts in groups]
         # As floats, and what is read of it meanwhile.
-        memory = 2 * FLOAT_BYTES * plan.dimensions * plan.training_rows
+        memory = reserved_memory(2 * FLOAT_BYTES * plan.dimensions * plan.training_rows)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         if gpus and not hasattr(faiss, "StandardGpuResources"):
             say("index: this build of FAISS has no GPU support: lists are trained on CPUs beside an idle GPU")

@@ -43,6 +43,7 @@ class ShardGroup:
         self._columns = [_in_one_piece(self.shards.sidecar(number)) for number in numbers]
         self._sidecars = [pa.table(columns) for columns in self._columns]
         patients = [columns["patient"] for columns in self._columns]
+        self._ids = _Hashed.of([shard.ids_N for shard in self.shards.shards])
         self._pixels = _Hashed.of([_beginnings(columns["pixel_sha256"]) for columns in self._columns])
         self._rows_of = lru_cache(FILTERS)(partial(_rows_of, patients, _Hashed.of([*map(_hashes, patients)])))
         self._removed: Tombstones | None = None
@@ -91,9 +92,8 @@ class ShardGroup:
 
     def find(self, image_id: str) -> Facts | None:
         """The image with this id."""
-        wanted = row_id(image_id)
-        for number, shard, there in zip(self.shards.numbers, self.shards.shards, self._there, strict=True):
-            for facts in self._facts(number, np.flatnonzero((shard.ids_N == wanted) & there)):
+        for place, rows in self._ids.rows(row_id(image_id)):
+            for facts in self._facts(self.shards.numbers[place], rows[self._there[place][rows]]):
                 if facts["image_id"] == image_id:
                     return facts
         return None
@@ -153,8 +153,8 @@ class ShardGroup:
 
 @dataclass(frozen=True)
 class _Hashed:
-    """A hash of 8 bytes of every row of some shards, sorted, and the rows in that order, numbered through all shards:
-    12 bytes a row. `edges` are where the shards begin, and the end."""
+    """An id or a hash of 8 bytes of every row of some shards, sorted, and the rows in that order, numbered through all
+    shards: 12 bytes a row. `edges` are where the shards begin, and the end."""
 
     sorted_N: np.ndarray
     rows_N: np.ndarray

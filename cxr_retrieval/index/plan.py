@@ -28,17 +28,22 @@ GRAPH_MS, SHARD_MS, CANDIDATE_MS = 0.15, 0.06, 0.004
 ROW_MS = 2.5  # reading a row and its image, thumbnail, sidecar
 # Memory of building a shard: vectors as read, as taken and as floats; thumbnails and sidecar.
 ROW_BYTES = 16_000
+# Memory of searching, beside the codes: what is known of a row, and what finds it by its id, patient and pixels.
+KNOWN_BYTES = 430
+CODEBOOK = 256  # entries for every number of a vector, as floats: every shard holds its own copy
 
 
 @dataclass(frozen=True)
 class Code:
     """How an index keeps a vector: its FAISS name and size. Of a search for k, the first `candidates` * k by these
-    codes are compared by the stored rows. `recall` is what that keeps, measured as docs/index.md says."""
+    codes are compared by the stored rows. `recall` is what that keeps, measured as docs/index.md says. `codebook` is
+    the size of what every shard needs to read them."""
 
     name: str
     bytes: int
     candidates: int
     recall: float
+    codebook: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class IndexPlan:
 
     `shards` is how many there are where each is filled up to `shard_rows`; they are made of whole parts of the corpus.
     `probes` is a first guess that the proof replaces. `latency_ms` of one search and `build_hours` are estimates for
-    one core. `machines` of the memory in the settings hold all codes. `why` explains every choice in a sentence.
+    one core. `machines` of the memory in the settings hold all codes and what is known of the rows. `why` explains
+    every choice in a sentence.
     """
 
     rows: int
@@ -76,7 +82,12 @@ class IndexPlan:
     @property
     def bytes(self) -> int:
         """Size of all FAISS files."""
-        return _bytes(self.rows, self.dimensions, self.lists, self.code)
+        return _bytes(self.rows, self.dimensions, self.lists, self.code, self.shards)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all codes take, and what is known of the rows."""
+        return _memory(self.rows, self.dimensions, self.lists, self.code, self.shards)
 
 
 def plan_index(rows: int, dimensions: int, settings: IndexSettings) -> IndexPlan:
@@ -89,7 +100,7 @@ def plan_index(rows: int, dimensions: int, settings: IndexSettings) -> IndexPlan
     exact = Code("SQfp16", HALF_BYTES * dimensions, 1, 1.0)
     scan_ms = rows * dimensions / ELEMENTS_PER_MS + shards * SHARD_MS
     scan, aim = f"comparing all rows takes about {_ms(scan_ms)}", f"index.latency_ms={settings.latency_ms:g}"
-    size, room = _bytes(rows, dimensions, 0, exact), f"index.memory_gib={settings.memory_gib:g}"
+    size, room = _memory(rows, dimensions, 0, exact, shards), f"index.memory_gib={settings.memory_gib:g}"
     if settings.recall_target == 1 or (size <= memory and scan_ms <= settings.latency_ms):
         lists, code, probes, training_rows = 0, exact, 1, 0
         reason = (
@@ -100,10 +111,14 @@ def plan_index(rows: int, dimensions: int, settings: IndexSettings) -> IndexPlan
         why = {"kind": reason, "code": "the rows as they are stored, float16: nothing is lost"}
     else:
         lists, why_lists = _lists(rows, dimensions, memory)
-        code, why_code = _code(rows, dimensions, lists, settings)
+        code, why_code = _code(rows, dimensions, lists, shards, settings)
         probes = min(lists, max(1, round(math.sqrt(lists) / 2)))
         training_rows = min(rows, max(lists * TRAIN_PER_LIST, CODEBOOK_ROWS))
-        reason = f"{scan}, over {aim}" if scan_ms > settings.latency_ms else f"all rows take {_size(size)}, over {room}"
+        reason = (
+            f"{scan}, over {aim}"
+            if scan_ms > settings.latency_ms
+            else f"all rows, and what is known of them, take {_size(size)}, over {room}"
+        )
         why = {
             "kind": f"lists, of which a search reads a few: {reason}",
             "lists": why_lists,
@@ -111,13 +126,15 @@ def plan_index(rows: int, dimensions: int, settings: IndexSettings) -> IndexPlan
             "probes": "a first guess: the proof measures, and takes the fewest that reach index.recall_target",
         }
     latency = _latency_ms(rows, dimensions, lists, probes, shards, code) if lists else scan_ms
-    machines = math.ceil(_bytes(rows, dimensions, lists, code) / memory)
+    size = _memory(rows, dimensions, lists, code, shards)
+    machines = math.ceil(size / memory)
     if latency > settings.latency_ms:
         why["latency"] = f"a search takes about {_ms(latency)} on one core, over {aim}"
     if machines > 1:
         why["machines"] = (
-            f"the codes take {_size(_bytes(rows, dimensions, lists, code))}: a machine with {room} reads what does not"
-            " fit from its disk, search by search"
+            f"codes and what is known of the rows take {_size(size)}: spread over so many with {room} each"
+            " (docs/serving.md); on one alone what is known must fit, and codes that do not are read from its disk,"
+            " search by search"
         )
     why["shards"] = why_shards
     hours = _build_ms(rows, dimensions, lists, training_rows) / 3.6e6
@@ -150,9 +167,17 @@ def plan_probes(lists: int) -> list[int]:
     return sorted({*(number for number in steps if number < lists), max(lists, 1)})
 
 
-def _bytes(rows: int, dimensions: int, lists: int, code: Code) -> int:
+def _bytes(rows: int, dimensions: int, lists: int, code: Code, shards: int) -> int:
     graph = 2 * GRAPH_LINKS * LINK_BYTES if lists >= GRAPH_LISTS else 0
-    return rows * (code.bytes + (ID_BYTES if lists else 0)) + lists * (dimensions * FLOAT_BYTES + graph)
+    return (
+        rows * (code.bytes + (ID_BYTES if lists else 0))
+        + lists * (dimensions * FLOAT_BYTES + graph)
+        + shards * code.codebook
+    )
+
+
+def _memory(rows: int, dimensions: int, lists: int, code: Code, shards: int) -> int:
+    return _bytes(rows, dimensions, lists, code, shards) + rows * KNOWN_BYTES
 
 
 def _shard_rows(dimensions: int, settings: IndexSettings) -> tuple[int, str]:
@@ -197,23 +222,26 @@ def _codes(dimensions: int) -> list[Code]:
     for most, candidates, recall in ((2, 8, 1.0), (4, 16, 0.99), (8, 32, 0.95)):
         numbers = max((size for size in range(2, most + 1) if dimensions % size == 0), default=0)
         if numbers > most // 2:
-            codes.append(Code(f"PQ{dimensions // numbers}", dimensions // numbers, candidates, recall))
+            size = dimensions // numbers
+            codes.append(Code(f"PQ{size}", size, candidates, recall, CODEBOOK * FLOAT_BYTES * dimensions))
     return codes
 
 
-def _code(rows: int, dimensions: int, lists: int, settings: IndexSettings) -> tuple[Code, str]:
-    """The longest code that fits the memory, of those that keep enough for the recall target."""
+def _code(rows: int, dimensions: int, lists: int, shards: int, settings: IndexSettings) -> tuple[Code, str]:
+    """The longest code that fits the memory beside what is known of the rows, of those that keep enough for the recall
+    target."""
     good = [code for code in _codes(dimensions) if code.recall >= settings.recall_target]
     room = f"index.memory_gib={settings.memory_gib:g}"
     for code in good:
-        size = _bytes(rows, dimensions, lists, code)
+        size = _memory(rows, dimensions, lists, code, shards)
         if size <= settings.memory_gib * GIB:
-            why = f"the longest code that fits: {_size(size)} of {room}"
+            why = f"the longest code that fits beside what is known of the rows: {_size(size)} of {room}"
             break
     else:
         code = good[-1]
-        size = _bytes(rows, dimensions, lists, code)
-        why = f"the shortest code that keeps index.recall_target={settings.recall_target:g}: {_size(size)}, over {room}"
+        size = _memory(rows, dimensions, lists, code, shards)
+        why = f"the shortest code that keeps index.recall_target={settings.recall_target:g}: {_size(size)} with what is"
+        why += f" known of the rows, over {room}"
     if code.candidates > 1:
         why += f"; the first {code.candidates} k candidates are compared again by the stored rows"
     return code, why

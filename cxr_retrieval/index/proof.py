@@ -39,7 +39,7 @@ FAR_QUANTILE = 0.999
 BEYOND = 2  # settings that are measured beyond the one that is chosen, to show what more would give
 # So many settings on, four times the lists are searched. Where that adds less recall than this, only codes lose hits.
 FOURFOLD, FLAT = 4, 0.001
-BY_ID = (1, 10, 100)  # one row of so many passes
+BY_ID, FEWER_BY_ID = (1, 10, 100), (1000, 10_000)  # one row of so many passes; the latter where lists are looked up
 # Values of columns that are proven too: so many at most, the commonest, of so many rows and such shares of all.
 VALUES, LEAST_ROWS, SHARES = 5, 100, (0.01, 0.6)
 
@@ -114,7 +114,8 @@ def prove(files: Mapping[str, Located], facts: Mapping[str, Any], settings: Inde
     path = _Files(files)
     shards = Shards(facts, path)
     query_QD, queries = _queries(shards, settings.proof_queries)
-    filters = [*(_Filter(1 / one, one) for one in BY_ID), *_by_values(shards)]
+    few = [one for one in FEWER_BY_ID if shards.rows // one > EXACT_BELOW]
+    filters = [*(_Filter(1 / one, one) for one in (*BY_ID, *few)), *_by_values(shards)]
     exact = _exact(path, facts["shards"], query_QD, queries, filters)
     trials = [
         _Trial(shards, query_QD, queries, exact.own, asked, nearest)

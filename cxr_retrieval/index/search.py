@@ -141,8 +141,8 @@ class Retriever:
         self.model = Model.parse(version.path(MODEL_PATH).read_bytes(), version.path(WEIGHTS_PATH).read_bytes())
         _check_model(self.model, self.facts)
         self._lists = Lists(self.facts, version.path)
-        self._removed = Tombstones.at(version.version.to)
-        self.images = sum(holders.each(ShardGroup.honour, self._removed))
+        self.removed = Tombstones.at(version.version.to)
+        self.images = sum(holders.each(ShardGroup.honour, self.removed))
         self._rows = sum(holders.each(ShardGroup.rows))
         places = even([count for counts in holders.each(ShardGroup.thumbnail_groups) for count in counts])
         self._likeness = Likeness.of([part for parts in holders.each(ShardGroup.samples, places) for part in parts])
@@ -158,10 +158,11 @@ class Retriever:
         return cls(own, hold(version, read_facts(own.path)["shards"]))
 
     def honour(self, tombstones: Tombstones) -> None:
-        """From now on, nothing of the patients who were removed is found, shown or told."""
-        if tombstones != self._removed:
-            self.images = sum(self.holders.each(ShardGroup.honour, tombstones))
-            self._removed = tombstones
+        """From now on, nothing of these patients is found, shown or told, nor of those who were removed before: nobody
+        comes back where a folder of tombstones is away for a while."""
+        if (removed := self.removed | tombstones) != self.removed:
+            self.images = sum(self.holders.each(ShardGroup.honour, removed))
+            self.removed = removed
             self.__dict__.pop("vocabulary", None)
 
     @cached_property

@@ -11,7 +11,7 @@ Q queries, D dimensions, k hits.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +127,7 @@ class Shards:
         self.facts, self._path = facts, path
         self.numbers = range(facts["shards"]) if numbers is None else numbers
         self.shards = [self._open(number) for number in self.numbers]
+        self._thumbnail_groups = lru_cache(maxsize=None)(_thumbnail_groups)
 
     @classmethod
     def open(cls, path: Callable[[str], Path]) -> "Shards":
@@ -222,14 +223,22 @@ class Shards:
 
     def thumbnail(self, number: int, row: int) -> bytes:
         """JPEG of one row's image; only the row group that holds it is read."""
-        file = pq.ParquetFile(self._path(shard_files(number)["thumbnails"]))
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if row < size:
-                data: bytes = file.read_row_group(group)["jpeg"][row].as_py()
-                return data
-            row -= size
-        raise IndexError(f"shard {number} has no row {row}")
+        path = self._path(shard_files(number)["thumbnails"])
+        edges, metadata = self._thumbnail_groups(path)
+        if row >= edges[-1]:
+            raise IndexError(f"shard {number} has no row {row}")
+        group = int(np.searchsorted(edges, row, "right")) - 1
+        # Its footer, which takes longer than the group, is not read again. Threads do not share a reader.
+        pictures = pq.ParquetFile(path, metadata=metadata).read_row_group(group)["jpeg"]
+        data: bytes = pictures[row - int(edges[group])].as_py()
+        return data
+
+
+def _thumbnail_groups(path: Path) -> tuple[np.ndarray, Any]:
+    """Where the row groups of a shard's thumbnails begin, and the end; and what the file tells of them."""
+    metadata = pq.read_metadata(path)
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return np.cumsum([0, *sizes]), metadata
 
 
 def exact_in_shard(

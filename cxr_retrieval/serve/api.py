@@ -51,6 +51,7 @@ HEADERS = {
     "Cache-Control": "no-store",  # what was asked and found stays out of a shared browser's disk
 }
 MULTIPART = "multipart/form-data"
+NAMES = {"image", "without_patient"}  # of what is asked: no audit line has them
 
 
 def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
@@ -125,7 +126,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         """The index that answers a request to its end; it and what is asked of it go into the audit line."""
         retriever = live.retriever
         request.state.version = retriever.version.version.id
-        request.state.asked = {} if asked is None else asked.model_dump(exclude_defaults=True, exclude={"image"})
+        request.state.asked = {} if asked is None else asked.model_dump(exclude_defaults=True, exclude=NAMES)
         return retriever
 
     def question(retriever: Retriever, upload: Upload) -> Question:
@@ -137,6 +138,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
             asked.k,
             asked.filters,
             skip=asked.skip,
+            exclude_patient=asked.without_patient,
             exclude_own=not asked.own_patient,
             one_per_patient=asked.one_per_patient,
         )

@@ -78,8 +78,8 @@ class LiveIndex:
         if version == self.retriever.version.version.id:
             return
         retriever = self._opened(f"{self.to}@{version}")
-        with self._turn:  # nobody who was removed while it was opened comes back
-            retriever.honour(Tombstones.at(self.to))
+        with self._turn:  # nobody who was removed while it was opened, or before, comes back
+            retriever.honour(Tombstones.at(self.to) | self.retriever.removed)
             self.retriever = retriever
         self.moves += 1
         console.say(f"alias {self.name}: now version {version}")

@@ -42,6 +42,7 @@ class Asked(BaseModel):
     all_of: list[str] = Field([], description="each of these findings")
     none_of: list[str] = Field([], description="none of these findings, and none of them unknown")
     own_patient: bool = Field(False, description="find images of the query's own patient too")
+    without_patient: str | None = Field(None, description="no image of this patient, named as the index does")
     one_per_patient: bool = Field(False, description="find patients, each by the nearest of their images")
 
     @property

@@ -311,6 +311,45 @@ def test_any_request_of_a_publish_may_break_and_readers_see_one_whole_version(
             place.check(in_peace.new_in_two)
 
 
+@pytest.mark.parametrize("stays", [False, True], ids=["once", "stays"])
+@pytest.mark.parametrize("fault", [proxy.CUT, proxy.LOST_ANSWER, proxy.DENIED])
+def test_no_request_that_breaks_lets_a_publish_show_who_was_removed_from_its_workspace(
+    fault: str,
+    stays: bool,
+    s3: str,
+    faults: FaultProxy,
+    bucket: Bucket,
+    in_peace: Published,
+    outcomes: Counter[tuple[str, str, str]],
+    tmp_path: Path,
+) -> None:
+    places, workspace = Places(s3, bucket, old_alone(in_peace), in_peace.contents), f"{s3}/workspace"
+    remove(workspace, PATIENT, Pseudonyms(None))
+    (stone,) = bucket.stored(workspace)
+    built = build(str(tmp_path / "build"), NEW_IN_TWO)
+
+    def work(place: Place) -> Any:
+        return told(lambda: publish(built, place.to, "latest", workspace=workspace))
+
+    faults.reset()
+    work(places.next())
+    carrying = [number for number, (_, path) in enumerate(faults.seen) if "tombstones" in path]
+    assert len(carrying) >= 3  # both places are listed, and what is missing is written
+    for number in carrying:
+        place = places.next()
+        with broken(faults, fault, number, stays):
+            ended = work(place)
+        failed = isinstance(ended, UserError)
+        outcomes["publish", f"{fault}, {'stays' if stays else 'once'}", "told" if failed else "done"] += 1
+        assert failed == stays, f"{fault}, request {number}: {ended}"
+        place.check(in_peace.old, in_peace.new_in_two)
+        if place.serves() == in_peace.new_in_two:
+            assert stone in bucket.stored(place.to)
+        if failed:
+            work(place)
+            assert (place.serves(), stone in bucket.stored(place.to)) == (in_peace.new_in_two, True)
+
+
 # ---- a publish whose process is killed
 
 # One process imports, and forks a child for each publish that is killed: an import each would take minutes.

@@ -13,7 +13,7 @@ from cxr_retrieval import command, storage
 from cxr_retrieval.command import settings_help
 from cxr_retrieval.config import Settings, load_settings, settings_fields
 from cxr_retrieval.errors import UserError, user_error_in
-from cxr_retrieval.runtime import leaves_room
+from cxr_retrieval.runtime import leaves_room, reserved_memory
 
 Run = Callable[..., list[tuple[str, Settings, argparse.Namespace]]]
 
@@ -250,3 +250,15 @@ def test_a_submitted_search_needs_no_workspace(run: Run, monkeypatch: pytest.Mon
 )
 def test_a_reading_task_needs_its_room_on_one_node(nodes: list[float], workers: int, room: bool) -> None:
     assert leaves_room(nodes, workers, 0.8, 0.25) is room
+
+
+def test_no_task_asks_for_more_memory_than_a_node_has_which_ray_would_wait_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def node(cpus: float, memory: float) -> dict[str, object]:
+        return {"Alive": True, "Resources": {"CPU": cpus, "memory": memory}}
+
+    monkeypatch.setattr("ray.nodes", lambda: [node(8, 4e9), node(8, 6e9), node(0, 1e9)])
+    assert (reserved_memory(10**9), reserved_memory(10**11)) == (10**9, 4 * 10**9)
+    monkeypatch.setattr("ray.nodes", lambda: [node(0, 1e9)])  # until the first worker has come
+    assert reserved_memory(10**11) == 10**11

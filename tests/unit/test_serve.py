@@ -169,6 +169,20 @@ def test_the_own_patient_is_found_only_when_asked_for(client: TestClient, world)
         assert sum(hit["patient"] == "1" for hit in hits) == count
 
 
+def test_a_patient_whom_the_query_names_is_left_out_and_not_told_to_the_audit(
+    client: TestClient, world, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = world[1][0].png
+    nearest = asked(client, query).json()["hits"][0]["patient"]
+    capsys.readouterr()
+    hits = asked(client, query, k=100, without_patient=nearest).json()["hits"]
+    assert len(hits) >= 10
+    assert nearest not in {hit["patient"] for hit in hits}
+    (line,) = audit_lines(capsys)
+    assert line["asked"] == {"k": 100}
+    assert "is not in this index" in asked(client, query, without_patient="nobody").json()["detail"]
+
+
 def test_each_patient_is_found_once_when_asked_for(client: TestClient, world) -> None:
     patients = {film.facts["patient"] for film in world[1]}
     hits = asked(client, world[1][0].png, k=100, own_patient=True, one_per_patient=True).json()["hits"]
@@ -528,6 +542,7 @@ def test_beyond_this_machine_a_token_is_asked_for(opened: LiveIndex, monkeypatch
         ({"authorization": f"Bearer {TOKEN}x"}, 401),
         ({"authorization": f"Basic {basic[:-4]}"}, 401),
         ({"authorization": "Basic %%%"}, 401),
+        ({"authorization": "Basic \xe9".encode("latin-1")}, 401),
         ({"authorization": f"Bearer {TOKEN}"}, 200),
         ({"authorization": f"Basic {basic}"}, 200),
     ):

@@ -196,6 +196,24 @@ def test_a_removed_patient_is_hidden_while_a_new_version_is_being_opened_and_doe
         assert live.retriever.images == 20 - moving.theirs
 
 
+def test_a_removed_patient_does_not_come_back_while_the_folder_of_tombstones_is_away(tmp_path: Path) -> None:
+    moving = Moving(tmp_path, 1000.0)
+    live, newest = moving.live, moving.open
+
+    def closed(_: str) -> Retriever:
+        raise UserError("not now")
+
+    moving.open = closed
+    remove(live.to, moving.patient, Pseudonyms(None))
+    live.look()
+    Path(live.to, "tombstones").rename(tmp_path / "away")
+    live.look()
+    assert live.retriever.images == 24 - moving.theirs
+    moving.open = newest
+    live.look()
+    assert (live.moves, live.retriever.images) == (1, 20 - moving.theirs)
+
+
 def test_a_version_that_may_show_who_was_removed_is_not_put_in_front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,8 +198,8 @@
   function filters() {
     const pairs = [];
     for (const box of document.querySelectorAll("#views input:checked")) pairs.push(["view", box.value]);
-    for (const id of ["sex", "age_from", "age_to", "date_from", "date_to"]) {
-      if ($(id).value) pairs.push([id, $(id).value]);
+    for (const id of ["sex", "age_from", "age_to", "date_from", "date_to", "without_patient"]) {
+      if ($(id).value) pairs.push([id, $(id).value.trim()]);
     }
     for (const choice of document.querySelectorAll("#findings select")) {
       if (choice.value) pairs.push([choice.value, choice.dataset.finding]);
