@@ -119,6 +119,19 @@ def test_filters_that_have_to_do_with_the_images_reach_the_target_too(written, t
     assert found["by id"] < TARGET - 0.2
 
 
+def test_ever_narrower_filters_are_proven_as_long_as_lists_are_looked_up_for_so_few_rows(
+    written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = written()
+
+    def narrowest() -> float:
+        return min(share for share, _ in proven(facts).filter_probes)
+
+    assert narrowest() == 1 / 100
+    monkeypatch.setattr(proof, "EXACT_BELOW", ROWS // 1000 - 1)
+    assert narrowest() == 1 / 1000
+
+
 def test_fewer_rows_that_pass_are_never_looked_for_in_fewer_lists() -> None:
     settings = [
         proof.Setting(*figures)
