@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import imagecodecs
 import numpy as np
 
-from cxr_retrieval.corpus.limits import RejectedImage
+from cxr_retrieval.corpus.limits import RejectedImage, reading
 
 logging.getLogger("imagecodecs").setLevel(logging.CRITICAL + 1)  # its decoders quote the file: nothing is let out
 
@@ -33,7 +33,6 @@ SIZ, COD, COC, TILE, TILE_DATA = b"\xff\x4f\xff\x51", 0x52, 0x53, 0x90, 0x93
 # What else a header of JPEG 2000 may hold. Of others the decoder believes no length, and may see what is hidden there.
 OTHERS = (0x50, 0x51, 0x55, *range(0x57, 0x59), *range(0x5C, 0x62), 0x63, 0x64)
 MOST_TILES, MOST_PRECINCTS = 4096, 100_000  # the decoder keeps some KB for each before it sees a pixel
-ERRORS = (RuntimeError, ValueError, TypeError)  # what imagecodecs raises of a bad file; its own are RuntimeErrors
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def decoded(
     frame = _jpeg_2000_header(data) if syntax in JPEG_2000 else _jpeg_header(data)
     if (frame.width, frame.height, frame.samples) != (width, height, samples):
         raise RejectedImage("damaged", f"a frame that tells another size or kind than its header: {width} x {height}")
-    try:
+    with reading("a compressed frame that cannot be decoded"):
         if syntax in JPEG_2000:
             values = imagecodecs.jpeg2k_decode(data, numthreads=1)
         elif syntax in JPEG_LS:
@@ -74,8 +73,6 @@ def decoded(
             stored = "RGB" if (rgb if frame.rgb is None else frame.rgb) else "YCBCR"
             values = imagecodecs.jpeg8_decode(data, colorspace=stored, outcolorspace="GRAYSCALE")
             samples = 1
-    except ERRORS as error:
-        raise RejectedImage("damaged", f"a compressed frame that cannot be decoded ({type(error).__name__})") from None
     shape = (height, width) if samples == 1 else (height, width, samples)
     if values.shape != shape or values.dtype.itemsize > 2:
         raise RejectedImage("damaged", f"a compressed frame of {width} x {height} pixels that gives another size")
@@ -84,10 +81,8 @@ def decoded(
 
 def _runs(data: bytes, width: int, height: int, samples: int, bytes_each: int) -> np.ndarray:
     buffer = bytearray(width * height * samples * bytes_each)  # the decoder writes no further than this
-    try:
+    with reading("run lengths that cannot be decoded"):
         filled = len(imagecodecs.dicomrle_decode(data, np.dtype(f"<u{bytes_each}"), out=buffer))
-    except ERRORS as error:
-        raise RejectedImage("damaged", f"run lengths that cannot be decoded ({type(error).__name__})") from None
     if filled != len(buffer):
         raise RejectedImage("damaged", f"run lengths that end before {width} x {height} pixels are full")
     values = np.frombuffer(buffer, f"<u{bytes_each}")

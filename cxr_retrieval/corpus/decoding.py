@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import struct
-import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from cxr_retrieval.corpus.codestream import require_few_scans
 from cxr_retrieval.corpus.dicom import BARE_TEXT, is_bare_dicom, is_dicom
 from cxr_retrieval.corpus.film import read_film
-from cxr_retrieval.corpus.limits import Limits, RejectedImage
+from cxr_retrieval.corpus.limits import Limits, RejectedImage, reading
 
 VERSION = 2  # raise it with every change that alters a prepared pixel
 WINDOW = "8 bits as they are, more from minimum to maximum, DICOM first by its VOI LUT or its window"
@@ -130,12 +128,11 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
     """Decode a PNG, JPEG or DICOM file, known by its first bytes. Raises RejectedImage for what cannot be prepared."""
     if not data.startswith(MAGIC) and is_dicom(data):
         return _decode_dicom(data, recipe, limits)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise _not_an_image(data) from None
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-        raise RejectedImage("damaged", str(error)) from None
+    with reading("the header of a PNG or JPEG", words=True):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise _not_an_image(data) from None
     width, height = image.size
     limits.check(width, height)
     if image.format == "JPEG":
@@ -145,11 +142,9 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         raise RejectedImage("unsupported", f"{frames} frames in one file")
     if image.format == "PNG" and data[DEPTH] == 16:
         return DecodedImage(recipe.resize(_windowed(_deep(data, recipe))), width, height)
-    try:
+    with reading(f"{width} x {height} {image.format}", words=True):
         image.load()
         grey_HW = _grey(image)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError) as error:
-        raise RejectedImage("damaged", f"{width} x {height} {image.format}: {error}") from None
     return DecodedImage(recipe.resize(grey_HW), grey_HW.shape[1], grey_HW.shape[0])
 
 
@@ -180,10 +175,8 @@ def _deep(data: bytes, recipe: Recipe) -> np.ndarray:
     """Luminance `uint16 [H, W]` of a 16-bit PNG, of which Pillow keeps 8 bits where it has colour or opacity."""
     if data[KIND]:
         _known(recipe, "16 bits with colour or opacity")
-    try:
+    with reading("a 16-bit PNG that cannot be decoded"):
         values = imagecodecs.png_decode(data)
-    except (imagecodecs.PngError, ValueError) as error:  # the second where what libpng says is no text
-        raise RejectedImage("damaged", f"a 16-bit PNG that cannot be decoded ({type(error).__name__})") from None
     if values.ndim == 2:
         return values
     if values.shape[2] == 2:

@@ -10,8 +10,7 @@ import logging
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from pydicom.filereader import read_dataset, read_sequence
 from pydicom.tag import BaseTag, Tag
 
 from cxr_retrieval.corpus import codestream
-from cxr_retrieval.corpus.limits import HEADER_ROOM, ExcludedImage, RejectedImage
+from cxr_retrieval.corpus.limits import HEADER_ROOM, RejectedImage, reading
 
 # pydicom tells of odd values by quoting them: nothing that it says is let out.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -37,6 +36,7 @@ PREAMBLE, MAGIC = 128, b"DICM"
 META = b"\x02\x00\x00\x00UL\x04\x00"  # what file meta information begins with: DICOM for certain, preamble or not
 BARE = re.compile(rb"\x08\x00[\x00-\x18]\x00(UI|CS|UL|SH|DA|TM|LO|[\x00-\x40]\x00\x00\x00)", re.DOTALL)
 
+UNREAD = "a DICOM header that cannot be read"  # and the words of whoever cannot: they would quote it
 BARE_TEXT = "DICOM without preamble and file meta information, of unknown encoding"
 DICOM_ENDINGS = (".dcm", ".dicom")
 
@@ -107,7 +107,7 @@ def read_facts(data: bytes, *, whole: bool = True) -> DicomFacts:
 
     Where `data` is not the `whole` file but its beginning, and the header may go on behind it, the reason is `damaged`.
     """
-    with reading():
+    with reading(UNREAD):
         header, _ = read_header(data, FACTS, HEADER_ROOM, to_the_end=False, whole=whole)
         found = {name: str(first(header, name) or "").strip(" \0") for name in FACTS}
     date = re.fullmatch(r"(\d{4})\.?(\d\d)\.?(\d\d)", found["StudyDate"])
@@ -138,20 +138,6 @@ def age_years(text: str) -> int | None:
     in_a_year = {"Y": 1, "M": 12, "W": 365.25 / 7, "D": 365.25}
     years = int(int(found[1]) / in_a_year[found[2]])
     return years if years <= 120 else None
-
-
-@contextmanager
-def reading() -> Iterator[None]:
-    """Whatever a reader of foreign bytes raises is a damaged file, but for memory that does not suffice. Its words are
-    not told: they quote the header."""
-    try:
-        yield
-    except (RejectedImage, ExcludedImage, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001  # pydicom names none of what it raises for mangled bytes
-        if isinstance(error.__context__, RejectedImage):  # it takes whatever is raised before an item for its own
-            raise error.__context__ from None
-        raise RejectedImage("damaged", f"a DICOM header that cannot be read ({type(error).__name__})") from None
 
 
 def read_header(

@@ -14,16 +14,16 @@ from pydicom.dataset import Dataset
 from cxr_retrieval.corpus import codestream
 from cxr_retrieval.corpus.dicom import (
     NATIVE,
+    UNREAD,
     burned_in,
     element,
     first,
     read_header,
-    reading,
     require_decodable,
     whole,
 )
 from cxr_retrieval.corpus.greyscale import Scale, StoredBits, grey_table
-from cxr_retrieval.corpus.limits import FOR_PROCESSING, HEADER_ROOM, ExcludedImage, Limits, RejectedImage
+from cxr_retrieval.corpus.limits import FOR_PROCESSING, HEADER_ROOM, ExcludedImage, Limits, RejectedImage, reading
 
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 PIXELS = (
@@ -70,7 +70,7 @@ class Film:
 def read_film(data: bytes, limits: Limits) -> Film:
     """The image of a DICOM file as it is to be shown. Raises RejectedImage, and ExcludedImage for what is none of the
     images that are looked for."""
-    with reading():
+    with reading(UNREAD):
         header, syntax = read_header(data, PIXELS, 3 * limits.max_pixels + HEADER_ROOM)
         require_decodable(syntax)
         shape = _Shape.of(header, syntax, limits)

@@ -3,6 +3,8 @@
 An image that cannot be used is quarantined for a reason; one that nothing is wrong with is excluded by a rule.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cxr_retrieval.config import CorpusSettings
@@ -36,6 +38,21 @@ class ExcludedImage(Exception):
         assert rule in RULES, rule
         super().__init__(rule)
         self.rule = rule
+
+
+@contextmanager
+def reading(what: str, *, words: bool = False) -> Iterator[None]:
+    """Whatever a reader of foreign bytes raises in this block is `what`, a damaged file, but for memory that does not
+    suffice. Raises RejectedImage; what the reader said is told where `words` are."""
+    try:
+        yield
+    except (RejectedImage, ExcludedImage, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  # no reader names all of what it raises for mangled bytes
+        if isinstance(error.__context__, RejectedImage):  # pydicom takes what is raised before an item for its own
+            raise error.__context__ from None
+        told = str(error) if words else ""
+        raise RejectedImage("damaged", f"{what}: {told or type(error).__name__}") from None
 
 
 def exclusion(settings: CorpusSettings, view: str | None, age_years: int | None) -> str | None:

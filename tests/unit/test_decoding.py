@@ -92,6 +92,33 @@ def test_a_flipped_byte_in_the_pixels_of_a_png_is_damaged() -> None:
     assert rejected(bytes(data)).reason == "damaged"
 
 
+BEHIND = [chunk(b"iCCP", profile) for profile in (b"abc\0", b"")]  # a chunk that Pillow trips over, behind the pixels
+NO_COLOURS = (  # a palette image without its palette, and a byte of transparency for it
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", SIZE, SIZE, 8, 3, 0, 0, 0))
+    + chunk(b"tRNS", b"\0")
+    + chunk(b"IDAT", zlib.compress(bytes((SIZE + 1) * SIZE)))
+    + chunk(b"IEND", b"")
+)
+TRIPPING = [*(encoded(grey(SIZE, SIZE))[:-12] + odd + chunk(b"IEND", b"") for odd in BEHIND), NO_COLOURS]
+
+
+@pytest.mark.parametrize("data", TRIPPING, ids=["profile cut short", "empty profile", "no palette"])
+def test_a_png_that_pillow_fails_on_for_whatever_reason_is_damaged(data: bytes) -> None:
+    error = rejected(data)
+    assert error.reason == "damaged"
+    assert error.text.startswith(f"{SIZE} x {SIZE} PNG: ")
+
+
+def test_memory_that_does_not_suffice_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(MemoryError):
+        decoded(encoded(grey()))
+
+
 def test_a_text_file_with_the_name_of_an_image_is_not_an_image() -> None:
     error = rejected(b"Patient moved, see report.\n")
     assert error.reason == "not_an_image"

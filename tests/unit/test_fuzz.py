@@ -38,7 +38,7 @@ from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile
 from tests.dicoms import SECRET, dataset, ramp, written
 from tests.unit import test_archive, test_formats
-from tests.unit.test_decoding import chunk, deep_png, encoded, grey
+from tests.unit.test_decoding import TRIPPING, chunk, deep_png, encoded, grey
 from tests.unit.test_dicom import COLOURS, FACTS, LOSSLESS, LOSSY, compressed, look_up_table
 from tests.unit.test_vindr import VinDrFolder
 
@@ -126,6 +126,7 @@ def _pictures() -> list[bytes]:
         encoded(image.convert("CMYK"), "JPEG"),
         encoded(image.convert("RGB"), "JPEG", progressive=True),
         encoded(image.convert("RGB"), "MPO", save_all=True, append_images=[image.convert("RGB")]),
+        *TRIPPING,
     ]
 
 
