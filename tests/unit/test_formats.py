@@ -406,6 +406,33 @@ def test_a_plain_table_is_read_by_its_map(tmp_path: Path) -> None:
     assert rows["a/3.png"]["unknown"] == never
 
 
+@pytest.mark.parametrize(
+    ("cells", "findings", "absent"),
+    [
+        ({"seen": "Cardiomegaly"}, ["Cardiomegaly"], ["Effusion", "Mass"]),
+        ({"seen": "Cardiomegaly|Efusion"}, ["Cardiomegaly"], []),
+        ({"seen": "Cardiomegaly", "doubt": "Efusion"}, ["Cardiomegaly"], []),
+        ({"seen": "no finding|Efusion"}, [], []),
+        ({"seen": "pleural_effusion|Cardiomegaly"}, ["Cardiomegaly", "Effusion"], ["Mass"]),
+        ({"seen": "No finding"}, [], ["Cardiomegaly", "Effusion", "Mass"]),
+        ({"seen": "Normal"}, [], ["Cardiomegaly", "Effusion", "Mass"]),
+    ],
+)
+def test_a_word_that_is_none_of_the_findings_leaves_those_unknown_that_are_not_named(
+    cells: dict[str, str], findings: list[str], absent: list[str], tmp_path: Path
+) -> None:
+    """It may be another name, or a misspelt one, of what would be taken for absent."""
+    table(tmp_path / "list.csv", "file,pid,seen,doubt", {"file": "1.png", "pid": "x", **cells})
+    images(tmp_path, "1.png")
+    settings = {"columns": {**COLUMNS, "unknown": "doubt"}, "labelled": ["Cardiomegaly", "Effusion", "Mass"]}
+    row = read(tmp_path, "csv", **settings)["1.png"]
+    assert row["findings"] == findings
+    assert [name for name in FINDINGS if name not in (*row["findings"], *row["unknown"])] == absent
+    assert row["other"] == [word for word in cells["seen"].split("|") if word == "Efusion"]
+    row = read(tmp_path, "csv", unmentioned="absent", **settings)["1.png"]
+    assert not {"Cardiomegaly", "Effusion", "Mass"} & set(row["unknown"])
+
+
 def test_findings_that_a_table_is_said_to_tell_of_stay_the_same_when_it_grows(tmp_path: Path) -> None:
     def told(**settings: Any) -> dict[str, Any]:
         return read(tmp_path, "csv", columns=COLUMNS, **settings)["1.png"]

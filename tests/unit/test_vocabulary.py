@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, PRESENT, UNKNOWN
-from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST, VINDR, VOCABULARIES, Vocabulary
+from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST, VINDR, VOCABULARIES, Vocabulary, in_our_words
 
 # PadChest's own tree, where a word of it means one of FINDINGS: the words right below each. Bustos et al. 2020 show it,
 # auriml/Rx-thorax-automatic-captioning has it whole.
@@ -120,6 +120,25 @@ def test_whatever_is_stated_no_finding_is_in_two_states(
     assert {*told.findings, *told.unknown} <= set(FINDINGS)
     assert set(FINDINGS) - vocabulary.labelled <= set(told.unknown)
     assert all(states[name] == PRESENT for name in told.other)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("pleural_thickening", "Pleural_Thickening"),
+        ("Infiltrate", "Infiltration"),
+        ("PLEURAL EFFUSION", "Effusion"),
+        ("Pulmonary_Fibrosis", "Fibrosis"),
+        ("no_finding", "No Finding"),
+        ("round atelectasis", "round atelectasis"),
+        ("Nodule/Mass", "Nodule/Mass"),
+        ("Fracture", "Fracture"),
+    ],
+)
+def test_another_archives_name_is_read_where_it_is_as_broad_as_one_finding_and_surely_that(
+    name: str, ours: str
+) -> None:
+    assert in_our_words(name) == ours
 
 
 def test_the_page_shows_the_table_as_it_is() -> None:

@@ -1,7 +1,7 @@
 """Any one table with a header beside the images, whose columns `corpus.columns` tells (`corpus.format=csv`).
 
-Findings are those of FINDINGS, in any case and with blanks or underscores, and `No Finding`. Those that the
-table tells of are `corpus.labelled`, or all that a row names; others are unknown but where they are named.
+Findings are read by SPELLINGS. Those that the table tells of are `corpus.labelled`, or all that a row names; others are
+unknown but where they are named.
 """
 
 import re
@@ -23,13 +23,12 @@ from cxr_retrieval.corpus.formats.labels import (
     view,
     whole_number,
 )
-from cxr_retrieval.corpus.formats.vocabulary import OWN
+from cxr_retrieval.corpus.formats.vocabulary import OWN, in_our_words
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile, canonical
 
 TABLE = "table"
 HERE = re.compile(r"^(\./)+")
-SPELLINGS = {name.replace("_", " ").casefold(): name for name in (*FINDINGS, NO_FINDING)}
 
 
 class ColumnMap:
@@ -97,11 +96,13 @@ class ColumnMap:
 
     def _names(self, row: Mapping[str, str], key: str) -> list[str]:
         words = (word.strip() for word in row.get(key, "").split(self._separator))
-        return [SPELLINGS.get(word.replace("_", " ").casefold(), word) for word in words if word]
+        return [in_our_words(word) for word in words if word]
 
     def _facts(self, row: Mapping[str, str], labelled: Sequence[str]) -> dict[str, Any]:
-        found = self._names(row, "findings")
-        states = dict.fromkeys(self._names(row, "unknown"), UNKNOWN) | dict.fromkeys(found, PRESENT)
+        found, doubtful = self._names(row, "findings"), self._names(row, "unknown")
+        states = dict.fromkeys(doubtful, UNKNOWN) | dict.fromkeys(found, PRESENT)
+        # A word that is none of ours may be another name of a finding: what is not named may then be there.
+        whole = found and states.keys() <= {*FINDINGS, NO_FINDING}
         states.pop(NO_FINDING, None)
-        untold = dict.fromkeys(labelled, ABSENT if found else self._blank)
+        untold = dict.fromkeys(labelled, ABSENT if whole else self._blank)
         return OWN.read(untold | states, UNKNOWN)._asdict()

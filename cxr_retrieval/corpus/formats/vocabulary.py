@@ -9,7 +9,7 @@ broader word could stand for is marked with `?`.
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, PRESENT, UNKNOWN
+from cxr_retrieval.corpus.findings import ABSENT, FINDINGS, NO_FINDING, PRESENT, UNKNOWN
 
 
 class Told(NamedTuple):
@@ -202,6 +202,26 @@ VINDR = Vocabulary(
         "Other diseases": "",
     }
 )
+
+
+def _folded(name: str) -> str:
+    return name.replace("_", " ").casefold()
+
+
+# How a table of one's own may call a finding: as any archive does whose labels are as broad as FINDINGS. PadChest's are
+# finer: who has no round atelectasis may have another.
+SPELLINGS: Mapping[str, str] = {
+    _folded(name): meaning
+    for vocabulary in (NIH, CHEXPERT, VINDR)
+    for name, meaning in vocabulary.meanings.items()
+    if meaning in FINDINGS
+} | {_folded(NO_FINDING): NO_FINDING, "normal": NO_FINDING}
+
+
+def in_our_words(name: str) -> str:
+    """The one of FINDINGS that a name surely is, or NO_FINDING; else the name."""
+    return SPELLINGS.get(_folded(name), name)
+
 
 VOCABULARIES: Mapping[str, Vocabulary] = {
     "NIH ChestX-ray14": NIH,
