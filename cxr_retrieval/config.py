@@ -60,12 +60,12 @@ class CorpusSettings(Section):
         " and a row that is the first to name one prepares all images anew",
     )
     uncertain: Literal["unknown", "present", "absent"] = Field(
-        "unknown", description="what an uncertain finding is taken for (format = chexpert, mimic)"
+        "unknown", description="what an uncertain finding is taken for (format = chexpert, mimic, dicom)"
     )
     unmentioned: Literal["unknown", "absent"] = Field(
         "unknown",
         description="what a finding is taken for that a row neither mentions nor rules out by No Finding"
-        " (format = chexpert, mimic, csv)",
+        " (format = chexpert, mimic, dicom, csv)",
     )
     name: str = Field("chest", pattern=NAME, description="name of the prepared corpus in the workspace")
     size: int = Field(256, ge=32, le=1024, description="side of a prepared image in pixels")

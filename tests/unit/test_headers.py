@@ -385,6 +385,47 @@ def test_a_table_that_cannot_be_understood_is_refused(export: Export, lines: lis
         export.read(labels=str(export.archive / "none.csv"))
 
 
+def test_a_column_is_read_by_any_name_of_its_finding_and_others_of_labels_are_kept_in_their_own_words(
+    export: Export, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export.put(a=film(), b=film(patient="p2"))
+    header = "path,pleural_effusion,Infiltrate,EDEMA,Support Devices,Fracture,train,age,note"
+    lines = ["a,1,0,-1,1,-1,1,61,x", "b,0,1.0,,0,,2,1,"]
+    rows = export.rows(labels=export.labels(header, *lines))
+    assert [(row["findings"], row["other"]) for row in rows.values()] == [
+        (["Effusion"], ["Support Devices"]),
+        (["Infiltration"], []),
+    ]
+    ours = {"Effusion", "Infiltration", "Edema"}
+    assert rows["a"]["unknown"] == [name for name in FINDINGS if name not in ours or name == "Edema"]
+    assert rows["b"]["unknown"] == [name for name in FINDINGS if name not in ours or name == "Edema"]
+    told = capsys.readouterr().err
+    assert told.endswith("columns that tell of no finding and are not read: 'train', 'age', 'note'\n")
+    assert told.count("\n") == 1
+
+
+def test_of_two_columns_of_one_finding_the_one_that_says_it_is_there_decides(export: Export) -> None:
+    export.put(a=film(), b=film(patient="p2"))
+    rows = export.rows(labels=export.labels("path,Effusion,Pleural Effusion", "a,0,1", "b,0,0"))
+    assert [row["findings"] for row in rows.values()] == [["Effusion"], []]
+    assert "Effusion" not in rows["b"]["unknown"]
+
+
+def test_no_finding_rules_out_what_has_a_column_and_no_more(export: Export) -> None:
+    export.put(a=film(), b=film(patient="p2"))
+    rows = export.rows(labels=export.labels("path,no finding,Mass,Edema", "a,1,,-1", "b,0,,0"))
+    assert all(row["findings"] == row["other"] == [] for row in rows.values())
+    assert [set(FINDINGS) - set(row["unknown"]) for row in rows.values()] == [{"Mass"}, {"Edema"}]
+
+
+def test_what_is_uncertain_or_blank_in_a_table_of_findings_is_what_the_settings_say(export: Export) -> None:
+    export.put(a=film())
+    labels = export.labels("path,Mass,Edema", "a,-1,")
+    row = export.rows(labels=labels, uncertain="present", unmentioned="absent")["a"]
+    assert row["findings"] == ["Mass"]
+    assert row["unknown"] == [name for name in FINDINGS if name not in ("Mass", "Edema")]
+
+
 def test_a_cell_that_is_no_label_quarantines_its_images(export: Export) -> None:
     export.put(a=film())
     row = export.rows(labels=export.labels("path,Mass", "a,maybe"))["a"]

@@ -1,24 +1,27 @@
 """A folder of DICOM files as a PACS exports them: any names, any depth. Headers tell all but the findings.
 
-Findings come from a CSV file, `corpus.labels`. One of its columns says which images a row is of (see KEYS), the columns
-of FINDINGS hold 1 (present), 0 (absent) or -1 (uncertain); an empty cell, a column that is missing and an image without
-a row are findings that nobody has assessed.
+Findings come from a CSV file, `corpus.labels`. One of its columns says which images a row is of (see KEYS). Those
+that have a finding's name (see SPELLINGS) hold 1 (present), 0 (absent) or -1 (uncertain); an empty cell, a column that
+is missing and an image without a row are findings that nobody has assessed. Other columns that hold the same and
+nothing else are findings in the table's own words.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.console import say
 from cxr_retrieval.corpus.dicom import DicomFacts
-from cxr_retrieval.corpus.findings import FINDINGS, UNKNOWN
+from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 from cxr_retrieval.corpus.formats.labels import GIVEN, Box, Label, Tables, header_of, quoted, records, view
-from cxr_retrieval.corpus.formats.observations import CELLS
-from cxr_retrieval.corpus.formats.vocabulary import OWN
+from cxr_retrieval.corpus.formats.observations import CELLS, Observations
+from cxr_retrieval.corpus.formats.vocabulary import in_our_words, named
 from cxr_retrieval.corpus.limits import BODY_PART, MODALITY
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile, canonical
 
 PATH, IMAGE, STUDY = "path", "SOPInstanceUID", "StudyInstanceUID"
 KEYS = (PATH, IMAGE, STUDY)  # columns that name a file (below the archive's folder), an image or all images of a study
+SHOWN = 8  # columns that are not read, by their names
 RADIOGRAPHS = ("CR", "DX", "DR", "RG", "OT")  # modalities of what may be a chest X-ray; so may be what names none
 CHEST = ("CHEST", "THORAX", "TORAX", "LUNG")  # one of them is in the body part of a chest X-ray
 ANY_PART = (None, "UNKNOWN", "UNDEFINED", "UNSPECIFIED", "OTHER", "NONE")  # body parts that do not say which
@@ -34,6 +37,7 @@ class DicomFolder:
     endings: Sequence[str] = ("",)
 
     def __init__(self, settings: CorpusSettings) -> None:
+        self._settings = settings
         self._key = IMAGE if settings.labels is None else _key(StoredFile("", canonical(settings.labels), 0, 0.0))
 
     @staticmethod
@@ -64,22 +68,10 @@ class DicomFolder:
         if GIVEN not in tables:
             return
         table = tables[GIVEN]
-        named = set(header_of(table))
-        columns = [name for name in FINDINGS if name in named]
-        if not columns:
-            raise UserError(f"{table.uri}: no column is named as a finding; they are {', '.join(FINDINGS)}")
+        columns = _findings(table, self._key)
+        observations = Observations(self._settings, named(columns))
         for key, *cells in records(table, [self._key, *columns]):
-            told = dict(zip(columns, cells, strict=True))
-            strange = next((name for name, cell in told.items() if cell and cell not in CELLS), None)
-            if strange is not None:
-                yield Label(
-                    key,
-                    reason="unknown_label",
-                    text=f"{strange} is {quoted(told[strange])}: none of 1, 0, -1 and blank",
-                )
-                continue
-            states = {name: CELLS[cell] for name, cell in told.items() if cell}
-            yield Label(key, **OWN.read(states, UNKNOWN)._asdict())
+            yield Label(key, **observations.facts(dict(zip(columns, cells, strict=True))))
 
     def boxes(self, _: Tables) -> Iterator[Box]:
         return iter(())
@@ -94,6 +86,27 @@ def _rule(facts: DicomFacts) -> str | None:
         return MODALITY
     part = facts.body_part
     return None if part in ANY_PART or any(word in part for word in CHEST) else BODY_PART
+
+
+def _findings(table: StoredFile, key: str) -> list[str]:
+    """The columns of a table that tell of findings, ours or others; whoever waits is told of those that do not. Raises
+    UserError where none is of ours."""
+    columns = [name for name in dict.fromkeys(header_of(table)) if name and name != key]
+    ours = [name for name in columns if in_our_words(name) in (*FINDINGS, NO_FINDING)]
+    if not named(ours).labelled:
+        raise UserError(f"{table.uri}: no column is named as a finding; they are {', '.join(FINDINGS)}")
+    others = [name for name in columns if name not in ours]
+    cells_of: dict[str, set[bool]] = {name: set() for name in others}  # whether they are labels
+    for cells in records(table, others) if others else ():
+        for name, cell in zip(others, cells, strict=True):
+            if cell:
+                cells_of[name].add(cell in CELLS)
+    unread = [name for name in others if cells_of[name] != {True}]
+    if unread:
+        told, more = ", ".join(map(quoted, unread[:SHOWN])), len(unread) - SHOWN
+        more_told = f" and {more:,} more" if more > 0 else ""
+        say(f"{table.uri}: columns that tell of no finding and are not read: {told}{more_told}")
+    return [name for name in columns if name not in unread]
 
 
 def _key(table: StoredFile) -> str:

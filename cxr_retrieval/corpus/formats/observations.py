@@ -1,4 +1,5 @@
-"""Cells of the CheXpert labeller, which CheXpert and MIMIC-CXR-JPG share: 1 present, 0 absent, -1 uncertain, blank.
+"""Tables with a column for each finding, and cells as the CheXpert labeller writes them: 1 present, 0 absent, -1
+uncertain, blank. CheXpert and MIMIC-CXR-JPG share their columns; a table of one's own has others.
 
 Irvin et al., CheXpert: a large chest radiograph dataset with uncertainty labels and expert comparison, 2019
 (arXiv:1901.07031).
@@ -10,7 +11,7 @@ from typing import Any
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.findings import ABSENT, NO_FINDING, PRESENT, UNKNOWN
 from cxr_retrieval.corpus.formats.labels import quoted
-from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT
+from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, Vocabulary, in_our_words
 
 OBSERVATIONS = (NO_FINDING, *CHEXPERT.meanings)
 CELLS = {"1.0": PRESENT, "1": PRESENT, "0.0": ABSENT, "0": ABSENT, "-1.0": UNKNOWN, "-1": UNKNOWN}
@@ -18,13 +19,15 @@ POLICY = {"unknown": UNKNOWN, "present": PRESENT, "absent": ABSENT}
 
 
 class Observations:
-    """How rows are read: by `corpus.uncertain` and `corpus.unmentioned`."""
+    """How rows are read: by what the columns' names mean, `corpus.uncertain` and `corpus.unmentioned`."""
 
-    def __init__(self, settings: CorpusSettings) -> None:
+    def __init__(self, settings: CorpusSettings, vocabulary: Vocabulary = CHEXPERT) -> None:
+        self._vocabulary = vocabulary
         self._uncertain, self._unmentioned = POLICY[settings.uncertain], POLICY[settings.unmentioned]
 
     def facts(self, cells: Mapping[str, str]) -> dict[str, Any]:
-        """What the cells of OBSERVATIONS tell, as fields of Label. No Finding rules out all that is not mentioned."""
+        """What cells by their columns' names tell, as fields of Label. No Finding rules out all that is not mentioned
+        of what has a column."""
         states = {}
         for name, cell in cells.items():
             if not cell:
@@ -32,6 +35,6 @@ class Observations:
             if cell not in CELLS:
                 return {"reason": "unknown_label", "text": f"{name} is {quoted(cell)}: none of 1, 0, -1 and blank"}
             states[name] = CELLS[cell]
-        nothing = states.pop(NO_FINDING, None) == PRESENT
+        nothing = PRESENT in [states.pop(name) for name in list(states) if in_our_words(name) == NO_FINDING]
         settled = {name: self._uncertain if state == UNKNOWN else state for name, state in states.items()}
-        return CHEXPERT.read(settled, ABSENT if nothing else self._unmentioned)._asdict()
+        return self._vocabulary.read(settled, ABSENT if nothing else self._unmentioned)._asdict()

@@ -223,6 +223,11 @@ def in_our_words(name: str) -> str:
     return SPELLINGS.get(_folded(name), name)
 
 
+def named(names: Iterable[str]) -> Vocabulary:
+    """The vocabulary of a table that has these names for findings; those that are none of ours mean none."""
+    return Vocabulary({name: ours if (ours := in_our_words(name)) in FINDINGS else "" for name in names})
+
+
 VOCABULARIES: Mapping[str, Vocabulary] = {
     "NIH ChestX-ray14": NIH,
     "CheXpert, MIMIC-CXR-JPG": CHEXPERT,
