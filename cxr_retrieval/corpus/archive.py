@@ -53,6 +53,7 @@ TOLD_ENDINGS = frozenset(
 PHANTOM_PLAN = "phantom.json"  # what phantoms were drawn from; it belongs to an archive and nothing in it is needed
 WITHOUT_IMAGE, DOTTED = "DICOM without an image", "names with a dot in front"
 NO_TEXT = re.compile("[\udc80-\udcff]")  # bytes of a local name that is no UTF-8, as Python holds them
+MARKED_BYTES = re.compile("[\x1a\udc80-\udcff]")  # those, and what stands before each where they are told
 # Words of an archive's own (other findings, views) are told in logs and on pages. What is longer than any name, or of
 # more kinds, is text about patients.
 MOST_WORDS, MOST_WORD, WORD_TOLD = 1000, 200, 64  # kinds; characters that are read, and those that are kept
@@ -246,8 +247,9 @@ class Archive:
                 if file.uri == given:
                     continue
                 if name.lower().endswith(endings):
-                    # A byte that is no text becomes a control character and its value: the row is a bad name.
-                    path = NO_TEXT.sub(lambda byte: f"\x1a{ord(byte.group()) - 0xDC00:02x}", file.path)
+                    # A byte that is no text becomes a control character and its value, and so does that character
+                    # itself, so that no two files have one path: the row is a bad name.
+                    path = MARKED_BYTES.sub(lambda byte: f"\x1a{ord(byte.group()) & 0xFF:02x}", file.path)
                     yield path, self._format.image_of(path), file.size, file.version
                 elif kind := self._format.table_kind(file.path):
                     if kind in tables:

@@ -418,9 +418,11 @@ def test_a_file_that_is_larger_than_any_image_is_refused_by_its_listing(folder: 
     assert rows["a.png"]["text"].startswith("42,949,672,960 bytes, more than 16,781,216,")
 
 
-def test_a_name_that_is_no_text_is_quarantined_and_the_others_stay(folder: Folder) -> None:
+def test_a_name_that_is_no_text_is_quarantined_beside_one_that_looks_like_its_escape_and_the_others_stay(
+    folder: Folder,
+) -> None:
     folder.images("a.png").table(line("a.png"))
-    for name in (b"b\xff.png", b"b\xfe.png", b"d\xff/b.png"):
+    for name in (b"b\xff.png", b"b\xfe.png", b"d\xff/b.png", b"b\x1aff.png"):
         path = Path(os.fsdecode(os.fsencode(folder.path) + b"/" + name))
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -429,6 +431,7 @@ def test_a_name_that_is_no_text_is_quarantined_and_the_others_stay(folder: Folde
         "a.png": None,
         "b\\x1aff.png": "bad_name",
         "b\\x1afe.png": "bad_name",
+        "b\\x1a1aff.png": "bad_name",
         "b.png": "bad_name",
     }
     assert all(row["source_uri"].encode() for row in rows)
