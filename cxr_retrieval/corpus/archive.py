@@ -153,9 +153,10 @@ class Archive:
     ) -> None:
         """List the archive and read its tables. Raises UserError for one without images or label table.
 
-        `before` are the partitions that the archive was cut into before: its images keep them, and new ones come in new
-        partitions. Those that could not be read then are tried now. Images of `removed` patients keep their places too,
-        and nothing is told of them. `headers` are those of the archive's files, where its format asks for them.
+        `before` are the partitions that the archive was cut into before: its images keep the first that they are in,
+        and new ones come in new partitions. Those that could not be read then are tried now. Images of `removed`
+        patients keep their places too, and nothing is told of them. `headers` are those of the archive's files, where
+        its format asks for them.
         """
         if settings.archive is None:
             raise UserError("corpus.archive is not set: give the folder or s3:// prefix that holds the archive")
@@ -222,7 +223,7 @@ class Archive:
         with ThreadPoolExecutor(READS_AHEAD) as pool:
             found = zip(uris, rows["text"].to_pylist(), pool.map(is_readable, uris), strict=True)
             still = [(uri[start:], text) for uri, text, readable in found if not readable]
-        self._database.executemany("INSERT INTO unreadable VALUES (?, ?)", still)
+        self._database.executemany("INSERT OR IGNORE INTO unreadable VALUES (?, ?)", still)
 
     def _count(self, query: str) -> int:
         return int(self._database.execute(query).fetchone()[0])

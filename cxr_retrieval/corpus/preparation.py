@@ -53,7 +53,7 @@ from cxr_retrieval.tombstones import RemovedPatients
 KIND = "corpus"
 EXCLUSIONS_FILE = "exclusions.parquet"
 KEYED = PrivacySettings()  # removed patients are told by a key, unless an archive is said to be public
-LATEST = "latest"  # beside the corpora of a name
+LATEST, BEGUN = "latest", "begun"  # beside the corpora of a name
 BEGUN_TOLD = 8  # partitions that are told where one of them cannot be prepared
 CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "duplicates"))
 PATIENTS_ADD_UP = Equation("patients", SPLITS)  # of all splits together, against those of each: nobody is in two
@@ -108,23 +108,34 @@ def _latest_uri(folder: str, settings: CorpusSettings) -> str:
     return storage.join(folder, LATEST, f"{archive}.json")
 
 
-def _remember_latest(corpus: Artifact, settings: CorpusSettings) -> None:
-    """Note a corpus as the last one of its archive: what was never finished decides nothing about what comes after."""
-    latest = _latest_uri(storage.parent(corpus.uri), settings)
-    told = json.dumps({"input_id": corpus.input_id}).encode()
-    if not storage.exists(latest) or storage.read_bytes(latest) != told:
-        storage.write_bytes(latest, told)
+def _begun_uri(folder: str, settings: CorpusSettings) -> str:
+    """The file that names the last corpus begun from an archive with settings by which its parts are the same ones."""
+    cut = shaping_of(settings) | {"partition_images": settings.partition_images}
+    name = artifacts.input_id(KIND, cut, [storage.canonical(settings.archive or "")])
+    return storage.join(folder, BEGUN, f"{name}.json")
+
+
+def _remember(pointer: str, input_id: str) -> None:
+    """Name a corpus in one of these files."""
+    told = json.dumps({"input_id": input_id}).encode()
+    if not storage.exists(pointer) or storage.read_bytes(pointer) != told:
+        storage.write_bytes(pointer, told)
 
 
 def _partitions_before(folder: str, settings: CorpusSettings) -> Iterator[pa.Table]:
-    """The partitions of the last corpus that was prepared from this archive; none where there is none any more."""
-    try:
-        latest = json.loads(storage.read_bytes(_latest_uri(folder, settings)))["input_id"]
-        file = storage.arrow_reader(storage.join(folder, latest, MANIFEST_FILE))
-    except FileNotFoundError:
-        return
-    with file:
-        yield from read_partitions(file, ["source_uri", "image_id", "reason", "text"])
+    """The partitions of the last corpus that was prepared from this archive, then those of the last that was begun, if
+    it is another: what was finished of it has images that the first does not know. None of one that is gone."""
+    corpora: dict[str, None] = {}
+    for pointer in (_latest_uri(folder, settings), _begun_uri(folder, settings)):
+        with contextlib.suppress(FileNotFoundError):
+            corpora[json.loads(storage.read_bytes(pointer))["input_id"]] = None
+    for corpus in corpora:
+        try:
+            file = storage.arrow_reader(storage.join(folder, corpus, MANIFEST_FILE))
+        except FileNotFoundError:
+            continue
+        with file:
+            yield from read_partitions(file, ["source_uri", "image_id", "reason", "text"])
 
 
 def find_prepared(settings: CorpusSettings, workspace: str, privacy: PrivacySettings = KEYED) -> Artifact:
@@ -139,7 +150,7 @@ def find_prepared(settings: CorpusSettings, workspace: str, privacy: PrivacySett
 
 @dataclass(frozen=True)
 class HeadStart:
-    """The first partition of an archive that was never prepared, at work while the rest is being listed: the first
+    """The first partition of an archive that was never begun, at work while the rest is being listed: the first
     image of a million is out within seconds.
 
     It is a guess of what the partition is, begun as the one part of a corpus of its own: whose images are in it is told
@@ -154,9 +165,10 @@ class HeadStart:
     @classmethod
     @contextlib.contextmanager
     def of(cls, settings: CorpusSettings, workspace: str, privacy: PrivacySettings) -> Iterator["HeadStart | None"]:
-        """None where the archive was prepared before, its first part is there, or its beginning does not tell it."""
+        """None where the archive was prepared or begun before, which places its images, its first part is there, or its
+        beginning does not tell it."""
         folder, head, rows = corpus_folder(settings, workspace), None, None
-        if not storage.exists(_latest_uri(folder, settings)):
+        if not any(map(storage.exists, (_latest_uri(folder, settings), _begun_uri(folder, settings)))):
             with contextlib.suppress(NotToldYet, UserError):  # what is wrong is told when all of it is listed
                 (rows,) = Beginning(settings, RemovedPatients.of(workspace, privacy)).partitions()
         if rows is not None:
@@ -213,11 +225,13 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
     """
     with HeadStart.of(settings, workspace, privacy) as head:
         plan = plan_corpus(settings, workspace, privacy, scans=True)
+        folder = corpus_folder(settings, workspace)
         done = artifacts.find(plan.draft.uri)
         if done:
-            _remember_latest(done, settings)  # of a job that was killed before it did
+            _remember(_latest_uri(folder, settings), done.input_id)  # of a job that was killed before it did
             return done, False
         draft, manifest = plan.draft, _begin(plan.draft, plan.manifest)
+        _remember(_begun_uri(folder, settings), draft.input_id)
         with ThreadPoolExecutor(READS_AHEAD) as pool:
             found = list(pool.map(artifacts.find, [part.uri for part in plan.parts]))
         begun = head.result if head and head.is_of(plan) else None
@@ -230,8 +244,9 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
                 draft = replace(draft, inputs=tuple(part.input_id for part in finished))
                 draft = replace(draft, uri=storage.join(storage.parent(draft.uri), draft.input_id))
                 manifest = _begin(draft, _manifest_as_read(plan, finished))
+                _remember(_begun_uri(folder, settings), draft.input_id)
             corpus = _finish(draft, manifest, finished, plan.archive, settings)
-            _remember_latest(corpus, settings)
+            _remember(_latest_uri(folder, settings), corpus.input_id)
             HeadStart.clear(plan, settings)
             return corpus, True
 

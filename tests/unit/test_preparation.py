@@ -1,9 +1,11 @@
 """Promises of what a task of prepare costs, and of what it does with a file that it cannot read."""
 
+import contextlib
 import errno
 import io
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,8 @@ import numpy as np
 import pytest
 
 from cxr_retrieval import s3
-from cxr_retrieval.artifacts import PLAN, Draft
-from cxr_retrieval.config import CorpusSettings
+from cxr_retrieval.artifacts import MANIFEST, PLAN, Artifact, Draft
+from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import preparation
 from cxr_retrieval.corpus.files import is_readable, read_listed
 from cxr_retrieval.corpus.limits import RejectedImage
@@ -23,6 +25,9 @@ from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
 from cxr_retrieval.corpus.parts import DECODING, PART_KIND, prepare_part
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.index.removal import purge, workspace_holdings
+from cxr_retrieval.privacy import Pseudonyms
+from cxr_retrieval.tombstones import RemovedPatients, remove
 from tests.unit.test_archive import Folder, line
 
 DECODES = """
@@ -132,3 +137,165 @@ def test_a_process_that_dies_at_every_try_names_the_partitions_that_it_may_have_
     assert f"died at every try: 2 ({place}); an image in it" in told
     assert ("Doe" in told) == names
     assert told.endswith("run the same command again, it goes on")
+
+
+SMALL = {"size": 64, "partition_images": 8, "row_group_images": 8, "max_quarantined": 1.0}
+PUBLIC = PrivacySettings(pseudonymise=False)
+
+
+class Killed(BaseException):
+    """What ends a run whatever it is doing."""
+
+
+class Prepared:
+    """An archive of films that is prepared in this process, partition by partition, and may be killed after some."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.archive, self.workspace, self._patch = Folder(folder / "archive"), str(folder / "work"), monkeypatch
+        self.names: list[str] = []
+
+    def film(self, name: str, patient: str = "1", content: bytes | None = None) -> None:
+        """Put a film into the archive, or a file of that content under a film's name."""
+        self.names.append(line(name, patient=patient))
+        pixels = np.random.default_rng(len(self.names)).integers(0, 256, (64, 64), np.uint8)
+        self.archive.images(name).table(*self.names)
+        (self.archive.path / name).write_bytes(content or cv2.imencode(".png", pixels)[1].tobytes())
+
+    def settings(self, **changes: Any) -> CorpusSettings:
+        return CorpusSettings(archive=str(self.archive.path), **(SMALL | changes))
+
+    def run(self, most: int = 10**9, **changes: Any) -> Artifact:
+        """Prepare it; killed after `most` partitions."""
+        settings = self.settings(**changes)
+
+        def results(plan: preparation.CorpusPlan, missing: list[int], *_: Any) -> Iterator[dict[str, Any]]:
+            task = preparation._task_of(plan.draft, plan.parts[0], settings)
+            for done, number in enumerate(missing):
+                if done == most:
+                    raise Killed
+                yield task({"partition": number, "uri": plan.parts[number].uri})
+
+        with self._patch.context() as patched:
+            patched.setattr(preparation.HeadStart, "of", lambda *_: contextlib.nullcontext())
+            patched.setattr(preparation, "_results", results)
+            return preparation.prepare(settings, self.workspace, PUBLIC)[0]
+
+    def killed_after(self, most: int, **changes: Any) -> set[str]:
+        """The partitions that a run had finished when it was killed."""
+        with pytest.raises(Killed):
+            self.run(most, **changes)
+        return self.finished()
+
+    def finished(self) -> set[str]:
+        return {path.parent.name for path in Path(self.workspace).glob(f"corpora/chest/parts/*/{MANIFEST}")}
+
+    def planned(self, **changes: Any) -> list[str]:
+        """The ids of the partitions that a run would prepare now."""
+        return list(preparation.plan_corpus(self.settings(**changes), self.workspace, PUBLIC).draft.inputs)
+
+
+@pytest.fixture
+def films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+    """32 of them, in four partitions, of 16 patients."""
+    made = Prepared(tmp_path, monkeypatch)
+    for number in range(32):
+        made.film(f"{number:02d}.png", patient=str(number // 2))
+    return made
+
+
+def a_film_comes_first(films: Prepared) -> None:
+    films.film("00 before.png")
+
+
+def the_first_film_goes(films: Prepared) -> None:
+    (films.archive.path / "00.png").unlink()
+
+
+def films_come_and_go(films: Prepared) -> None:
+    films.film("00 before.png")
+    films.film("09 behind.png")
+    (films.archive.path / "01.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "again"), [(a_film_comes_first, 0), (the_first_film_goes, 1), (films_come_and_go, 1)]
+)
+def test_a_run_that_was_killed_keeps_its_partitions_whatever_comes_and_goes(
+    change: Callable[[Prepared], None], again: int, films: Prepared
+) -> None:
+    done = films.killed_after(3)
+    assert len(done) == 3
+    change(films)
+    assert len(done & set(films.planned())) == 3 - again
+    made = films.run()
+    assert len(done & set(made.manifest["inputs"])) == 3 - again
+    assert len(films.finished()) == len(made.part_uris) + again, "nothing was prepared for nothing"
+    assert films.run().input_id == made.input_id
+
+
+def test_a_run_that_ends_on_bad_images_goes_on_behind_the_one_that_is_taken_away(films: Prepared) -> None:
+    for name in ("00 bad.png", "10 bad.png"):
+        films.film(name, content=b"no image")
+    with pytest.raises(UserError, match=r"2 so far of 34 images are quarantined.* mend the archive or raise the limit"):
+        films.run(max_quarantined=0.04)
+    done = films.finished()
+    assert len(done) == 2
+    (films.archive.path / "00 bad.png").unlink()
+    assert len(done & set(films.run(max_quarantined=0.04).manifest["inputs"])) == 1
+
+
+def test_the_same_archive_has_the_same_partitions_whether_a_run_was_killed_or_not(films: Prepared) -> None:
+    planned = films.planned()
+    films.killed_after(2)
+    assert films.planned() == planned
+    assert list(films.run().manifest["inputs"]) == planned == films.planned()
+
+
+def test_an_archive_that_is_again_as_it_was_prepared_makes_no_work_though_a_run_was_killed_meanwhile(
+    films: Prepared,
+) -> None:
+    made = films.run()
+    film, away = films.archive.path / "03.png", films.archive.path / "03.away"
+    film.rename(away)
+    films.killed_after(0)
+    away.rename(film)
+    assert films.run(0).input_id == made.input_id
+
+
+def test_a_file_that_could_still_not_be_read_when_a_run_was_killed_makes_no_work(films: Prepared) -> None:
+    films.film("zz.png")
+    (films.archive.path / "zz.png").unlink()
+    (films.archive.path / "zz.png").symlink_to("nothing")
+    made = films.run()
+    films.film("00 before.png")
+    films.killed_after(0)
+    assert films.planned()[:-1] == list(made.manifest["inputs"])
+
+
+def test_a_run_that_was_killed_says_nothing_of_one_that_is_cut_otherwise(films: Prepared) -> None:
+    smaller = films.planned(partition_images=16)
+    films.killed_after(2)
+    assert films.planned(partition_images=16) == smaller
+    films.killed_after(1, partition_images=16)
+    films.film("00 before.png")
+    assert len(films.finished() & set(films.planned())) == 2
+    assert len(films.finished() & set(films.planned(partition_images=16))) == 1
+
+
+def test_a_patient_who_is_removed_after_a_run_was_killed_costs_the_partition_that_holds_her(films: Prepared) -> None:
+    done = films.killed_after(3)
+    remove(films.workspace, "0", Pseudonyms(None))
+    films.film("00 before.png")
+    assert len(done & set(films.planned())) == 2
+    purge(workspace_holdings(films.workspace, RemovedPatients.of(films.workspace, PUBLIC)))
+    assert len(films.finished()) == 2
+    assert films.run().manifest["exclusion_rules"] == {"removed": 2}, "the manifest of the killed run is gone"
+
+
+def test_a_head_start_is_of_an_archive_that_was_never_begun(films: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Draft] = []
+    monkeypatch.setattr(preparation.HeadStart, "_at_work", classmethod(lambda _, draft, *__: begun.append(draft)))
+    for _ in range(2):
+        with preparation.HeadStart.of(films.settings(), films.workspace, PUBLIC):
+            assert len(begun) == 1
+        films.killed_after(0)
