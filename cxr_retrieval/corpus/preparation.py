@@ -24,7 +24,7 @@ import ray
 from ray.util.annotations import RayDeprecationWarning
 
 from cxr_retrieval import artifacts, console, storage
-from cxr_retrieval.artifacts import PLAN, Artifact, Draft, Equation, FileEntry
+from cxr_retrieval.artifacts import MANIFEST, PLAN, Artifact, CorruptArtifact, Draft, Equation, FileEntry
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, room
 from cxr_retrieval.corpus.beginning import Beginning, NotToldYet
@@ -56,6 +56,7 @@ KEYED = PrivacySettings()  # removed patients are told by a key, unless an archi
 LATEST, BEGUN = "latest", "begun"  # beside the corpora of a name
 BEGUN_TOLD = 8  # partitions that are told where one of them cannot be prepared
 CORPUS_ADDS_UP = Equation("archive", ("prepared", "quarantined", "excluded", "duplicates"))
+IMAGES_ADD_UP = Equation("prepared", SPLITS)  # what the parts told, against the rows that readers will find
 PATIENTS_ADD_UP = Equation("patients", SPLITS)  # of all splits together, against those of each: nobody is in two
 
 
@@ -366,11 +367,10 @@ def _finish(
             writer.write_table(found)
             duplicates += found.num_rows
             across += pc.sum(pc.invert(found["same_patient"])).as_py()
-    counts = {
-        name: sum(part.counts[name] for part in parts) for name in ("archive", "prepared", "quarantined", "excluded")
-    }
-    counts["duplicates"] = duplicates
-    counts["prepared"] -= duplicates
+    told = {name: sum(part.counts[name] for part in parts) for name in ("prepared", "quarantined", "excluded")}
+    counts = told | {"archive": archive.rows, "duplicates": duplicates, "prepared": told["prepared"] - duplicates}
+    facts = row_facts(parts, Exclusions.read(storage.join(draft.uri, EXCLUSIONS_FILE)))
+    IMAGES_ADD_UP.check(counts | {split: found["images"] for split, found in facts["splits"].items()})
     reasons: Counter[str] = Counter()
     rules: Counter[str] = Counter()
     for part in parts:
@@ -393,7 +393,7 @@ def _finish(
         exclusion_rules=dict(rules),
         burned_in=sum(part.manifest["burned_in"] for part in parts),
         duplicates_across_patients=across,
-        **row_facts(parts, Exclusions.read(storage.join(draft.uri, EXCLUSIONS_FILE))),
+        **facts,
     )
 
 
@@ -401,15 +401,15 @@ def row_facts(parts: Sequence[Artifact], exclusions: Exclusions) -> dict[str, An
     """Images, patients and findings of each split, and the proof that no patient is in two: their numbers add up. And
     how many images have each finding that is none of FINDINGS.
 
-    Raises AccountingError where patients do not add up. Holds at most 32 bytes a patient of each part.
+    Raises AccountingError where patients do not add up, and CorruptArtifact for a part that has other rows than its
+    manifest says. Holds at most 32 bytes a patient of each part.
     """
     other: Counter[str] = Counter()
     images = dict.fromkeys(SPLITS, 0)
     findings = {split: dict.fromkeys(FINDINGS, 0) for split in SPLITS}
     hashed: dict[str, list[np.ndarray]] = {split: [np.empty(0, np.uint64)] for split in SPLITS}
     for number, part in enumerate(parts):
-        with storage.arrow_reader(storage.join(part.uri, ROWS_FILE)) as file:
-            rows = pq.read_table(file, columns=["patient_id", "split", "findings", "other"])
+        rows = _rows_read(part, ["patient_id", "split", "findings", "other"])
         seen_rows = np.delete(np.arange(rows.num_rows), exclusions.of(number))
         seen: dict[str, set[str]] = {split: set() for split in SPLITS}
         for row in rows.take(pa.array(seen_rows)).to_pylist():
@@ -428,3 +428,16 @@ def row_facts(parts: Sequence[Artifact], exclusions: Exclusions) -> dict[str, An
         split: {"images": images[split], "patients": numbers[split], "findings": findings[split]} for split in SPLITS
     }
     return {"splits": facts, "split_equation": proof, "other_findings": dict(other)}
+
+
+def _rows_read(part: Artifact, columns: Sequence[str]) -> pa.Table:
+    """Columns of a part's rows. Raises CorruptArtifact where they are more or fewer than its manifest says."""
+    uri = storage.join(part.uri, ROWS_FILE)
+    with storage.arrow_reader(uri) as file:
+        rows = pq.read_table(file, columns=list(columns))
+    if rows.num_rows != (wanted := part.counts["prepared"]):
+        raise CorruptArtifact(
+            f"{uri}: {rows.num_rows:,} rows, and {wanted:,} by the part's manifest: restore the file, or delete that"
+            f" {MANIFEST} and run the same command again, which prepares this part anew"
+        )
+    return rows

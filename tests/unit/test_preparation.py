@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,16 +14,18 @@ from typing import Any
 import botocore.exceptions
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cxr_retrieval import s3
-from cxr_retrieval.artifacts import MANIFEST, PLAN, Artifact, Draft
+from cxr_retrieval.artifacts import MANIFEST, PLAN, AccountingError, Artifact, Draft
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus import preparation
+from cxr_retrieval.corpus.exclusions import Exclusions
 from cxr_retrieval.corpus.files import is_readable, read_listed
 from cxr_retrieval.corpus.limits import RejectedImage
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
-from cxr_retrieval.corpus.parts import DECODING, PART_KIND, prepare_part
+from cxr_retrieval.corpus.parts import DECODING, PART_KIND, ROWS_FILE, prepare_part
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.removal import purge, workspace_holdings
@@ -299,3 +302,44 @@ def test_a_head_start_is_of_an_archive_that_was_never_begun(films: Prepared, mon
         with preparation.HeadStart.of(films.settings(), films.workspace, PUBLIC):
             assert len(begun) == 1
         films.killed_after(0)
+
+
+def a_row_is_lost(part: str) -> None:
+    """Of the rows of a part; its manifest stays."""
+    pq.write_table(pq.read_table(file := f"{part}/{ROWS_FILE}").slice(1), file)
+
+
+def test_a_part_that_has_lost_rows_ends_the_job_in_one_line_that_names_it(films: Prepared) -> None:
+    films.killed_after(3)
+    damaged = next(Path(films.workspace).glob(f"corpora/chest/parts/*/{MANIFEST}"))
+    a_row_is_lost(str(damaged.parent))
+    with pytest.raises(UserError) as caught:
+        films.run()
+    assert str(caught.value).startswith(f"{damaged.parent}/{ROWS_FILE}: 7 rows, and 8 by the part's manifest: ")
+    assert str(caught.value).endswith(
+        "delete that manifest.json and run the same command again, which prepares this part anew"
+    )
+    damaged.unlink()
+    assert films.run().counts["prepared"] == 32
+
+
+def test_an_image_that_was_listed_and_is_in_no_part_is_never_shipped(films: Prepared) -> None:
+    films.killed_after(3)
+    manifest = next(Path(films.workspace).glob(f"corpora/chest/parts/*/{MANIFEST}"))
+    a_row_is_lost(str(manifest.parent))
+    told = json.loads(manifest.read_text())
+    for name in ("archive", "prepared"):
+        told["counts"][name] -= 1
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(AccountingError, match=r"archive 32 = prepared 31 \+ quarantined 0"):
+        films.run()
+
+
+def test_a_duplicate_that_readers_would_see_is_never_shipped(films: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    films.film("99.png", content=(films.archive.path / "03.png").read_bytes())
+    nothing = Exclusions(np.empty(0, np.int32), np.empty(0, np.int32))
+    with monkeypatch.context() as patched:
+        patched.setattr(Exclusions, "read", lambda _: nothing)
+        with pytest.raises(AccountingError, match=r"rows do not add up: prepared 32 = train \d+"):
+            films.run()
+    assert films.run().counts["duplicates"] == 1
