@@ -86,6 +86,10 @@ class CorpusSettings(Section):
     source_side: int | None = Field(
         None, ge=1, description="keep only images with so many pixels or more on the shorter side; null keeps all"
     )
+    burned_in: Literal["keep", "exclude"] = Field(
+        "keep",
+        description="images whose DICOM header says that text is burned in (BurnedInAnnotation = YES): keep or exclude",
+    )
     split: Literal["hash", "official", "all_test"] = Field(
         "hash",
         description="hash: patients by salted hash; official: as the archive itself says; all_test: all is test",

@@ -90,7 +90,8 @@ def warn_of_corpus(corpus: Artifact) -> None:
     if burned_in := corpus.manifest["burned_in"]:
         console.say(
             f"warning: images that hold burned-in text, by what their headers say (BurnedInAnnotation): {burned_in:,};"
-            " it may name patients, and is shown wherever the images are"
+            " it may name patients, and is shown wherever searches and evaluations show the images;"
+            " corpus.burned_in=exclude leaves them out"
         )
     if across := corpus.manifest["duplicates_across_patients"]:
         console.say(
@@ -101,17 +102,20 @@ def warn_of_corpus(corpus: Artifact) -> None:
 
 def corpus_report(settings: Settings, prepared: Artifact) -> str:
     """Write the page of a corpus where there is none yet; returns where it is. Other names make another page: those of
-    another key, or of the archive. Raises UserError where pseudonyms are wanted and there is no key."""
+    another key, or of the archive. Under pseudonyms it shows no film whose header says that text is burned in.
+
+    Raises UserError where pseudonyms are wanted and there is no key.
+    """
     pseudonyms = Pseudonyms.of(settings.privacy)
     names = pseudonyms.key is None
     file = f"{prepared.input_id}.{pseudonyms.key_id or 'named'}.html"
     page = storage.join(settings.workspace, "reports", "corpus", file)
-    if storage.exists(page):
+    if storage.exists(page) and (names or not prepared.manifest["burned_in"]):  # one of before may show such films
         return page
     corpus = Corpus(prepared)
     census = corpus.census()
     films = {
-        finding: [_film(corpus, finding, example, names) for example in examples]
+        finding: [_film(corpus, finding, example, names) for example in examples if names or not example.burned_in]
         for finding, examples in census.examples.items()
     }
     quarantined, duplicates = corpus.quarantined(LOOKED_AT), corpus.across_patients(DUPLICATES_LOOKED_AT)
@@ -155,6 +159,8 @@ def plan(settings: Settings, _: argparse.Namespace) -> None:
         )
     if corpus.source_side is not None:
         console.say(f"corpus.source_side={corpus.source_side} is told by each image's header, when it is read")
+    if corpus.burned_in == "exclude":
+        console.say("corpus.burned_in=exclude is told by each image's header, when it is read")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ import pyarrow.compute as pc
 
 from cxr_retrieval.corpus.findings import FINDINGS, NO_FINDING
 
-COLUMNS = ["patient_id", "split", "view", "sex", "age_years", "findings", "unknown", "other", "boxes", "pixel_sha256"]
+COLUMNS = [
+    *("patient_id", "split", "view", "sex", "age_years", "findings", "unknown", "other", "boxes", "pixel_sha256"),
+    "burned_in",
+]
 GROUPS = ("split", "view", "sex", "age")
 AGE_BANDS = (("0 to 17", 17), ("18 to 39", 39), ("40 to 64", 64), ("65 and over", 999))
 NOT_KNOWN = "not known"
@@ -38,8 +41,10 @@ class Tally:
 
 @dataclass(frozen=True, order=True)
 class Example:
-    """An image that stands for a finding. Those with a box of it come first, the others as a hash draws them."""
+    """An image that stands for a finding. Those into which text may be burned come last, of the others those with a box
+    of it first, and then as a hash draws them."""
 
+    burned_in: bool
     without_box: bool
     draw: bytes
     patient: str
@@ -84,10 +89,11 @@ class Census:
 
     def _choose(self, table: pa.Table, columns_CN: list[np.ndarray], part: int, first: int) -> None:
         patients, draws = table["patient_id"].to_pylist(), table["pixel_sha256"].to_pylist()
+        text = table["burned_in"].to_pylist()
         boxed = [{box["finding"] for box in boxes} for boxes in table["boxes"].to_pylist()]
         for name, column_N in zip(self.examples, columns_CN, strict=True):
             found = [
-                Example(name not in boxed[row], draws[row], patients[row], part, first + row)
+                Example(text[row], name not in boxed[row], draws[row], patients[row], part, first + row)
                 for row in np.flatnonzero(column_N).tolist()
             ]
             best: dict[str, Example] = {}

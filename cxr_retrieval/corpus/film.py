@@ -23,7 +23,15 @@ from cxr_retrieval.corpus.dicom import (
     whole,
 )
 from cxr_retrieval.corpus.greyscale import Scale, StoredBits, grey_table
-from cxr_retrieval.corpus.limits import FOR_PROCESSING, HEADER_ROOM, ExcludedImage, Limits, RejectedImage, reading
+from cxr_retrieval.corpus.limits import (
+    BURNED_IN,
+    FOR_PROCESSING,
+    HEADER_ROOM,
+    ExcludedImage,
+    Limits,
+    RejectedImage,
+    reading,
+)
 
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
 PIXELS = (
@@ -74,8 +82,10 @@ def read_film(data: bytes, limits: Limits) -> Film:
         header, syntax = read_header(data, PIXELS, 3 * limits.max_pixels + HEADER_ROOM)
         require_decodable(syntax)
         shape = _Shape.of(header, syntax, limits)
-        aspect = _aspect(header)
         with_text = burned_in(header) or False
+        if with_text and limits.without_text:
+            raise ExcludedImage(BURNED_IN)
+        aspect = _aspect(header)
         pixels = element(header, "PixelData")
         scale = Scale.of(header, syntax)
     if shape.photometric not in GREY:

@@ -17,9 +17,12 @@ REASONS = (
 )
 REMOVED, BY_ARCHIVE, MODALITY, BODY_PART = "removed", "by_archive", "modality", "body_part"
 VIEW, AGE, AGE_UNKNOWN = "view", "age", "age_unknown"
-NOT_LISTED, SOURCE_SIDE, FOR_PROCESSING = "not_listed", "source_side", "for_processing"
+NOT_LISTED, SOURCE_SIDE, FOR_PROCESSING, BURNED_IN = "not_listed", "source_side", "for_processing", "burned_in"
 # An image is counted by the first of these.
-RULES = (REMOVED, BY_ARCHIVE, MODALITY, BODY_PART, VIEW, AGE, AGE_UNKNOWN, NOT_LISTED, SOURCE_SIDE, FOR_PROCESSING)
+RULES = (
+    *(REMOVED, BY_ARCHIVE, MODALITY, BODY_PART, VIEW, AGE, AGE_UNKNOWN, NOT_LISTED, SOURCE_SIDE, FOR_PROCESSING),
+    BURNED_IN,
+)
 
 
 class RejectedImage(Exception):
@@ -74,12 +77,14 @@ def exclusion(settings: CorpusSettings, view: str | None, age_years: int | None)
 class Limits:
     """What is refused before a pixel is decoded: sides in pixels, area in pixels.
 
-    A side under `min_side` is no radiograph; one under `source_side` is of a film that is not wanted.
+    A side under `min_side` is no radiograph; one under `source_side` is of a film that is not wanted. `without_text`:
+    nor is one whose header says that text is burned in.
     """
 
     min_side: int
     max_pixels: int
     source_side: int = 0
+    without_text: bool = False
 
     @property
     def max_bytes(self) -> int:
@@ -88,7 +93,8 @@ class Limits:
 
     @classmethod
     def of(cls, settings: CorpusSettings) -> "Limits":
-        return cls(settings.min_side, settings.max_pixels, settings.source_side or 0)
+        excludes = settings.burned_in == "exclude"
+        return cls(settings.min_side, settings.max_pixels, settings.source_side or 0, excludes)
 
     def check(self, width: int, height: int) -> None:
         """For an image's size by its header: raise RejectedImage outside the limits, ExcludedImage where it is only

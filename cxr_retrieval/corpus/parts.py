@@ -54,6 +54,8 @@ def task_memory(settings: CorpusSettings) -> int:
 def shaping_of(settings: CorpusSettings) -> dict[str, Any]:
     """The settings that decide what the prepared rows are."""
     told = {name: getattr(settings, name) for name in SHAPING}
+    if settings.burned_in != "keep":  # else what was prepared before there was this setting is what it was
+        told["burned_in"] = settings.burned_in
     return told | {"recipe": recipe_of(settings).id, "box_frame": box_frame(settings)}
 
 
@@ -195,6 +197,7 @@ def _prepared_row(
         "original_width": image.width,
         "original_height": image.height,
         "pixel_aspect": image.aspect,
+        "burned_in": image.burned_in,
         "source_uri": row["source_uri"],
         "source_sha256": hashlib.sha256(data).digest(),
         "pixel_sha256": hashlib.sha256(pixels).digest(),

@@ -123,11 +123,14 @@ class Corpus:
                     yield table if len(keep) == batch.num_rows else table.take(pa.array(keep))
 
     def census(self) -> Census:
-        """Counts of all rows; pixels are not read."""
-        census = Census()
+        """Counts of all rows; pixels are not read. Of a part that does not tell which of its images have text burned
+        in, each may have it, if any image of the corpus has."""
+        census, any_has = Census(), pa.scalar(self.artifact.manifest["burned_in"] > 0)
         for part in range(len(self.files)):
             first = 0
             for table in self.batches(part, CENSUS_ROWS, COLUMNS):
+                if "burned_in" not in table.column_names:
+                    table = table.append_column("burned_in", pa.repeat(any_has, table.num_rows))
                 census.add(table, part, first)
                 first += table.num_rows
         return census

@@ -90,6 +90,7 @@ def corpus_schema(recipe: Recipe) -> pa.Schema:
         ("original_width", pa.int32()),
         ("original_height", pa.int32()),
         ("pixel_aspect", pa.float64()),  # height of a source pixel over its width
+        ("burned_in", pa.bool_()),  # whether the header says so of text; older parts lack it: it is in no part's id
         ("source_uri", pa.string()),
         ("source_sha256", pa.binary(32)),
         ("pixel_sha256", pa.binary(32)),

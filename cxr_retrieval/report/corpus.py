@@ -94,6 +94,7 @@ def write_corpus(
         examples=_examples(films),
         size=recipe["size"],
         across=manifest["duplicates_across_patients"],
+        burned_in=manifest["burned_in"],
         quarantined=[
             (pseudonyms.name("image", row["image_id"]), row["reason"], "" if key_id else row["text"])
             for row in quarantined

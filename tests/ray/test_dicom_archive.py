@@ -5,9 +5,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from pydicom import uid
 
+from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.config import (
     CorpusSettings,
     EmbeddingSettings,
@@ -152,6 +154,7 @@ def test_burned_in_text_is_warned_of_with_a_count_and_no_header_text_comes_out(
     job.run(Settings(workspace=str(workspace), corpus=settings_of(folder), privacy=PUBLIC), Namespace())
     said = capfd.readouterr()
     assert "what their headers say (BurnedInAnnotation): 3;" in said.err
+    assert "corpus.burned_in=exclude leaves them out" in said.err
     assert "JANE" not in said.out + said.err
     (corpus,) = (
         json.loads((path.parent / "manifest.json").read_bytes())
@@ -161,6 +164,49 @@ def test_burned_in_text_is_warned_of_with_a_count_and_no_header_text_comes_out(
     assert corpus["counts"]["quarantined"] >= 4
     kept = [path for path in workspace.rglob("*") if path.is_file() and path.name != QUARANTINE_FILE]
     assert not any(b"JANE" in path.read_bytes() for path in kept)
+
+
+def shown(page: str) -> int:
+    """How many films a page shows."""
+    return Path(page).read_text(encoding="utf-8").count("<image ")
+
+
+def test_the_page_under_pseudonyms_never_shows_a_film_that_says_that_text_is_burned_in(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = put(tmp_path / "export", 16)
+    put(folder, 32, first=16, BurnedInAnnotation="YES")
+    table = tmp_path / "labels.csv"
+    lines = [f"IM{n:05d},{int(n < 4 or n >= 16)},{int(n >= 24)}" for n in range(32)]
+    table.write_text("\n".join(["path,Mass,Hernia", *lines]), encoding="utf-8")
+    corpus = settings_of(folder, labels=str(table))
+    keyed = Settings(workspace=str(tmp_path / "work"), corpus=corpus)
+    prepared, _ = prepare(corpus, keyed.workspace)
+    assert prepared.manifest["burned_in"] == 16
+    assert shown(job.corpus_report(keyed, prepared)) == 2  # of Mass, two patients whose films say nothing
+    assert shown(job.corpus_report(keyed.model_copy(update={"privacy": PUBLIC}), prepared)) == 3 + 3
+
+    # A part of an earlier release tells how many of its films say so, and not which.
+    for uri in prepared.part_uris:
+        rows = Path(uri, "rows.parquet")
+        pq.write_table(pq.read_table(rows).drop_columns("burned_in"), rows)
+    page = job.corpus_report(keyed, prepared)
+    assert shown(page) == 0
+    Path(page).write_text("<image /> of an earlier release")
+    assert shown(job.corpus_report(keyed, prepared)) == 0
+    unflagged = Artifact(prepared.uri, {**prepared.manifest, "burned_in": 0})
+    Path(page).unlink()
+    assert shown(job.corpus_report(keyed, unflagged)) == 3 + 3
+
+    without = keyed.model_copy(update={"corpus": settings_of(folder, labels=str(table), burned_in="exclude")})
+    capfd.readouterr()
+    job.run(without, Namespace())
+    said = capfd.readouterr()
+    assert "BurnedInAnnotation" not in said.err
+    table_rows = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in said.out.splitlines()]
+    assert ["excluded", "burned in", "16"] in table_rows
+    job.plan(without, Namespace())
+    assert "corpus.burned_in=exclude is told by each image's header" in capfd.readouterr().err
 
 
 def test_a_corpus_of_which_no_finding_is_known_is_embedded_and_indexed_and_not_trained_on(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def drawn(seed: int, count: int, patients: int = 9) -> list[dict[str, Any]]:
                 "other": ["pacemaker"][: rng.integers(2)],
                 "boxes": boxes,
                 "pixel_sha256": rng.bytes(32),
+                "burned_in": False,
             }
         )
     return rows
@@ -118,6 +119,16 @@ def test_examples_show_the_finding_boxes_first_and_each_another_patient() -> Non
         boxed = {row["patient_id"] for row in rows if any(box["finding"] == name for box in row["boxes"])}
         with_box = sum(any(box["finding"] == name for box in row["boxes"]) for row in chosen)
         assert with_box == min(len(boxed), EXAMPLES)
+
+
+def test_an_image_with_burned_in_text_is_an_example_only_where_no_other_patient_has_the_finding() -> None:
+    rows = [row | {"burned_in": row["patient_id"] != "p1"} for row in drawn(7, 400)]
+    made = census(rows, batch=37)
+    for examples in made.examples.values():
+        chosen = [rows[example.place] for example in examples]
+        assert [example.burned_in for example in examples] == [row["burned_in"] for row in chosen]
+        assert sorted(example.burned_in for example in examples) == [example.burned_in for example in examples]
+    assert all(not made.examples[name][0].burned_in for name in FINDINGS)
 
 
 def test_what_is_held_does_not_grow_with_the_rows() -> None:

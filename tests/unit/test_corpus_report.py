@@ -31,6 +31,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "quarantine_reasons": {"no_label_row": 3, "damaged": 17},
         "exclusion_rules": {"age_unknown": 4, "view": 5},
         "duplicates_across_patients": 2,
+        "burned_in": 0,
         "splits": SPLITS | {"validation": {"images": 20, "patients": 2, "findings": {}}},
         "split_equation": "patients 9 = train 4 + validation 2 + test 3",
         "decode_recipe": recipe.to_json(),
@@ -98,6 +99,15 @@ def test_every_image_is_accounted_for_by_reason_and_rule() -> None:
 def test_images_that_two_patients_have_are_called_a_leak_and_none_is_not() -> None:
     assert "A leak:" in page()
     assert "A leak:" not in page(duplicates_across_patients=0)
+
+
+def test_burned_in_text_is_told_with_what_to_do_about_it() -> None:
+    assert "Burned-in text" not in page(KEYED)
+    told = page(KEYED, burned_in=3)
+    assert "3 images say in the header that text is burned in" in told
+    assert "This page shows none of these films." in told
+    assert "corpus.burned_in=exclude" in told
+    assert "This page shows none" not in page(NAMED, burned_in=3)
 
 
 def test_findings_are_counted_under_their_own_split() -> None:

@@ -598,6 +598,19 @@ def test_an_image_that_a_setting_leaves_out_is_not_damaged() -> None:
         decode(written(dataset(ramp())), RECIPE, replace(LIMITS, source_side=HEIGHT + 1))
 
 
+def test_a_film_that_says_that_text_is_burned_in_is_left_out_where_a_setting_says_so_before_a_pixel_is_decoded() -> (
+    None
+):
+    without = replace(LIMITS, without_text=True)
+    flagged = written(dataset(ramp(), BurnedInAnnotation="YES"))
+    assert decode(flagged, RECIPE, LIMITS).burned_in
+    for data in (flagged, written(dataset(ramp(), BurnedInAnnotation="YES", PixelData=bytes(9)))):
+        with pytest.raises(ExcludedImage, match="burned_in"):
+            decode(data, RECIPE, without)
+    for said in ({}, {"BurnedInAnnotation": "NO"}):
+        assert not decode(written(dataset(ramp(), **said)), RECIPE, without).burned_in
+
+
 def test_raw_values_of_a_detector_are_left_out_by_rule_and_not_quarantined() -> None:
     with pytest.raises(ExcludedImage, match="for_processing"):
         decode(written(dataset(ramp(), PresentationIntentType="FOR PROCESSING")), RECIPE, LIMITS)

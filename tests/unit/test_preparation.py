@@ -25,12 +25,13 @@ from cxr_retrieval.corpus.exclusions import Exclusions
 from cxr_retrieval.corpus.files import is_readable, read_listed
 from cxr_retrieval.corpus.limits import RejectedImage
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
-from cxr_retrieval.corpus.parts import DECODING, PART_KIND, ROWS_FILE, prepare_part
+from cxr_retrieval.corpus.parts import DECODING, PART_KIND, ROWS_FILE, part_of, prepare_part, shaping_of
 from cxr_retrieval.corpus.rows import ARCHIVE
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.removal import purge, workspace_holdings
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import RemovedPatients, remove
+from tests.dicoms import dataset, ramp, written
 from tests.unit.test_archive import Folder, line
 
 DECODES = """
@@ -118,6 +119,39 @@ def test_a_file_whose_disk_fails_is_quarantined_alone_and_tried_again(
     settings = CorpusSettings(archive=str(folder.path))
     part = prepare_part(Draft(str(tmp_path / "part"), PART_KIND, {}, ()).begin(), rows, settings)
     assert part.manifest["quarantine_reasons"] == {"unreadable": 1, "not_an_image": 1}
+
+
+def flagged(tmp_path: Path, **changes: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """A part of three images and its rows: of a PNG, and of DICOM whose header says NO and YES of burned-in text."""
+    folder = Folder(tmp_path / "archive").images("png.png", "no.dcm", "yes.dcm")
+    folder.table(line("png.png"), line("no.dcm"), line("yes.dcm"))
+    assert cv2.imwrite(str(folder.path / "png.png"), np.full((70, 90), 7, np.uint8))
+    for said in ("NO", "YES"):
+        film = written(dataset(ramp(), BurnedInAnnotation=said))
+        (folder.path / f"{said.lower()}.dcm").write_bytes(film)
+    settings = CorpusSettings(archive=str(folder.path), **changes)
+    (rows,) = folder.read().partitions()
+    part = prepare_part(part_of(str(tmp_path), rows, shaping_of(settings)).begin(), rows, settings)
+    return part, pq.read_table(f"{part.uri}/{ROWS_FILE}", columns=["image_id", "burned_in"]).to_pylist()
+
+
+def test_every_row_tells_whether_its_header_says_that_text_is_burned_in(tmp_path: Path) -> None:
+    part, rows = flagged(tmp_path)
+    assert {row["image_id"]: row["burned_in"] for row in rows} == {"png.png": False, "no.dcm": False, "yes.dcm": True}
+    assert part.manifest["burned_in"] == 1
+
+
+def test_films_with_burned_in_text_are_left_out_by_their_rule_in_parts_of_their_own(tmp_path: Path) -> None:
+    kept, _ = flagged(tmp_path / "kept")
+    part, rows = flagged(tmp_path / "without", burned_in="exclude")
+    assert {row["image_id"] for row in rows} == {"png.png", "no.dcm"}
+    assert part.manifest["exclusion_rules"] == {"burned_in": 1}
+    assert part.manifest["burned_in"] == 0
+    assert part.input_id != kept.input_id
+
+
+def test_what_was_prepared_before_burned_in_text_could_be_left_out_is_found_again() -> None:
+    assert "burned_in" not in shaping_of(CorpusSettings())
 
 
 @pytest.mark.parametrize("names", [False, True])
