@@ -129,7 +129,7 @@ def retrieve(
     _check_positions(query_positions_Q, query_patients_Q, gallery_patients_G)
 
     rows = max(1, min(block, MAX_PAIRS // len(gallery_GD)))
-    parts: list[dict[str, Tensor]] = []
+    columns: dict[str, Tensor] = {}
     for start in range(0, len(query_QD), rows):
         chosen = slice(start, start + rows)
         fixed_BG = _similarity(query_QD[chosen], gallery_GD)
@@ -139,9 +139,12 @@ def retrieve(
         if query_groups_Q is not None and gallery_groups_G is not None:
             candidate_BG &= query_groups_Q[chosen, None] == gallery_groups_G
         part |= _rank(fixed_BG, candidate_BG, query_labels_QC[chosen], gallery_labels_GC, cutoffs)
-        parts.append({name: value.cpu() for name, value in part.items()})
+        for name, value in part.items():
+            # In one piece: small ones of every block would keep the rooms of its large ones from being freed.
+            if name not in columns:
+                columns[name] = torch.empty(len(query_QD), *value.shape[1:], dtype=value.dtype)
+            columns[name][chosen] = value.cpu()
 
-    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     has_finding_Q = has_finding(query_labels_QC).cpu()
     kept_Q = has_finding_Q & (columns["relevant"] > 0)
     figures = {name: value if name.endswith("_Q") else value[kept_Q] for name, value in columns.items()}
