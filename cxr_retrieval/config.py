@@ -33,7 +33,11 @@ class ColumnSettings(Section):
 
     image: str | None = Field(None, description="column of the image's path below the archive, or its file's name")
     patient: str | None = Field(None, description="column of the patient")
-    findings: str | None = Field(None, description="column of all findings of the image; a blank cell tells nothing")
+    findings: str | dict[str, str] | None = Field(
+        None,
+        description="column of all findings of the image, or one for each, as {Mass: mass_01}, whose cells are 1, 0 or"
+        " -1 (uncertain); a blank cell tells nothing",
+    )
     unknown: str | None = Field(None, description="column of the findings that are uncertain")
     study: str | None = Field(None, description="column of the study")
     date: str | None = Field(None, description="column of the study's date, as 2014-09-15 or 20140915")
@@ -50,7 +54,9 @@ class CorpusSettings(Section):
         description="layout of the archive: its folders and label tables; csv: a table that corpus.columns tells of",
     )
     labels: str | None = Field(
-        None, description="table of findings (format = dicom); null: no finding of any image is known"
+        None,
+        description="table of findings (format = dicom; null: no finding of any image is known), or of all that is told"
+        " of images (format = csv; null: the one *.csv at the archive's top)",
     )
     columns: ColumnSettings = ColumnSettings()
     separator: str = Field("|", min_length=1, description="what stands between findings of one cell (format = csv)")
@@ -60,7 +66,9 @@ class CorpusSettings(Section):
         " and a row that is the first to name one prepares all images anew",
     )
     uncertain: Literal["unknown", "present", "absent"] = Field(
-        "unknown", description="what an uncertain finding is taken for (format = chexpert, mimic, dicom)"
+        "unknown",
+        description="what an uncertain finding is taken for (format = chexpert, mimic, dicom, csv with"
+        " a column for each)",
     )
     unmentioned: Literal["unknown", "absent"] = Field(
         "unknown",
@@ -106,6 +114,12 @@ class CorpusSettings(Section):
             for name in ("image", "patient"):
                 if not getattr(self.columns, name):
                     raise ValueError(f"corpus.format=csv needs corpus.columns.{name}: the name of that column")
+            for name, value in (("columns.unknown", self.columns.unknown), ("labelled", self.labelled)):
+                if value and isinstance(self.columns.findings, dict):
+                    raise ValueError(
+                        f"corpus.{name} is for one column of all findings: where corpus.columns.findings names a column"
+                        " for each, their cells say it"
+                    )
         elif self.columns != ColumnSettings():
             raise ValueError(f"corpus.columns needs corpus.format=csv: {self.format} knows the columns of its tables")
         return self
@@ -315,9 +329,9 @@ class Settings(Section):
             raise ValueError(
                 "corpus.validation_share + corpus.test_share leave under a tenth of the patients to train on"
             )
-        if corpus.labels is not None and corpus.format != "dicom":
+        if corpus.labels is not None and corpus.format not in ("dicom", "csv"):
             raise ValueError(
-                f"corpus.labels is for corpus.format=dicom: corpus.format={corpus.format} has tables of its own"
+                f"corpus.labels is for corpus.format=dicom and csv: corpus.format={corpus.format} has tables of its own"
             )
         if training.lanes % training.workers:
             raise ValueError(
@@ -398,7 +412,7 @@ def load_settings(
 
 def validate(values: Mapping[str, tuple[Any, str]]) -> Settings:
     """Settings from dotted keys, each with its value and where it was written. Raises UserError as `load_settings`."""
-    known = {key for key, _ in settings_fields()}
+    known = _names()
     tree: dict[str, Any] = {}
     for key, (value, origin) in values.items():
         if key not in known:
@@ -412,9 +426,10 @@ def validate(values: Mapping[str, tuple[Any, str]]) -> Settings:
         return Settings.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        parts = [str(part) for part in first["loc"] if not isinstance(part, int)]
+        key = next((key for end in range(len(parts)) if (key := ".".join(parts[: end + 1])) in values), "")
         message = first["msg"].removeprefix("Value error, ")
-        if key not in values:  # a rule between settings: its message names the keys
+        if not key:  # a rule between settings: its message names the keys
             origins = dict.fromkeys(origin for name, (_, origin) in values.items() if name in message)
             raise UserError(f"{message} (in {', '.join(origins)})" if origins else message) from None
         value, origin = values[key]
@@ -464,6 +479,8 @@ def describe_type(annotation: Any) -> str:
         return " | ".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
         return " | ".join("null" if part is type(None) else describe_type(part) for part in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return f"names with {describe_type(get_args(annotation)[1])} each"
     if get_origin(annotation) is list:
         return f"list of {describe_type(get_args(annotation)[0])}"
     return {str: "text", int: "int", float: "number", bool: "true | false"}.get(annotation, str(annotation))
@@ -502,17 +519,23 @@ def _read_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested settings."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        elif not (isinstance(value, Mapping) or (value is None and f"{prefix}{key}" in _sections())):
-            yield f"{prefix}{key}", value
+    """Dotted keys and values of nested settings; a setting may itself be a mapping."""
+    for last, value in tree.items():
+        key = f"{prefix}{last}"
+        if isinstance(value, Mapping) and key not in _names():
+            yield from flat(value, f"{key}.")
+        elif not (value is None and key in _sections()):
+            yield key, value
+
+
+@cache
+def _names() -> set[str]:
+    return {key for key, _ in settings_fields()}
 
 
 @cache
 def _sections() -> set[str]:
-    return {key.rpartition(".")[0] for key, _ in settings_fields()}
+    return {key.rpartition(".")[0] for key in _names()}
 
 
 def _parse(text: str, word: str) -> Any:

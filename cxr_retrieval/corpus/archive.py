@@ -252,9 +252,10 @@ class Archive:
                     # itself, so that no two files have one path: the row is a bad name.
                     path = MARKED_BYTES.sub(lambda byte: f"\x1a{ord(byte.group()) & 0xFF:02x}", file.path)
                     yield path, self._format.image_of(path), file.size, file.version
-                elif kind := self._format.table_kind(file.path):
+                elif not given and (kind := self._format.table_kind(file.path)):
                     if kind in tables:
-                        raise UserError(f"{self.uri}: two tables of one kind, {tables[kind].path} and {name}: keep one")
+                        told = f"{self.uri}: two tables of one kind, {tables[kind].path} and {name}: keep one"
+                        raise UserError(f"{told}, or name it by corpus.labels" if kind == GIVEN else told)
                     if NO_TEXT.search(file.path):
                         raise UserError(f"{self.uri}: the name of a table is not UTF-8: {name!a}; rename it")
                     tables[kind] = file

@@ -54,6 +54,10 @@ def test_an_unknown_key_names_the_nearest_and_the_file(wrong: str, nearest: str,
         ("corpus.views=[PA, 3]", "setting corpus.views=['PA', 3] in the command line: input should be a valid string"),
         (
             "corpus.archive={a: b}",
+            "setting corpus.archive={'a': 'b'} in the command line: input should be a valid string",
+        ),
+        (
+            "corpus.archive.a=b",
             "unknown setting 'corpus.archive.a' in the command line: did you mean 'corpus.archive'?",
         ),
         ("training.epochs=", "setting training.epochs='' in the command line: input should be a valid integer"),

@@ -5,6 +5,7 @@ import csv
 import datetime
 import gzip
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_retrieval.config import CorpusSettings, load_settings
+from cxr_retrieval.config import CorpusSettings, dump_settings, load_settings, with_values
 from cxr_retrieval.corpus.archive import Archive
+from cxr_retrieval.corpus.beginning import Beginning
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats.column_map import ColumnMap
-from cxr_retrieval.corpus.formats.labels import date, view
+from cxr_retrieval.corpus.formats.labels import GIVEN, date, view
 from cxr_retrieval.corpus.formats.observations import OBSERVATIONS, Observations
 from cxr_retrieval.corpus.formats.vocabulary import CHEXPERT, PADCHEST
 from cxr_retrieval.errors import UserError
@@ -493,7 +495,7 @@ def test_a_table_may_name_images_of_a_bucket_by_their_uris(tmp_path: Path) -> No
     settings = CorpusSettings.model_validate(
         {"archive": "s3://films/chest/", "format": "csv", "columns": {"image": "file", "patient": "pid"}}
     )
-    labels = ColumnMap(settings).labels({"table": StoredFile("list.csv", str(tmp_path / "list.csv"), 0, 0.0)})
+    labels = ColumnMap(settings).labels({GIVEN: StoredFile("list.csv", str(tmp_path / "list.csv"), 0, 0.0)})
     assert [label.image for label in labels] == ["a/1.png", "s3://other/1.png"]
 
 
@@ -522,6 +524,68 @@ def test_a_cell_that_a_program_left_empty_is_no_patient_and_no_finding(nothing: 
     assert [rows[name]["reason"] for name in ("1.png", "2.png", "3.png")] == ["no_patient", "no_patient", None]
     assert rows["1.png"]["text"] == "the label row names no patient"
     assert (rows["3.png"]["unknown"], rows["3.png"]["other"]) == (list(FINDINGS), [])
+
+
+def test_a_plain_table_may_have_a_column_for_each_finding(tmp_path: Path) -> None:
+    table(
+        tmp_path / "list.csv",
+        "file,pid,mass_01,eff,none,more",
+        {"file": "1.png", "pid": "x", "mass_01": "1", "eff": "-1.0"},
+        {"file": "2.png", "pid": "y", "mass_01": "0", "eff": "nan", "more": "9"},
+        {"file": "3.png", "pid": "z", "none": "1"},
+        {"file": "4.png", "pid": "z", "mass_01": "maybe", "none": "0"},
+    )
+    images(tmp_path, "1.png", "2.png", "3.png", "4.png")
+    each = {"Mass": "mass_01", "pleural effusion": "eff", "No Finding": "none"}
+    columns = {"image": "file", "patient": "pid", "findings": each}
+    rows = read(tmp_path, "csv", columns=columns)
+    told = [(row["findings"], set(FINDINGS) - set(row["unknown"])) for row in list(rows.values())[:3]]
+    assert told == [(["Mass"], {"Mass"}), ([], {"Mass"}), ([], {"Mass", "Effusion"})]
+    assert (rows["4.png"]["reason"], rows["4.png"]["text"]) == (
+        "unknown_label",
+        "Mass is 'maybe': none of 1, 0, -1 and blank",
+    )
+    rows = read(tmp_path, "csv", columns=columns, uncertain="present", unmentioned="absent")
+    assert [row["findings"] for row in list(rows.values())[:3]] == [["Effusion", "Mass"], [], []]
+    assert "Effusion" not in rows["2.png"]["unknown"]
+
+
+def test_a_column_for_what_is_no_finding_is_refused_by_its_name(tmp_path: Path) -> None:
+    table(tmp_path / "list.csv", "file,pid,seen", {"file": "1.png", "pid": "x"})
+    images(tmp_path, "1.png")
+    with pytest.raises(UserError, match=r"^corpus.columns.findings: 'Efusion' is no finding; they are Atelectasis, "):
+        read(tmp_path, "csv", columns={**COLUMNS, "findings": {"Efusion": "seen"}})
+
+
+@pytest.mark.parametrize("partition_images", [8, 1024])
+@pytest.mark.parametrize("place", ["labels.csv", "tables/labels.csv.gz", "../labels.csv"])
+def test_a_plain_table_may_be_named_whatever_others_lie_in_the_archive(
+    place: str, partition_images: int, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    names = [f"{n}.png" for n in range(9)]
+    images(archive, *names)
+    for other in ("list.csv", "old.csv"):
+        table(archive / other, "file,pid,seen", {"file": "0.png", "pid": "x", "seen": "Hernia"})
+    table(archive / place, "file,pid,seen", *({"file": name, "pid": "x", "seen": "Mass"} for name in names))
+    settings = {"columns": COLUMNS, "labels": str(archive / place), "partition_images": partition_images}
+    rows = read(archive, "csv", **settings)
+    assert {name: row["findings"] for name, row in rows.items()} == {name: ["Mass"] for name in names}
+    corpus = CorpusSettings.model_validate({"archive": str(archive), "format": "csv", **settings})
+    assert Archive(corpus).ignored == {".csv": 2}
+    if partition_images == 8:
+        (begun,) = Beginning(corpus).partitions()
+        assert begun.to_pylist() == list(rows.values())[:8]
+    (archive / place).unlink()
+    assert "there is no such table" in refused(archive, "csv", **settings)
+
+
+def test_two_plain_tables_are_refused_until_one_is_named(tmp_path: Path) -> None:
+    for name in ("list.csv", "old.csv"):
+        table(tmp_path / name, "file,pid,seen", {"file": "1.png", "pid": "x", "seen": "Mass"})
+    images(tmp_path, "1.png")
+    told = refused(tmp_path, "csv", columns=COLUMNS)
+    assert told.endswith("two tables of one kind, list.csv and old.csv: keep one, or name it by corpus.labels")
 
 
 @pytest.mark.parametrize("layout", ["mimic", "padchest"])
@@ -606,6 +670,36 @@ def test_a_map_is_read_from_a_file_and_from_one_word(tmp_path: Path) -> None:
     assert load_settings([str(file)]) == word
     with pytest.raises(UserError, match=r"unknown setting 'corpus.columns.sight' in the command line: did you mean"):
         load_settings([], ["corpus.columns={sight: file}"])
+
+
+EACH = "corpus.columns.findings={Mass: mass_01, Edema: edema}"
+MAPPED = ["corpus.format=csv", "corpus.columns={image: file, patient: pid}"]
+
+
+def test_a_column_for_each_finding_is_set_in_a_file_and_by_one_word_and_replaced_as_a_whole(tmp_path: Path) -> None:
+    word = load_settings([], [*MAPPED, EACH])
+    assert word.corpus.columns.findings == {"Mass": "mass_01", "Edema": "edema"}
+    file = tmp_path / "my.yaml"
+    file.write_text(dump_settings(word))
+    assert load_settings([str(file)]) == word
+    assert load_settings([str(file)], ["corpus.columns.findings={Mass: m}"]).corpus.columns.findings == {"Mass": "m"}
+    assert load_settings([str(file)], ["corpus.columns.findings=seen"]).corpus.columns.findings == "seen"
+    assert with_values(word, {"corpus.size": 64}, "a test").corpus.columns == word.corpus.columns
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([*MAPPED, "corpus.columns.findings=[a]"], "setting corpus.columns.findings=['a'] in the command line: input"),
+        ([*MAPPED, "corpus.columns.findings={Mass: 3}"], "setting corpus.columns.findings={'Mass': 3} in the command"),
+        ([*MAPPED, EACH, "corpus.columns.unknown=doubt"], "corpus.columns.unknown is for one column of all findings:"),
+        ([*MAPPED, EACH, "corpus.labelled=[Mass]"], "corpus.labelled is for one column of all findings: where "),
+        (["corpus.labels=a.csv"], "corpus.labels is for corpus.format=dicom and csv: corpus.format=nih has tables of"),
+    ],
+)
+def test_columns_and_tables_that_do_not_fit_are_refused_by_name(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(told)}"):
+        load_settings([], words)
 
 
 # All of them

@@ -18,7 +18,7 @@ from cxr_retrieval.corpus.dicom import DicomFacts
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.storage import StoredFile
 
-GIVEN = "labels"  # the table that `corpus.labels` names
+GIVEN = "labels"  # the one table that `corpus.labels` names, or may name
 MOST_ROW = 1 << 16  # characters; the longest rows known, PadChest's with their reports, have some thousands
 # Label tables pack to a tenth or a thirtieth, and whatever their size, so much is read without a question.
 MOST_UNPACKED, ALWAYS_UNPACKED = 200, 16 << 20
