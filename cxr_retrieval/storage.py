@@ -13,10 +13,12 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -28,8 +30,12 @@ from cxr_retrieval.errors import UserError
 S3 = s3.SCHEME
 MOST_BYTES = s3.MOST_BYTES  # of one file that may lie on object storage
 CHUNK = 1 << 20
+READS_AHEAD = 8  # files read at once: hides the latency of object storage
 DEEPEST = 100  # folders in folders that are listed
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}")  # see _temporary_beside
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -455,6 +461,22 @@ def _explained(uri: str, hint: str = "") -> Iterator[None]:
         if error.errno in remedies:
             raise UserError(f"{uri}: {remedies[error.errno]}{hint}") from error
         raise
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What `read` gives for each item, in their order, from threads: at most READS_AHEAD are read or held at a time.
+    The first error is raised in its turn, and what has not begun then is not read."""
+    ahead: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(READS_AHEAD) as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(read, item))
+                if len(ahead) == READS_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def arrow_reader(uri: str) -> pa.NativeFile:

@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,6 @@ from cxr_retrieval.privacy import Pseudonyms
 
 FOLDER = "tombstones"
 FILE = re.compile(r"([0-9a-f]{64})\.json")
-READS = 8  # at once
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ class RemovedPatients:
             found: str | None = json.loads(storage.read_bytes(_uri(workspace, digest))).get("key_id", pseudonyms.key_id)
             return found
 
-        with ThreadPoolExecutor(READS) as pool:
-            others = [found for found in pool.map(key_id, tombstones.digests) if found != pseudonyms.key_id]
+        told = storage.read_ahead(key_id, tombstones.digests)
+        others = [found for found in told if found != pseudonyms.key_id]
         if others:
             raise UserError(
                 f"{workspace}: patients were removed from it under {_key(others[0])} and would come back under"

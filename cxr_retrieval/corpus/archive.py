@@ -13,7 +13,6 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from itertools import chain, groupby, islice
 from typing import Any
@@ -25,7 +24,7 @@ from cxr_retrieval import storage
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.console import printable
 from cxr_retrieval.corpus.dicom import DICOM_ENDINGS, DicomFacts
-from cxr_retrieval.corpus.files import READS_AHEAD, UNREADABLE, is_readable
+from cxr_retrieval.corpus.files import UNREADABLE, is_readable
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.formats import format_of, formats_with
 from cxr_retrieval.corpus.formats.labels import GIVEN, HeaderFormat, Label, Tables, filled
@@ -220,9 +219,8 @@ class Archive:
     def _try_again(self, rows: pa.Table) -> None:
         """Remember which of some rows that could not be read before still cannot be."""
         uris, start = rows["source_uri"].to_pylist(), len(self.uri) + 1
-        with ThreadPoolExecutor(READS_AHEAD) as pool:
-            found = zip(uris, rows["text"].to_pylist(), pool.map(is_readable, uris), strict=True)
-            still = [(uri[start:], text) for uri, text, readable in found if not readable]
+        found = zip(uris, rows["text"].to_pylist(), storage.read_ahead(is_readable, uris), strict=True)
+        still = [(uri[start:], text) for uri, text, readable in found if not readable]
         self._database.executemany("INSERT OR IGNORE INTO unreadable VALUES (?, ?)", still)
 
     def _count(self, query: str) -> int:

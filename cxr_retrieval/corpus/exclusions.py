@@ -7,7 +7,7 @@ duplicates are looked for and 8 for each that is left out; names are compared on
 import contextlib
 import sqlite3
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -58,17 +58,9 @@ def find_duplicates(files: Sequence[str]) -> Iterator[pa.Table]:
         return
     with contextlib.closing(sqlite3.connect("")) as database:  # a file that has no name
         database.executescript(TABLES)
-        for part, uri in enumerate(files):
-            beginnings = _hash_beginnings(uri)
-            nearest = suspects[np.minimum(np.searchsorted(suspects, beginnings), len(suspects) - 1)]
-            rows = np.flatnonzero(nearest == beginnings)
-            if len(rows) == 0:
-                continue
-            with storage.arrow_reader(uri) as file:
-                table = pq.read_table(file, columns=["pixel_sha256", "image_id", "patient_id"]).take(pa.array(rows))
-            hashes, images, patients = (table[name].to_pylist() for name in table.column_names)
-            found = zip(hashes, images, repeat(part), rows.tolist(), patients)
-            database.executemany("INSERT INTO suspects VALUES (?, ?, ?, ?, ?)", found)
+        for part, found in enumerate(storage.read_ahead(partial(_suspected, suspects), files)):
+            rows = ((*row, part) for row in found)
+            database.executemany("INSERT INTO suspects (hash, image, patient, row, part) VALUES (?, ?, ?, ?, ?)", rows)
         left_out = database.execute(LEFT_OUT)
         while chunk := left_out.fetchmany(ROWS):
             parts, numbers, images, kept, same = zip(*chunk, strict=True)
@@ -79,10 +71,22 @@ def find_duplicates(files: Sequence[str]) -> Iterator[pa.Table]:
             )
 
 
+def _suspected(suspects: np.ndarray, uri: str) -> list[tuple[bytes, str, str, int]]:
+    """Rows of a part whose hashes begin as one of the `suspects`: hash, image, its patient, number of the row."""
+    beginnings = _hash_beginnings(uri)
+    nearest = suspects[np.minimum(np.searchsorted(suspects, beginnings), len(suspects) - 1)]
+    rows = np.flatnonzero(nearest == beginnings)
+    if len(rows) == 0:
+        return []
+    with storage.arrow_reader(uri) as file:
+        table = pq.read_table(file, columns=["pixel_sha256", "image_id", "patient_id"]).take(pa.array(rows))
+    return list(zip(*(column.to_pylist() for column in table.columns), rows.tolist(), strict=True))
+
+
 def _twice(files: Sequence[str]) -> np.ndarray:
     """Beginnings of hashes that two rows have, `uint64 [N]`, ascending: those of equal pixels, and now and then of
     others."""
-    every = np.concatenate([_hash_beginnings(uri) for uri in files])
+    every = np.concatenate(list(storage.read_ahead(_hash_beginnings, files)))
     every.sort()
     again = every[1:][every[1:] == every[:-1]]
     return again[np.append(True, again[1:] != again[:-1])] if len(again) else again

@@ -3,7 +3,6 @@
 from cxr_retrieval import storage
 from cxr_retrieval.corpus.limits import RejectedImage
 
-READS_AHEAD = 8  # files read at once: hides the latency of object storage
 UNREADABLE = "unreadable"  # the reason of a file that nothing is known of, and that the next run tries again
 
 

@@ -105,11 +105,9 @@ class Headers:
             found = [storage.parent(file.uri) for file in files if file.path.endswith(f"/{MANIFEST}")]
         except FileNotFoundError:
             return
-        with ThreadPoolExecutor(READS) as pool:
-            for start in range(0, len(found), READS):
-                for stretch in pool.map(artifacts.find, found[start : start + READS]):
-                    if stretch and stretch.manifest["settings"] == self._shaping:
-                        yield _table(stretch)
+        for stretch in storage.read_ahead(artifacts.find, found):
+            if stretch and stretch.manifest["settings"] == self._shaping:
+                yield _table(stretch)
 
     def scan(self, files: Iterable[Sequence[StoredFile]], total: int) -> Iterator[pa.Table]:
         """The headers of `total` files, which come in stretches; each is kept before it is told.

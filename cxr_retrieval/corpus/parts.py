@@ -17,7 +17,7 @@ from cxr_retrieval import storage
 from cxr_retrieval.artifacts import Artifact, Draft, Equation
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
-from cxr_retrieval.corpus.files import READS_AHEAD, UNREADABLE, read_listed
+from cxr_retrieval.corpus.files import UNREADABLE, read_listed
 from cxr_retrieval.corpus.formats import format_of
 from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 from cxr_retrieval.corpus.manifest import read_partition
@@ -171,11 +171,11 @@ def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], F
             return Future()
         return pool.submit(read_listed, row["source_uri"], row["size"])
 
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
+    with ThreadPoolExecutor(storage.READS_AHEAD) as pool:
         for row in rows:
             coming = ahead.popleft() if ahead else fetch()
             held -= size(row)
-            while waiting and len(ahead) < READS_AHEAD and held + size(waiting[0]) <= BYTES_AHEAD:
+            while waiting and len(ahead) < storage.READS_AHEAD and held + size(waiting[0]) <= BYTES_AHEAD:
                 ahead.append(fetch())
             yield row, coming
 

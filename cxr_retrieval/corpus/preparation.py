@@ -11,8 +11,8 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import IO, Any
 
@@ -29,7 +29,6 @@ from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, room
 from cxr_retrieval.corpus.beginning import Beginning, NotToldYet
 from cxr_retrieval.corpus.exclusions import Exclusions, find_duplicates
-from cxr_retrieval.corpus.files import READS_AHEAD
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.headers import Headers
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter, read_partition, read_partitions
@@ -233,8 +232,7 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
             return done, False
         draft, manifest = plan.draft, _begin(plan.draft, plan.manifest)
         _remember(_begun_uri(folder, settings), draft.input_id)
-        with ThreadPoolExecutor(READS_AHEAD) as pool:
-            found = list(pool.map(artifacts.find, [part.uri for part in plan.parts]))
+        found = list(storage.read_ahead(artifacts.find, (part.uri for part in plan.parts)))
         begun = head.result if head and head.is_of(plan) else None
         if begun:
             found[0] = None  # finished meanwhile or not, its task tells of it
@@ -304,7 +302,8 @@ def _prepare_parts(
     except DIED as error:
         raise UserError(_death_told(draft, parts, waiting, names)) from error
     _check_quarantine(quarantined, total, settings, draft.uri, final=True)
-    return [part or artifacts.load(uris[n], PART_KIND) for n, part in enumerate(found)]
+    made = storage.read_ahead(partial(artifacts.load, kind=PART_KIND), (uris[n] for n in missing))
+    return [part or next(made) for part in found]
 
 
 def _results(
@@ -408,8 +407,7 @@ def row_facts(parts: Sequence[Artifact], exclusions: Exclusions) -> dict[str, An
     images = dict.fromkeys(SPLITS, 0)
     findings = {split: dict.fromkeys(FINDINGS, 0) for split in SPLITS}
     hashed: dict[str, list[np.ndarray]] = {split: [np.empty(0, np.uint64)] for split in SPLITS}
-    for number, part in enumerate(parts):
-        rows = _rows_read(part, ["patient_id", "split", "findings", "other"])
+    for number, rows in enumerate(storage.read_ahead(_labels_read, parts)):
         seen_rows = np.delete(np.arange(rows.num_rows), exclusions.of(number))
         seen: dict[str, set[str]] = {split: set() for split in SPLITS}
         for row in rows.take(pa.array(seen_rows)).to_pylist():
@@ -430,11 +428,11 @@ def row_facts(parts: Sequence[Artifact], exclusions: Exclusions) -> dict[str, An
     return {"splits": facts, "split_equation": proof, "other_findings": dict(other)}
 
 
-def _rows_read(part: Artifact, columns: Sequence[str]) -> pa.Table:
-    """Columns of a part's rows. Raises CorruptArtifact where they are more or fewer than its manifest says."""
+def _labels_read(part: Artifact) -> pa.Table:
+    """What is counted of a part's rows. Raises CorruptArtifact where they are not as many as its manifest says."""
     uri = storage.join(part.uri, ROWS_FILE)
     with storage.arrow_reader(uri) as file:
-        rows = pq.read_table(file, columns=list(columns))
+        rows = pq.read_table(file, columns=["patient_id", "split", "findings", "other"])
     if rows.num_rows != (wanted := part.counts["prepared"]):
         raise CorruptArtifact(
             f"{uri}: {rows.num_rows:,} rows, and {wanted:,} by the part's manifest: restore the file, or delete that"

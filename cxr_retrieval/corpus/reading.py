@@ -126,9 +126,14 @@ class Corpus:
         """Counts of all rows; pixels are not read. Of a part that does not tell which of its images have text burned
         in, each may have it, if any image of the corpus has."""
         census, any_has = Census(), pa.scalar(self.artifact.manifest["burned_in"] > 0)
-        for part in range(len(self.files)):
+        self.left_out(0)  # read once, before threads ask for it
+
+        def tables(part: int) -> list[pa.Table]:
+            return list(self.batches(part, CENSUS_ROWS, COLUMNS))
+
+        for part, read in enumerate(storage.read_ahead(tables, range(len(self.files)))):
             first = 0
-            for table in self.batches(part, CENSUS_ROWS, COLUMNS):
+            for table in read:
                 if "burned_in" not in table.column_names:
                     table = table.append_column("burned_in", pa.repeat(any_has, table.num_rows))
                 census.add(table, part, first)
@@ -139,11 +144,9 @@ class Corpus:
         """The first images in quarantine for each reason, at most so many: `image_id`, `reason`, `text`."""
         found: list[dict[str, Any]] = []
         kept: Counter[str] = Counter()
-        for uri, part in zip(self.artifact.part_uris, self.artifact.manifest["parts"], strict=True):
-            if not part["counts"]["quarantined"]:
-                continue
-            with storage.arrow_reader(storage.join(uri, QUARANTINE_FILE)) as file:
-                rows = pq.read_table(file, columns=["image_id", "reason", "text"]).to_pylist()
+        parts = zip(self.artifact.part_uris, self.artifact.manifest["parts"], strict=True)
+        bad = (storage.join(uri, QUARANTINE_FILE) for uri, part in parts if part["counts"]["quarantined"])
+        for rows in storage.read_ahead(_quarantine_read, bad):
             for row in rows:
                 kept[row["reason"]] += 1
                 if kept[row["reason"]] <= most:
@@ -161,6 +164,12 @@ class Corpus:
                 if len(found) >= most:
                     break
         return found[:most]
+
+
+def _quarantine_read(uri: str) -> list[dict[str, Any]]:
+    with storage.arrow_reader(uri) as file:
+        rows: list[dict[str, Any]] = pq.read_table(file, columns=["image_id", "reason", "text"]).to_pylist()
+    return rows
 
 
 def _places(part: int, parquet: pq.ParquetFile) -> np.ndarray:

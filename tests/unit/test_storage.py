@@ -383,3 +383,34 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tiny_disk: Path, t
     assert storage.read_bytes(uri) == b"old"
     storage.write_bytes(uri, bytes(10_000))  # the failed tries left no scratch that fills the disk
     assert not storage.exists(str(tiny_disk / "new"))
+
+
+def test_files_are_read_in_their_order_eight_at_a_time_however_slow_who_takes_them_is() -> None:
+    begun: list[int] = []
+    together = threading.Barrier(8, timeout=60)
+
+    def read(number: int) -> int:
+        begun.append(number)
+        together.wait()
+        return number
+
+    read_ahead = storage.read_ahead(read, range(16))
+    for number, found in enumerate(read_ahead):
+        assert found == number
+        assert len(begun) <= number + 8
+
+
+def test_an_error_in_reading_is_raised_in_its_turn_and_what_has_not_begun_is_not_read() -> None:
+    begun: list[int] = []
+
+    def read(number: int) -> int:
+        begun.append(number)
+        if number == 3:
+            raise FileNotFoundError
+        return number
+
+    found: list[int] = []
+    with pytest.raises(FileNotFoundError):
+        found.extend(storage.read_ahead(read, range(1000)))
+    assert found == [0, 1, 2]
+    assert len(begun) <= 3 + 8
