@@ -25,6 +25,7 @@ import botocore.exceptions
 import pyarrow as pa
 import pyarrow.fs as pafs
 import urllib3.exceptions
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 
 from cxr_retrieval.errors import UserError
@@ -42,6 +43,7 @@ CUT = (
     urllib3.exceptions.HTTPError,
 )
 MOST_BYTES = 5 * 10**9  # of one PUT
+PART_BYTES = 64 << 20  # of larger files, which are sent in parts; of very large ones more, since S3 takes 10,000 parts
 DENIED = ("AccessDenied", "403")
 OF_ONE_OBJECT = ("AccessDenied", "InvalidObjectState")  # others beside it may be readable
 LASTING = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken", "WrongRegion")
@@ -162,14 +164,18 @@ def delete(uri: str) -> None:
 def put(uri: str, source: Path, **condition: str) -> bool:
     """Write a file's bytes with their SHA-256; False where a condition (IfMatch, IfNoneMatch) does not hold (412).
 
-    Raises UserError for a file of more than 5 GB: it would need several requests, and then S3 keeps no hash of all.
+    A file of more than 5 GB is sent in parts, each with its hash, and appears with the last of them: then S3 keeps no
+    hash of all. Raises UserError for one with a condition, which is asked of one request.
     """
     bucket, key = _bucket_key(uri)
     if (size := source.stat().st_size) > MOST_BYTES:
-        raise UserError(
-            f"{uri}: {size:,} bytes are more than the {MOST_BYTES:,} that one write to S3 may have:"
-            " lower index.shard_rows or corpus.partition_images"
-        )
+        if condition:
+            raise UserError(
+                f"{uri}: {size:,} bytes are more than the {MOST_BYTES:,} that S3 takes at once, as it must take what is"
+                " published: lower index.shard_rows and build the index again"
+            )
+        _persistently(partial(_put_in_parts, bucket, key, source))
+        return True
     digest = base64.b64encode(_sha256(source)).decode()
 
     def once() -> bool:
@@ -185,18 +191,28 @@ def put(uri: str, source: Path, **condition: str) -> bool:
     return _persistently(once)
 
 
+def _put_in_parts(bucket: str, key: str, source: Path) -> None:
+    """Where it fails, what was sent is deleted; where this process is killed it stays at S3, and nobody sees it."""
+    # Not the other client that boto3 knows, which has neither our tries nor their count.
+    config = TransferConfig(multipart_threshold=1, multipart_chunksize=PART_BYTES, preferred_transfer_client="classic")
+    with create_transfer_manager(client(), config) as manager:
+        manager.upload(str(source), bucket, key, extra_args={"ChecksumAlgorithm": "SHA256"}).result()
+
+
 def _sha256(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def _persistently(request: Callable[[], Result]) -> Result:
-    """What boto3 does not try again by itself: a conflict of writers (409), an answer cut in its middle, a denial."""
+    """What boto3 does not try again by itself: a conflict of writers (409), an answer cut in its middle, a denial, and
+    parts that are known no more (their upload was ended, and the answer lost)."""
     for attempt in range(1, TRIES):
         try:
             return request()
         except botocore.exceptions.ClientError as error:
-            if not (_status(error) == 409 or (_code(error) in DENIED and attempt < DENIED_TRIES)):
+            passing = _status(error) == 409 or _code(error) == "NoSuchUpload"
+            if not (passing or (_code(error) in DENIED and attempt < DENIED_TRIES)):
                 raise
         except CUT:
             pass  # the next try decides; the last one's error is the one that is told

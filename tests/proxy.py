@@ -16,7 +16,7 @@ Fault = str
 SLOW, CUT, LOST_ANSWER, HALF_ANSWER, STALL = "slow down", "cut", "lost answer", "half an answer", "stall"
 HALF_REQUEST = "half a request"  # the connection to the server is cut in the middle of what is sent
 CONFLICT, DENIED, EXPIRED, WRONG_REGION = "conflict", "denied", "expired", "wrong region"
-LOST_RACE = "lost race"
+LOST_RACE, NO_UPLOAD = "lost race", "no such upload"
 STRIKE_BEFORE, STRIKE_AFTER = "strike before", "strike after"  # `strike` is called, and no answer comes
 ELSEWHERE = "elsewhere"  # a right answer that names another region, as after a redirect that was followed
 STALL_S = 3.0
@@ -25,6 +25,7 @@ ANSWERS = {
     CONFLICT: (409, SLOW_DOWN.replace(b"SlowDown", b"ConditionalRequestConflict")),
     DENIED: (403, SLOW_DOWN.replace(b"SlowDown", b"AccessDenied")),
     LOST_RACE: (412, SLOW_DOWN.replace(b"SlowDown", b"PreconditionFailed")),
+    NO_UPLOAD: (404, SLOW_DOWN.replace(b"SlowDown", b"NoSuchUpload")),
     EXPIRED: (400, SLOW_DOWN.replace(b"SlowDown", b"ExpiredToken")),
     WRONG_REGION: (301, SLOW_DOWN.replace(b"SlowDown", b"PermanentRedirect")),
 }

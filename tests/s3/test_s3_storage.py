@@ -323,7 +323,91 @@ def test_a_bucket_whose_name_cannot_be_is_told() -> None:
             storage.check(uri)
 
 
-def test_a_file_too_large_for_one_write_names_the_settings(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_door, "MOST_BYTES", 10)
-    with pytest.raises(UserError, match=r"lower index\.shard_rows or corpus\.partition_images"):
-        storage.write_bytes(f"{s3}/x", bytes(11))
+LARGE = os.urandom(12 << 20)
+KILLED_AMID = """
+import sys
+from cxr_retrieval import s3, storage
+s3.MOST_BYTES, s3.PART_BYTES = 6 << 20, 5 << 20
+storage.write_bytes(sys.argv[1], bytes(12 << 20))
+"""
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of more than 6 MiB are too large for one request, and are sent in parts of the least size that S3 takes."""
+    monkeypatch.setattr(s3_door, "MOST_BYTES", 6 << 20)
+    monkeypatch.setattr(s3_door, "PART_BYTES", 5 << 20)
+
+
+def parts(faults: FaultProxy) -> list[str]:
+    return [path for method, path in faults.seen if method == "PUT" and "partNumber=" in path]
+
+
+def half_written(uri: str) -> list[str]:
+    """Keys below `uri` to which parts were sent and that were not ended."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    uploads = s3_door.client().list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", [])
+    return [upload["Key"] for upload in uploads]
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_file_too_large_for_one_request_is_sent_in_parts_and_read_as_any(faults: FaultProxy, s3: str) -> None:
+    storage.write_bytes(f"{s3}/small", LARGE[: 6 << 20])
+    assert not parts(faults)
+    storage.write_bytes(f"{s3}/large", LARGE)
+    assert len(parts(faults)) == 3
+    assert storage.read_bytes(f"{s3}/large") == LARGE
+    with storage.arrow_reader(f"{s3}/large") as file:
+        file.seek((5 << 20) - 7)
+        assert file.read(14) == LARGE[(5 << 20) - 7 : (5 << 20) + 7]
+    assert [(file.path, file.size) for file in storage.list_files(s3)] == [("large", 12 << 20), ("small", 6 << 20)]
+    assert not half_written(s3)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("of", ["POST uploads", "partNumber=2", "POST uploadId="])
+@pytest.mark.parametrize("fault", [*PASSING, proxy.HALF_REQUEST, proxy.DENIED, proxy.CONFLICT, proxy.NO_UPLOAD])
+def test_whatever_breaks_once_amid_a_file_sent_in_parts_it_is_written(
+    faults: FaultProxy, s3: str, fault: str, of: str
+) -> None:
+    faults.inject(fault, 1, lambda method, path: of in f"{method} {path.partition('?')[2]}")
+    before = storage.retries()
+    storage.write_bytes(f"{s3}/large", LARGE)
+    assert faults.injected == 1
+    assert storage.retries() - before >= (fault != proxy.HALF_ANSWER)
+    assert storage.read_bytes(f"{s3}/large") == LARGE
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("of", ["POST uploads", "partNumber=2", "POST uploadId="])
+def test_a_file_sent_in_parts_that_fails_for_good_leaves_the_old_one_and_nothing_else(
+    faults: FaultProxy, s3: str, of: str
+) -> None:
+    storage.write_bytes(f"{s3}/large", b"old")
+    faults.inject(proxy.DENIED, 1000, lambda method, path: of in f"{method} {path.partition('?')[2]}")
+    with pytest.raises(UserError, match="no right to it: cluster/iam-policy"):
+        storage.write_bytes(f"{s3}/large", LARGE)
+    assert storage.read_bytes(f"{s3}/large") == b"old"
+    assert not half_written(s3)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_process_that_is_killed_amid_a_file_sent_in_parts_leaves_the_old_one(faults: FaultProxy, s3: str) -> None:
+    storage.write_bytes(f"{s3}/large", b"old")
+    with subprocess.Popen([sys.executable, "-c", KILLED_AMID, f"{s3}/large"]) as writer:
+        faults.strike = writer.kill
+        faults.inject(proxy.STRIKE_BEFORE, 1, lambda method, _: method == "POST" and len(parts(faults)) == 3)
+    assert len(parts(faults)) == 3
+    assert [(file.path, file.size) for file in storage.list_files(s3)] == [("large", 3)]
+    assert storage.read_bytes(f"{s3}/large") == b"old"
+    assert half_written(s3), "what it had sent stays until the bucket's rule deletes it"
+    storage.write_bytes(f"{s3}/large", LARGE)
+    assert storage.read_bytes(f"{s3}/large") == LARGE
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_file_too_large_to_be_published_names_the_setting(s3: str, tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(LARGE)
+    with pytest.raises(UserError, match=r"more than the 6,291,456 .*: lower index\.shard_rows and build"):
+        storage.create(f"{s3}/shard", tmp_path / "shard")
+    assert not storage.exists(f"{s3}/shard")
