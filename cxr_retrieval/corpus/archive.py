@@ -1,8 +1,9 @@
 """Reading an archive's listing and label tables: one row per image object, nothing decoded yet.
 
 Listing and tables are streamed into a private SQLite database on disk and joined there: an archive of a hundred million
-images needs no more memory than one of a thousand, and about 500 bytes an image of the temporary folder (TMPDIR). How
-archives are laid out, `formats` knows.
+images needs no more memory than one of a thousand, and about 500 bytes an image of the temporary folder (TMPDIR); then
+its manifest, up to 80 bytes an image, is there too, twice where the workspace is on S3. How archives are laid out,
+`formats` knows.
 """
 
 import contextlib
