@@ -78,7 +78,7 @@ def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: C
     if done:
         return done, False
     draft.begin()
-    found = [artifacts.find(part.uri) for part in parts]
+    found = list(storage.read_ahead(artifacts.find, [part.uri for part in parts]))
     with Progress.of(workspace, draft, "embed", _rows(corpus), before=_rows(corpus, found)) as progress:
         finished = _embed_parts(parts, found, settings, model_uri, corpus, progress)
         excluded = corpus.artifact.counts["duplicates"]
@@ -124,7 +124,7 @@ def _embed_parts(
             if result["error"]:
                 raise UserError(result["error"])
             progress.advance(result["embedded"])
-    return [part or artifacts.load(parts[n].uri, PART_KIND) for n, part in enumerate(found)]
+    return list(storage.read_ahead(lambda n: found[n] or artifacts.load(parts[n].uri, PART_KIND), range(len(parts))))
 
 
 def _gpus() -> int:

@@ -93,7 +93,7 @@ def build_index(
     collisions = find_collisions(source, pseudonyms)
     quantizer, trained = _trained(plan, settings, workspace, source)
     shards = _shards(plan, settings, workspace, source, pseudonyms, collisions, quantizer)
-    found = [artifacts.find(shard.draft.uri) for shard in shards]
+    found = list(storage.read_ahead(artifacts.find, [shard.draft.uri for shard in shards]))
     before = sum(shard.rows for shard, made in zip(shards, found, strict=True) if made)
     with Progress.of(workspace, draft, "index", rows, "rows", before=before) as progress:
         finished = _build_shards(shards, found, plan, source, pseudonyms, trained, progress)

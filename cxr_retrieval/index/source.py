@@ -85,12 +85,15 @@ def find_collisions(source: Source, pseudonyms: Pseudonyms) -> dict[int, list[in
     Rows are numbered within their part, duplicates left out. Holds 24 bytes a row. With 63 bits one collision is to be
     expected among some four thousand million images.
     """
-    ids = []
-    for part, uri in enumerate(source.corpus.files):
-        with storage.arrow_reader(uri) as file:
+    source.corpus.left_out(0)  # read once, before threads ask for it
+
+    def ids_of(part: int) -> np.ndarray:
+        with storage.arrow_reader(source.corpus.files[part]) as file:
             names = pq.read_table(file, columns=["image_id"])["image_id"]
         kept = names.take(pa.array(np.delete(np.arange(len(names)), source.corpus.left_out(part)))).to_pylist()
-        ids.append(np.fromiter((row_id(pseudonyms.name("image", name)) for name in kept), np.int64))
+        return np.fromiter((row_id(pseudonyms.name("image", name)) for name in kept), np.int64)
+
+    ids = list(storage.read_ahead(ids_of, range(len(source.corpus.files))))
     ends = np.cumsum([len(part) for part in ids])
     every = np.concatenate(ids)
     ordered = np.sort(every)
