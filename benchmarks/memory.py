@@ -27,6 +27,10 @@ from cxr_retrieval.runtime import start_ray
 PART, SIDE, TIMES, ROUNDS = 256, 256, 8, 3
 KINDS: dict[str, dict[str, Any]] = {"": {}, ", half of them duplicates": {"name": "films-alike", "alike": 2}}
 IMAGES = 4 * PART * (os.cpu_count() or 1)
+WITH_MODEL: dict[str, tuple[str, str, list[str]]] = {  # the job, its split, and more words
+    "embed and index": ("index", "hash", [f"index.shard_rows={2 * PART}"]),
+    "embed and evaluate": ("evaluate", "all_test", []),
+}
 
 
 def words(archive: str, folder: str) -> list[str]:
@@ -40,7 +44,7 @@ def prepare_peak(archive: str) -> float:
         return run_job("prepare", *words(archive, folder))[1]
 
 
-def peak_with_model(job: str, *more: str, split: Any = "hash") -> Callable[[str], float]:
+def peak_with_model(job: str, split: Any, more: list[str]) -> Callable[[str], float]:
     """A function that gives the MiB of a job that takes a prepared corpus and a model."""
 
     def peak(archive: str) -> float:
@@ -82,8 +86,7 @@ def claims(what: str, peak: Callable[[str], float], **films: Any) -> list[Claim]
 def main() -> None:
     start_ray()
     made = [each for what, films in KINDS.items() for each in claims(f"prepare{what}", prepare_peak, **films)]
-    made += claims("embed and index", peak_with_model("index", f"index.shard_rows={2 * PART}"))
-    made += claims("embed and evaluate", peak_with_model("evaluate", split="all_test"))
+    made += [each for what, how in WITH_MODEL.items() for each in claims(what, peak_with_model(*how))]
     publish("memory", made)
 
 

@@ -26,6 +26,7 @@ SMALL = {
         "TIMES": 2,
         "ROUNDS": 1,
         "KINDS": {", half of them duplicates": {"name": "films-alike", "alike": 2}},
+        "WITH_MODEL": {"embed and evaluate": ("evaluate", "all_test", [])},
     },
     "listing": {"IMAGES": 3000, "TIMES": 2, "ROUNDS": 1, "PART": 32, "SIDE": 128, "DRAWN": 8},
     "embed": {"IMAGES": 32 * (os.cpu_count() or 1), "PART": 16, "SIDE": 128, "BATCH": 16, "ROUNDS": 1},
