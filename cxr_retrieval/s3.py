@@ -155,10 +155,71 @@ def get_beginning(uri: str, length: int) -> bytes:
 
 
 def delete(uri: str) -> None:
-    """Delete an object; it is no error where there is none."""
+    """Delete an object; it is no error where there is none. A bucket that keeps versions only hides it."""
     bucket, key = _bucket_key(uri)
-    with explained(uri):
+    with explained(uri), _needing(uri, "s3:DeleteObject"):
         _persistently(partial(client().delete_object, Bucket=bucket, Key=key))
+
+
+def delete_for_good(uri: str) -> None:
+    """Delete an object with every version and delete marker that its bucket keeps of it: no version id reads it then.
+
+    What readers see goes last: whatever ends this before, the object is still listed and can be deleted again.
+    """
+    bucket, key = _bucket_key(uri)
+    if versioned_bucket(uri) is None:
+        delete(uri)
+        return
+    before: list[str] = []
+    with explained(uri):
+        while versions := _versions(uri):
+            if versions == before:
+                raise UserError(f"{uri}: storage keeps versions that it said it deleted: look at what locks the bucket")
+            before = versions
+            for version in versions:
+                with _needing(uri, "s3:DeleteObjectVersion", "or a lock holds it (Object Lock, MFA Delete)"):
+                    _persistently(partial(client().delete_object, Bucket=bucket, Key=key, VersionId=version))
+
+
+def versioned_bucket(uri: str) -> str | None:
+    """The bucket of `uri` where it keeps versions of what is deleted or overwritten in it, or did so once and keeps
+    those; None where it does not. A bucket is asked once."""
+    bucket, _ = _bucket_key(uri)
+    return SCHEME + bucket if keeps_versions(bucket) else None
+
+
+@cache
+def keeps_versions(bucket: str) -> bool:
+    uri = SCHEME + bucket
+    with explained(uri), _needing(uri, "s3:GetBucketVersioning"):
+        try:
+            return bool(_persistently(partial(client().get_bucket_versioning, Bucket=bucket)).get("Status"))
+        except botocore.exceptions.ClientError as error:
+            if _code(error) == "NotImplemented":  # storage that knows no versions keeps none
+                return False
+            raise
+
+
+def _versions(uri: str) -> list[str]:
+    """Ids of versions and delete markers of one object, the one that readers see last; all of them, or, where they do
+    not fit on a page, those on the first."""
+    bucket, key = _bucket_key(uri)
+    with _needing(uri, "s3:ListBucketVersions"):
+        page = _persistently(partial(client().list_object_versions, Bucket=bucket, Prefix=key))
+    found = [entry for kind in ("Versions", "DeleteMarkers") for entry in page.get(kind, []) if entry["Key"] == key]
+    return [entry["VersionId"] for entry in sorted(found, key=lambda entry: bool(entry["IsLatest"]))]
+
+
+@contextlib.contextmanager
+def _needing(uri: str, right: str, otherwise: str = "") -> Iterator[None]:
+    """Name the right that a request needs where it is denied: deleting takes more of them than most jobs have."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        if _SAME.get(_code(error), _code(error)) != "AccessDenied":
+            raise
+        lacking = " ".join(filter(None, [f"these credentials lack the right {right}", otherwise]))
+        raise UserError(f"{uri}: {lacking}: cluster/iam-policy-removal.json lists what removing takes") from error
 
 
 def put(uri: str, source: Path, **condition: str) -> bool:

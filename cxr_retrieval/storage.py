@@ -1,7 +1,7 @@
 """The one door to files: local folders and `s3://` behind the same functions.
 
 Bulk data goes through pyarrow filesystems, conditional writes through boto3 (S3) or a lock file, fsync and rename
-(local), streamed text through smart_open. A write is seen whole or not at all. Nothing is deleted here.
+(local), streamed text through smart_open. A write is seen whole or not at all.
 """
 
 import contextlib
@@ -110,6 +110,7 @@ def add_retries(count: int) -> None:
 def forget_clients() -> None:
     """Read the AWS_* variables anew at the next request."""
     s3.client.cache_clear()
+    s3.keeps_versions.cache_clear()
     s3.filesystem.cache_clear()
 
 
@@ -312,13 +313,29 @@ def replace(uri: str, data: bytes, tag: str | None) -> bool:
 
 
 def delete(uri: str) -> None:
-    """Delete a file; it is no error where there is none."""
+    """Delete a file; it is no error where there is none. What a `versioned_bucket` keeps of it stays."""
+    _delete(uri, s3.delete)
+
+
+def delete_for_good(uri: str) -> None:
+    """Delete a file, and all that a `versioned_bucket` keeps of it. Raises UserError where a right is missing to find
+    out or to delete that."""
+    _delete(uri, s3.delete_for_good)
+
+
+def _delete(uri: str, object_at: Callable[[str], None]) -> None:
     uri = canonical(uri)
     with _explained(uri):
         if is_s3(uri):
-            s3.delete(uri)
+            object_at(uri)
         else:
             Path(uri).unlink(missing_ok=True)
+
+
+def versioned_bucket(uri: str) -> str | None:
+    """The bucket that keeps versions of what is deleted or overwritten at `uri`, where it is in one. Raises UserError
+    where the right to ask is missing."""
+    return s3.versioned_bucket(canonical(uri)) if is_s3(uri) else None
 
 
 def sha256(path: Path) -> str:

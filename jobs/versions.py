@@ -11,7 +11,8 @@
 Needs no cluster. `promote` compares precision@8 and mAP of both versions by the evaluations in the workspace, those of
 `jobs.evaluate`; `--without-gate` does not. `gc` only says what it would delete unless it is told `--delete`; with
 `--purge` these are versions and everything in the workspace that hold patients whom `jobs.forget` has removed; it needs
-the privacy key that they were removed under, so give it the same settings.
+the privacy key that they were removed under, so give it the same settings. In a bucket that keeps versions, a purge
+deletes all of what it deletes; plain `gc` and `drop` leave them.
 """
 
 import argparse
@@ -144,6 +145,7 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
         to: published_holdings(to, removed.tombstones if to in indexes else NO_TOMBSTONES),
         settings.workspace: workspace_holdings(settings.workspace, removed),
     }
+    keeping = {storage.versioned_bucket(place) for place in found if delete}  # before anything is deleted
     if delete:
         found = {place: purge(holdings) for place, holdings in found.items()}
     rows = [
@@ -155,6 +157,12 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
     learnt = [uri for holdings in found.values() for uri in holdings.learnt]
     if learnt:
         console.say(f"stays, learnt from their images among others; training anew removes it: {', '.join(learnt)}")
+    for bucket in sorted(filter(None, keeping)):
+        console.say(
+            f"{bucket}: the bucket keeps old versions: none is left of what is purged now, but what gc or drop deleted"
+            " before, or was overwritten, stays readable until a lifecycle rule (NoncurrentVersionExpiration) or the"
+            " bucket's owner deletes it"
+        )
     if unfinished := {file.uri for holdings in found.values() for file in holdings.unfinished}:
         console.say(f"stay, somebody may be writing them: {len(unfinished):,} half-written files; purge again in a day")
     if any(holdings.versions or holdings.artifacts for holdings in found.values()):

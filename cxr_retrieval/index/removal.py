@@ -190,9 +190,10 @@ def workspace_holdings(workspace: str, removed: RemovedPatients) -> Holdings:
 
 def purge(holdings: Holdings) -> Holdings:
     """Delete all that holds removed patients, but for objects that a version names that was published meanwhile; what
-    was deleted.
+    was deleted. Of a file that goes, a bucket that keeps versions keeps none.
 
-    Raises UserError, before anything is deleted, where an alias serves one of the versions by then.
+    Raises UserError where an alias serves one of the versions by then, before anything is deleted, and where a right to
+    delete is missing.
     """
     named = named_objects(holdings.to, holdings.versions) if holdings.to else set()
     files = tuple(file for file in holdings.files if file.path not in named)
@@ -204,7 +205,7 @@ def purge(holdings: Holdings) -> Holdings:
             " and publish the index without them first, then purge"
         )
     for file in files:
-        storage.delete(file.uri)
+        storage.delete_for_good(file.uri)
     return replace(holdings, files=files)
 
 

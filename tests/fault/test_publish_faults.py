@@ -195,6 +195,7 @@ class Places:
         self._numbers = itertools.count()
 
     def next(self) -> Place:
+        s3_door.keeps_versions.cache_clear()  # asked by every work, as by a job of its own
         to = f"{self._root}/{next(self._numbers)}"
         self._bucket.put(to, self._objects)
         return Place(to, self._bucket, self._bucket.stored(to), self._contents)

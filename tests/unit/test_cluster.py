@@ -15,6 +15,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cxr_retrieval.config import Settings, load_settings
+from cxr_retrieval.index.removal import FOLDERS
+from cxr_retrieval.tombstones import FOLDER as TOMBSTONES
 from cxr_retrieval.training.input import READ_CPUS
 
 ROOT = Path(__file__).parents[2]
@@ -374,17 +376,27 @@ def test_nodes_get_out_to_names_and_https_only_and_never_to_the_instances_metada
 # --- rights in S3
 
 
-def allowed(action: str, key: str | None = None, prefix: str | None = None) -> bool:
-    """What the policy says to a request for a key of BUCKET, or (ListBucket) for a prefix or for none."""
+JOBS, REMOVAL = "iam-policy.json", "iam-policy-removal.json"
+
+
+def statements(policy: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((CLUSTER / policy).read_text(encoding="utf-8"))["Statement"]
+    return found
+
+
+def allowed(action: str, key: str | None = None, prefix: str | None = None, policy: str = JOBS) -> bool:
+    """What a policy says to a request for a key of BUCKET, or (ListBucket) for a prefix or for none."""
     arn = "arn:aws:s3:::BUCKET" + (f"/{key}" if key is not None else "")
-    for statement in json.loads((CLUSTER / "iam-policy.json").read_text(encoding="utf-8"))["Statement"]:
+    for statement in statements(policy):
         if action not in listed(statement["Action"]):
             continue
         if not any(fnmatchcase(arn, pattern) for pattern in listed(statement["Resource"])):
             continue
         condition = statement.get("Condition", {})
-        assert set(condition) <= {"StringLikeIfExists"}
-        patterns = condition.get("StringLikeIfExists", {}).get("s3:prefix", ["*"])
+        assert set(condition) <= {"StringLikeIfExists", "StringLike"}
+        if prefix is None and "StringLike" in condition:
+            continue
+        patterns = next(iter(condition.values()), {}).get("s3:prefix", ["*"])
         if prefix is None or any(fnmatchcase(prefix, pattern) for pattern in patterns):
             return True
     return False
@@ -394,10 +406,9 @@ def listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def policy_actions() -> set[str]:
-    statements = json.loads((CLUSTER / "iam-policy.json").read_text(encoding="utf-8"))["Statement"]
-    assert all(statement["Effect"] == "Allow" for statement in statements)
-    return {action for statement in statements for action in listed(statement["Action"])}
+def policy_actions(policy: str = JOBS) -> set[str]:
+    assert all(statement["Effect"] == "Allow" for statement in statements(policy))
+    return {action for statement in statements(policy) for action in listed(statement["Action"])}
 
 
 def test_the_rights_are_named_one_by_one_and_are_those_that_storage_and_ray_use() -> None:
@@ -407,17 +418,45 @@ def test_the_rights_are_named_one_by_one_and_are_those_that_storage_and_ray_use(
 
 def test_storage_asks_s3_for_nothing_that_the_rights_do_not_cover() -> None:
     code = (ROOT / "cxr_retrieval" / "s3.py").read_text(encoding="utf-8")
-    asked = set(re.findall(r"client\([^()]*\)\.(\w+)\(", code))
-    needs = {
+    asked = set(re.findall(r"client\([^()]*\)\.(\w+)[(,]", code))
+    jobs = {
         "list_objects_v2": "s3:ListBucket",
-        "get_paginator": "s3:ListBucket",
         "head_object": "s3:GetObject",
         "get_object": "s3:GetObject",
         "put_object": "s3:PutObject",
         "delete_object": "s3:DeleteObject",
     }
-    assert {"get_object", "put_object"} <= asked
-    assert {needs[method] for method in asked} <= policy_actions()
+    removal = {"get_bucket_versioning": "s3:GetBucketVersioning", "list_object_versions": "s3:ListBucketVersions"}
+    assert asked == jobs.keys() | removal.keys()
+    assert set(jobs.values()) <= policy_actions()
+    assert set(removal.values()) <= policy_actions(REMOVAL)
+    named = re.findall(r"_needing\(\w+, \"(s3:\w+)\"", code)
+    assert {"s3:DeleteObjectVersion", *removal.values()} <= set(named) <= policy_actions(REMOVAL)
+
+
+PURGED = (*FOLDERS, "runs")
+
+
+@pytest.mark.parametrize("folder", PURGED)
+def test_who_removes_patients_may_delete_every_version_of_all_that_a_purge_deletes(folder: str) -> None:
+    key = f"cxr/{folder}/x/objects/0123"
+    for action in ("s3:DeleteObject", "s3:DeleteObjectVersion"):
+        assert allowed(action, key, policy=REMOVAL)
+    assert allowed("s3:ListBucketVersions", prefix=key, policy=REMOVAL)
+    assert allowed("s3:GetBucketVersioning", policy=REMOVAL)
+    assert not allowed("s3:DeleteObjectVersion", key)
+
+
+def test_who_removes_patients_may_mark_them_and_neither_delete_marks_nor_touch_an_archive() -> None:
+    for place in ("cxr", "cxr/indexes/chest"):
+        assert allowed("s3:PutObject", f"{place}/{TOMBSTONES}/0123.json", policy=REMOVAL)
+    assert not allowed("s3:PutObject", "cxr/indexes/chest/objects/0123", policy=REMOVAL)
+    assert not allowed("s3:DeleteObject", f"cxr/{TOMBSTONES}/0123.json", policy=REMOVAL)
+    assert not allowed("s3:ListBucketVersions", policy=REMOVAL)
+    for action in policy_actions(REMOVAL):
+        assert not allowed(action, "nih/images/00000001_000.png", "nih/", policy=REMOVAL)
+    uses = {"s3:DeleteObject", "s3:DeleteObjectVersion", "s3:GetBucketVersioning", "s3:ListBucketVersions"}
+    assert policy_actions(REMOVAL) == uses | {"s3:PutObject"}
 
 
 def test_the_prefixes_are_those_of_the_ray_job() -> None:
@@ -450,8 +489,10 @@ def test_every_folder_that_the_code_makes_in_a_workspace_may_be_written() -> Non
     folders = set()
     for file in [*(ROOT / "cxr_retrieval").rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
         text = file.read_text(encoding="utf-8")
-        folders |= set(re.findall(r"join\(\s*(?:settings\.)?workspace,\s*\"(\w+)\"", text))
-    assert {"corpora", "runs", "models", "embeddings", "indexes", "reports"} <= folders
+        names = dict(re.findall(r"^([A-Z_]+) = \"(\w+)\"", text, flags=re.MULTILINE))
+        made = re.findall(r"join\(\s*(?:(?:settings|self)\.)?(?:workspace|place),\s*(?:\"(\w+)\"|([A-Z_]+)\b)", text)
+        folders |= {written or names[constant] for written, constant in made if constant != "SUMMARY_FILE"}
+    assert {"corpora", "runs", "models", "embeddings", "indexes", "reports", "tombstones"} <= folders
     for folder in folders:
         for action in ("s3:PutObject", "s3:AbortMultipartUpload", "s3:GetObject"):
             assert allowed(action, f"cxr/{folder}/x/manifest.json"), folder
@@ -559,7 +600,7 @@ def commands() -> list[str]:
 def test_the_page_names_only_files_that_exist() -> None:
     named = set(re.findall(r"(?:cluster|docs|jobs|tests|constraints)/[\w./-]+\.\w+", PAGE))
     named |= {f"docs/{target}" for target in re.findall(r"\]\((?!http)([\w./-]+)\)", PAGE)}
-    assert {f"cluster/{name}" for name in (*STARTERS, "networkpolicy.yaml", "iam-policy.json")} <= named
+    assert {f"cluster/{name}" for name in (*STARTERS, "networkpolicy.yaml", JOBS, REMOVAL)} <= named
     assert "cluster/Dockerfile" in PAGE
     for name in named:
         assert (ROOT / name).exists(), name
