@@ -154,8 +154,8 @@ class HeadStart:
     image of a million is out within seconds.
 
     It is a guess of what the partition is, begun as the one part of a corpus of its own: whose images are in it is told
-    by that corpus's manifest, for removals. Where the whole listing tells another partition, this corpus stays
-    unfinished and the part is of no other.
+    by that corpus's manifest, for removals. It stays unfinished, since no job needs the right to delete a workspace's
+    corpora; where the whole listing tells another partition, the part is of no other corpus.
     """
 
     part: Draft
@@ -198,17 +198,6 @@ class HeadStart:
         """Whether the guess was right."""
         return self.part.uri == plan.parts[0].uri
 
-    @staticmethod
-    def clear(plan: CorpusPlan, settings: CorpusSettings) -> None:
-        """Delete what this run or a killed one began for a guess that was right: the plan's manifest tells whose images
-        the part holds."""
-        first = plan.parts[:1]
-        guess = _corpus_of(storage.parent(plan.draft.uri), settings, dict(first[0].settings), first)
-        if guess.uri != plan.draft.uri and artifacts.find(guess.uri) is None:
-            with contextlib.suppress(FileNotFoundError):
-                for file in list(storage.list_files(guess.uri)):
-                    storage.delete(file.uri)
-
 
 def _run(task: PartTask, what: dict[str, Any], rows: pa.Table) -> dict[str, Any]:
     return task(what, rows)
@@ -246,7 +235,6 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
                 _remember(_begun_uri(folder, settings), draft.input_id)
             corpus = _finish(draft, manifest, finished, plan.archive, settings)
             _remember(_latest_uri(folder, settings), corpus.input_id)
-            HeadStart.clear(plan, settings)
             return corpus, True
 
 
