@@ -25,7 +25,7 @@ SMALL = {
         "SIDE": 128,
         "TIMES": 2,
         "ROUNDS": 1,
-        "KINDS": {", half of them duplicates": {"name": "films-alike", "alike": 2}},
+        "KINDS": {},
         "WITH_MODEL": {"embed and evaluate": ("evaluate", "all_test", [])},
     },
     "listing": {"IMAGES": 3000, "TIMES": 2, "ROUNDS": 1, "PART": 32, "SIDE": 128, "DRAWN": 8},

@@ -21,11 +21,10 @@ import torch
 from PIL import Image
 
 from cxr_retrieval import storage
-from cxr_retrieval.artifacts import Draft
+from cxr_retrieval.artifacts import MANIFEST, Draft
 from cxr_retrieval.config import NetworkSettings
 from cxr_retrieval.corpus.decoding import Limits, Recipe, decode
 from cxr_retrieval.corpus.findings import FINDINGS
-from cxr_retrieval.corpus.manifest import MANIFEST_FILE
 from cxr_retrieval.index import cache
 from cxr_retrieval.index.aliases import list_aliases
 from cxr_retrieval.index.search import Retriever
@@ -186,7 +185,7 @@ def test_a_model_that_is_not_there_is_refused_in_one_line(world: World, tmp_path
 
 
 def a_corpus(world: World) -> Path:
-    (found,) = Path(world.workspace, "corpora", "chest").glob(f"*/{MANIFEST_FILE}")
+    (found,) = Path(world.workspace, "corpora", "chest").glob(f"*/{MANIFEST}")
     return found.parent
 
 
