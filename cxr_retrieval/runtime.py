@@ -82,8 +82,8 @@ def leaves_room(nodes: Sequence[float], workers: int, cpus_per_worker: float, re
 def start_ray(settings: Settings | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (set under `ray job submit`), else start Ray on this machine.
 
-    Raises UserError where no cluster answers, and where the settings name a local folder that other nodes of it do not
-    see.
+    Raises UserError where no cluster answers, where Ray does not come up here in its time, and where the settings name
+    a local folder that other nodes of the cluster do not see.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -96,6 +96,13 @@ def start_ray(settings: Settings | None = None) -> None:
             raise UserError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: {' '.join(str(error).split())[:200]};"
                 " start it, unset RAY_ADDRESS, or give its token in RAY_AUTH_TOKEN"
+            ) from error
+        except Exception as error:
+            if "timed out during startup" not in str(error):  # Ray has no type of its own for it
+                raise
+            raise UserError(
+                "Ray did not start within 30 seconds: this machine is too busy, or has too little memory: run the same"
+                " command again when it is not, it goes on"
             ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -13,7 +13,7 @@ from cxr_retrieval import command, storage
 from cxr_retrieval.command import settings_help
 from cxr_retrieval.config import Settings, load_settings, settings_fields
 from cxr_retrieval.errors import UserError, user_error_in
-from cxr_retrieval.runtime import leaves_room, reserved_memory
+from cxr_retrieval.runtime import leaves_room, reserved_memory, start_ray
 
 Run = Callable[..., list[tuple[str, Settings, argparse.Namespace]]]
 
@@ -262,3 +262,21 @@ def test_no_task_asks_for_more_memory_than_a_node_has_which_ray_would_wait_for_w
     assert (reserved_memory(10**9), reserved_memory(10**11)) == (10**9, 4 * 10**9)
     monkeypatch.setattr("ray.nodes", lambda: [node(0, 1e9)])  # until the first worker has come
     assert reserved_memory(10**11) == 10**11
+
+
+def test_a_machine_that_is_too_busy_to_start_ray_is_told_in_one_line_and_other_faults_of_ray_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = "The current node timed out during startup. This could happen because the GCS has become overloaded."
+
+    def init(**_: object) -> None:
+        raise Exception(told)  # as Ray raises it
+
+    monkeypatch.setattr("cxr_retrieval.runtime.ENVIRONMENT", {})
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(UserError, match=r"too busy.*run the same command again"):
+        start_ray()
+    told = "a fault of Ray"
+    with pytest.raises(Exception, match="a fault of Ray"):
+        start_ray()
