@@ -126,7 +126,6 @@ class Corpus:
         """Counts of all rows; pixels are not read. Of a part that does not tell which of its images have text burned
         in, each may have it, if any image of the corpus has."""
         census, any_has = Census(), pa.scalar(self.artifact.manifest["burned_in"] > 0)
-        self.left_out(0)  # read once, before threads ask for it
 
         def tables(part: int) -> list[pa.Table]:
             return list(self.batches(part, CENSUS_ROWS, COLUMNS))

@@ -11,7 +11,7 @@ Q queries, D dimensions, k hits.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ class Shards:
         self.facts, self._path = facts, path
         self.numbers = range(facts["shards"]) if numbers is None else numbers
         self.shards = [self._open(number) for number in self.numbers]
-        self._thumbnail_groups = lru_cache(maxsize=None)(_thumbnail_groups)
+        self._thumbnail_groups = cache(_thumbnail_groups)
 
     @classmethod
     def open(cls, path: Callable[[str], Path]) -> "Shards":

@@ -85,7 +85,6 @@ def find_collisions(source: Source, pseudonyms: Pseudonyms) -> dict[int, list[in
     Rows are numbered within their part, duplicates left out. Holds 24 bytes a row. With 63 bits one collision is to be
     expected among some four thousand million images.
     """
-    source.corpus.left_out(0)  # read once, before threads ask for it
 
     def ids_of(part: int) -> np.ndarray:
         with storage.arrow_reader(source.corpus.files[part]) as file:
