@@ -39,7 +39,7 @@ from cxr_retrieval.artifacts import MANIFEST, Artifact
 from cxr_retrieval.config import CorpusSettings
 from cxr_retrieval.corpus.decoding import decode
 from cxr_retrieval.corpus.limits import Limits
-from cxr_retrieval.corpus.parts import recipe_of
+from cxr_retrieval.corpus.parts import TASK_CPUS, recipe_of
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.runtime import start_ray
 
@@ -149,7 +149,7 @@ def ours(archive: str, workspace: str, images: int) -> tuple[float, float]:
     part = images // (PARTS * cores)
     began = time.perf_counter()
     corpus, _ = prepare(CorpusSettings(archive=archive, size=SIZE, partition_images=part), workspace)
-    return steady_rate(corpus, part, cores), corpus.counts["prepared"] / (time.perf_counter() - began)
+    return steady_rate(corpus, part, int(cores / TASK_CPUS)), corpus.counts["prepared"] / (time.perf_counter() - began)
 
 
 def steady_rate(artifact: Artifact, part: int, workers: int) -> float:

@@ -1,5 +1,7 @@
 """Starting or joining Ray, quietly: a job's own lines are what a person reads."""
 
+import contextlib
+import ctypes
 import logging
 import os
 import secrets
@@ -23,8 +25,22 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # network.weights=hf:// may ask the hub, and tells it of nothing else
     "TRANSFORMERS_VERBOSITY": "error",
 }
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+KEPT_BYTES = 32 << 20  # the most that mallopt takes for the first
 TRIES = 4  # of a task whose process dies: lost nodes cost one each, and a file that kills every reader all
 DIED = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
+
+
+def keep_freed_memory() -> None:
+    """Let this process use again what it has freed, a few images' worth.
+
+    By default glibc gives blocks of megabytes back to the system and asks for them anew, image by image; to fault
+    their pages in again takes as long as to decode an uncompressed film. Of other C libraries nothing is asked.
+    """
+    with contextlib.suppress(AttributeError):  # a libc that has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def require_cpus(workers: int, cpus_per_worker: float, reading: float, gpus: int) -> None:

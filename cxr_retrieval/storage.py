@@ -31,6 +31,7 @@ S3 = s3.SCHEME
 MOST_BYTES = s3.MOST_BYTES  # of one file that may lie on object storage
 CHUNK = 1 << 20
 READS_AHEAD = 8  # files read at once: hides the latency of object storage
+READS_AHEAD_LOCALLY = 2  # a disk has little, and what is read long before it is used has left the processor's cache
 DEEPEST = 100  # folders in folders that are listed
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}")  # see _temporary_beside
 
@@ -478,6 +479,11 @@ def _explained(uri: str, hint: str = "") -> Iterator[None]:
         if error.errno in remedies:
             raise UserError(f"{uri}: {remedies[error.errno]}{hint}") from error
         raise
+
+
+def reads_ahead(uri: str) -> int:
+    """How many files under a URI to read at once where each is used as it comes."""
+    return READS_AHEAD if is_s3(canonical(uri)) else READS_AHEAD_LOCALLY
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -23,10 +23,13 @@ from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 from cxr_retrieval.corpus.manifest import read_partition
 from cxr_retrieval.corpus.rows import LABELS, QUARANTINE, as_read, corpus_schema, rows_digest
 from cxr_retrieval.errors import UserError
+from cxr_retrieval.runtime import keep_freed_memory
 
 PART_KIND = "corpus-part"
 ROWS_FILE, QUARANTINE_FILE = "rows.parquet", "quarantine.parquet"
 BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
+# Of a partition's task, so that three share two cores: between its partitions a task waits, for Ray and for storage.
+TASK_CPUS = 0.66
 # Bytes a pixel of an image that is decoded, its file and what is made of it on the way: of a PNG of 16 bits, 17 of one
 # with colours. JPEG 2000 with colours takes 28, and nobody's films of the largest size are that.
 DECODING = 18
@@ -72,7 +75,8 @@ class PartTask:
 
     def __call__(self, task: dict[str, Any], rows: pa.Table | None = None) -> dict[str, Any]:
         before = storage.retries()
-        cv2.setNumThreads(1)  # tasks run side by side, one a core
+        cv2.setNumThreads(1)  # tasks run side by side
+        keep_freed_memory()
         try:
             if rows is None:
                 rows = read_partition(self._manifest_uri, task["partition"])
@@ -97,7 +101,7 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
     bad: list[dict[str, Any]] = []
     excluded: Counter[str] = Counter()
     burned_in = 0
-    for row, coming in _fetched(rows.to_pylist()):
+    for row, coming in _fetched(rows.to_pylist(), storage.reads_ahead(settings.archive or "")):
         try:
             if row["reason"]:
                 raise RejectedImage(row["reason"], row["text"])
@@ -155,9 +159,9 @@ def _decoded(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         raise RejectedImage(UNREADABLE, "there was not enough memory to decode it") from None
 
 
-def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:
-    """Each manifest row with its file's bytes, or RejectedImage, to come. Files that are needed are read ahead, those
-    larger than BYTES_AHEAD in their turn."""
+def _fetched(rows: Sequence[dict[str, Any]], most: int) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:
+    """Each manifest row with its file's bytes, or RejectedImage, to come. Files that are needed are read ahead, at most
+    so many, those larger than BYTES_AHEAD in their turn."""
     waiting, ahead, held = deque(rows), deque[Future[bytes]](), 0
 
     def size(row: dict[str, Any]) -> int:
@@ -171,11 +175,11 @@ def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], F
             return Future()
         return pool.submit(read_listed, row["source_uri"], row["size"])
 
-    with ThreadPoolExecutor(storage.READS_AHEAD) as pool:
+    with ThreadPoolExecutor(most) as pool:
         for row in rows:
             coming = ahead.popleft() if ahead else fetch()
             held -= size(row)
-            while waiting and len(ahead) < storage.READS_AHEAD and held + size(waiting[0]) <= BYTES_AHEAD:
+            while waiting and len(ahead) < most and held + size(waiting[0]) <= BYTES_AHEAD:
                 ahead.append(fetch())
             yield row, coming
 

@@ -36,6 +36,7 @@ from cxr_retrieval.corpus.parts import (
     PART_KIND,
     QUARANTINE_FILE,
     ROWS_FILE,
+    TASK_CPUS,
     PartTask,
     part_of,
     recipe_of,
@@ -189,9 +190,9 @@ class HeadStart:
             with room(settings.archive or ""), ManifestWriter.to(manifest) as writer:
                 writer.write(rows)
             _begin(draft, manifest)
-        work = ray.remote(max_retries=TRIES - 1, memory=reserved_memory(task_memory(settings)))(_run).options(
-            name="HeadStart"
-        )
+        work = ray.remote(num_cpus=TASK_CPUS, memory=reserved_memory(task_memory(settings)), max_retries=TRIES - 1)(
+            _run
+        ).options(name="HeadStart")
         return cls(part, work.remote(_task_of(draft, part, settings), {"partition": 0, "uri": part.uri}, rows))
 
     def is_of(self, plan: CorpusPlan) -> bool:
@@ -305,6 +306,7 @@ def _results(
             warnings.simplefilter("ignore", RayDeprecationWarning)
             results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
                 _task_of(plan.draft, plan.parts[0], settings),
+                num_cpus=TASK_CPUS,
                 memory=reserved_memory(task_memory(settings)),
                 max_retries=TRIES - 1,
             )

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from cxr_retrieval import artifacts
+from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import AccountingError, Artifact, Draft
 from cxr_retrieval.config import ColumnSettings, CorpusSettings, PrivacySettings, Settings
 from cxr_retrieval.corpus import parts, preparation
@@ -254,7 +254,12 @@ def test_a_file_that_grew_after_it_was_listed_is_not_read_to_its_end(archive: Pa
     assert peak < 10_000_000
 
 
-def test_files_are_read_ahead_as_far_as_their_bytes_go(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("archive_uri", "most", "last"), [("s3://films/archive", 8, [0, 1, 3, 2, 1, 0]), ("/films", 2, [0, 1, 2, 2, 1, 0])]
+)
+def test_files_are_read_ahead_as_far_as_their_bytes_go_and_further_where_each_has_a_way_to_come(
+    archive_uri: str, most: int, last: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: list[int] = []
 
     class AtOnce(ThreadPoolExecutor):
@@ -268,12 +273,12 @@ def test_files_are_read_ahead_as_far_as_their_bytes_go(monkeypatch: pytest.Monke
     rows = [{"reason": None, "excluded": None, "source_uri": "", "size": size} for size in sizes]
     rows.insert(3, {"reason": "no_patient", "excluded": None, "source_uri": "", "size": 10**12})
     ahead = []
-    for number, _ in enumerate(parts._fetched(rows)):
+    for number, _ in enumerate(parts._fetched(rows, storage.reads_ahead(archive_uri))):
         taken = sum(before["reason"] is None for before in rows[: number + 1])
         ahead.append(len(begun) - taken)
     assert begun == sizes
-    assert max(ahead) <= 8
-    assert ahead[20:] == [0, 1, 3, 2, 1, 0]
+    assert max(ahead) == most
+    assert ahead[20:] == last
 
 
 def test_tasks_that_may_need_more_memory_than_a_node_has_run_one_at_a_time(
