@@ -1,6 +1,8 @@
 """Promises of the search page in a real browser: hits are found, looked at and filtered, errors told in words."""
 
 import asyncio
+import base64
+import io
 import re
 import subprocess
 import urllib.parse
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from fastapi import Response
 from fastapi.responses import HTMLResponse
+from PIL import ExifTags, Image
 
 from cxr_retrieval.config import ServeSettings
 from cxr_retrieval.index import cache
@@ -32,6 +35,17 @@ const until = async (test) => { while (!test()) await new Promise((done) => setT
 const key = (target, name, more) =>
   target.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true, ...more }));
 const films = () => [...document.querySelectorAll("#hits .film")];
+const box = (kind = "drawn") => {
+  const drawn = $("picture").querySelector(`.${kind}`);
+  return drawn && ["x", "y", "width", "height"].map((name) => Math.round(drawn.getAttribute(name))).join();
+};
+function draw(left, top, right, bottom) { // in parts of the picture
+  const frame = $("picture").getBoundingClientRect();
+  const at = (kind, x, y) => $("picture").dispatchEvent(new PointerEvent(kind,
+    { bubbles: true, clientX: frame.left + x * frame.width, clientY: frame.top + y * frame.height }));
+  $("picture").setPointerCapture = () => {}; // refuses a pointer that no hand moves
+  at("pointerdown", left, top); at("pointermove", right, bottom); at("pointerup", right, bottom);
+}
 const settled = () => until(() => !$("answers").classList.contains("busy"));
 async function give(name, bytes) {
   const data = new DataTransfer();
@@ -146,15 +160,8 @@ def test_a_hit_opens_beside_the_query_with_its_reasons_and_can_be_asked_with(tmp
 
 def test_a_box_is_drawn_with_the_mouse_or_by_keys_and_searched_with(tmp_path: Path, address: str) -> None:
     acts = """
-  const picture = $("picture"), frame = picture.getBoundingClientRect();
-  picture.setPointerCapture = () => {};
-  const at = (kind, x, y) => picture.dispatchEvent(new PointerEvent(kind,
-    { bubbles: true, clientX: frame.left + x * frame.width, clientY: frame.top + y * frame.height }));
-  at("pointerdown", 0.25, 0.25); at("pointermove", 0.75, 0.5); at("pointerup", 0.75, 0.5);
-  const box = () => {
-    const drawn = picture.querySelector(".drawn");
-    return drawn && ["x", "y", "width", "height"].map((name) => drawn.getAttribute(name)).join();
-  };
+  const picture = $("picture");
+  draw(0.25, 0.25, 0.75, 0.5);
   seen.drawn = box();
   key(picture, "Escape"); seen.gone = box();
   key(picture, "Enter"); seen.middle = box();
@@ -168,6 +175,72 @@ def test_a_box_is_drawn_with_the_mouse_or_by_keys_and_searched_with(tmp_path: Pa
         "middle": "43,43,43,43",
         "moved": "40,43,43,46",
         "looked": "true",
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "orientation", "size", "place"),
+    [("JPEG", 6, "80,120", "40,0,40,40"), ("JPEG", 3, "120,80", "80,40,40,40"), ("PNG", 6, "120,80", "0,0,40,40")],
+)
+def test_a_box_is_looked_at_where_it_was_drawn_also_on_an_image_that_its_exif_turns(
+    tmp_path: Path, address: str, form: str, orientation: int, size: str, place: str
+) -> None:
+    lying = Image.new("L", (120, 80), 40)
+    lying.paste(255, (0, 0, 40, 40))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    lying.save(data := io.BytesIO(), form, exif=exif)
+    acts = f"""
+  await give("film", Uint8Array.from(atob("{base64.b64encode(data.getvalue()).decode()}"), (c) => c.charCodeAt(0)));
+  const [x, y, w, h] = [{place}];
+  const {{ width, height }} = $("picture").querySelector("canvas");
+  seen.size = [width, height].join();
+  seen.frame = $("picture").style.aspectRatio;
+  const grey = (x, y) => $("picture").querySelector("canvas").getContext("2d").getImageData(x, y, 1, 1).data[0];
+  seen.white = grey(x + w / 2, y + h / 2) > 200;
+  draw(x / width, y / height, (x + w) / width, (y + h) / height);
+  $("form").requestSubmit(); await settled();
+  seen.problem = $("problem").textContent;
+  seen.drawn = box();
+  const looked = box("crop").split(",");
+  seen.looked = [x, y, w, h].every((value, at) => Math.abs(value - looked[at]) <= 2); // a pixel of the network's
+  films()[0].click();
+  seen.beside = $("sides").querySelector(".film").style.aspectRatio;
+"""
+    seen = acted(tmp_path, address, acts)
+    frame = size.replace(",", " / ")
+    expected = {"size": size, "frame": frame, "white": "true", "problem": ""}
+    assert seen == {**expected, "drawn": place, "looked": "true", "beside": frame}
+
+
+def test_other_pages_and_reasons_keep_the_region_of_their_search_whatever_is_drawn_since(
+    tmp_path: Path, address: str
+) -> None:
+    acts = """
+  const regions = [], plain = window.fetch;
+  window.fetch = (url, options) => {
+    if (options?.body) regions.push(options.body.get("region") ?? "whole");
+    return plain(url, options);
+  };
+  const turn = async (way) => { $(way).click(); await settled(); };
+  const why = async () => {
+    films()[0].click(); await until(() => document.querySelector("#why table"));
+    $("viewer").close();
+  };
+  draw(0.25, 0.25, 0.75, 0.75);
+  await turn("next"); await why(); await turn("previous");
+  seen.first = regions.splice(0).join(" ");
+  $("form").requestSubmit(); await settled();
+  draw(0, 0, 0.5, 0.5);
+  await turn("next"); await why(); await turn("previous");
+  seen.second = regions.splice(0).join(" ");
+  key($("picture"), "Enter"); await settled();
+  seen.third = regions.join(" ");
+"""
+    assert acted(tmp_path, address, acts) == {
+        "first": "whole whole whole",
+        "second": "32,32,64,64 32,32,64,64 32,32,64,64 32,32,64,64",
+        "third": "0,0,64,64",
     }
 
 

@@ -10,7 +10,7 @@
   let found = null; // the last answer
   let skip = 0;
   let told = ""; // what is said of the last answer
-  let asked = []; // the filters of the last answer: its other pages have the same
+  let asked = null; // filters and region of the last answer: its other pages and its reasons have the same
   let patients = false; // each hit another patient
   let asking = null; // aborts the request under way
   let at = 0; // the hit in the viewer
@@ -183,13 +183,28 @@
 
   // ---- asking
 
+  // A browser turns a PNG as its EXIF says, also where it is asked not to; the server turns JPEG only.
+  async function asTheServerSees(file) {
+    const bytes = new DataView(await file.arrayBuffer());
+    if (bytes.byteLength < 8 || bytes.getUint32(0) !== 0x89504e47) return file;
+    const kept = [];
+    let from = 0;
+    for (let at = 8, next; at + 8 <= bytes.byteLength; at = next) {
+      next = at + 12 + bytes.getUint32(at);
+      if (bytes.getUint32(at + 4) !== 0x65584966) continue; // eXIf
+      kept.push(file.slice(from, at));
+      from = next;
+    }
+    return new Blob([...kept, file.slice(from)], { type: "image/png" });
+  }
+
   async function choose(file) {
     if (!index) return;
     if (file.size > index.upload_bytes) {
       return say(`This file is larger than ${index.upload_bytes / 2 ** 20} MB, the most that the server takes.`);
     }
-    // As the network sees it: without a camera's note of how it was held. A browser may not know the format.
-    const bitmap = await createImageBitmap(file, { imageOrientation: "none" }).catch(() => null);
+    // A browser may not know the format.
+    const bitmap = await asTheServerSees(file).then((seen) => createImageBitmap(seen)).catch(() => null);
     query = { file, bitmap, region: null };
     found = null;
     search(0);
@@ -222,15 +237,15 @@
     return answer;
   }
 
-  function upload(pairs) {
+  function upload(pairs, region) {
     const form = new FormData();
     for (const [name, value] of pairs) form.append(name, value);
     form.append("image", query.file);
-    if (query.region) form.append("region", query.region.join(","));
+    if (region) form.append("region", region.join(","));
     return { method: "POST", body: form };
   }
 
-  async function search(from, wanted = filters()) {
+  async function search(from, wanted = { filters: filters(), region: query?.region }) {
     if (!query) return say("Choose an image first.");
     drawQuery();
     if (!found) {
@@ -243,13 +258,13 @@
     $("status").textContent = "Searching\u2026";
     try {
       const signal = mine.signal;
-      const pairs = [["k", PAGE], ["skip", from], ...wanted];
+      const pairs = [["k", PAGE], ["skip", from], ...wanted.filters];
       found = await (query.id === undefined
-        ? ask("/v1/search", { ...upload(pairs), signal })
+        ? ask("/v1/search", { ...upload(pairs, wanted.region), signal })
         : ask(`${hitUrl(query.id, "similar")}?${new URLSearchParams(pairs)}`, { signal }));
       skip = from;
       asked = wanted;
-      patients = wanted.some(([name]) => name === "one_per_patient");
+      patients = wanted.filters.some(([name]) => name === "one_per_patient");
       say("");
       show();
     } catch (error) {
@@ -300,7 +315,7 @@
     if (!$("viewer").open) $("viewer").showModal();
     try {
       const reason = await (query.id === undefined
-        ? ask(hitUrl(hit.image_id, "why"), upload([]))
+        ? ask(hitUrl(hit.image_id, "why"), upload([], asked.region))
         : ask(`${hitUrl(hit.image_id, "why")}?${new URLSearchParams({ query: query.id })}`));
       const rows = Object.entries(reason.distances).map(([name, distance]) => {
         const bar = node("b");
