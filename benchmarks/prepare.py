@@ -153,10 +153,10 @@ def ours(archive: str, workspace: str, images: int) -> tuple[float, float]:
 
 
 def steady_rate(artifact: Artifact, part: int, workers: int) -> float:
-    """Rows per second from when every worker has finished its first part, by the times of the manifests; parts are of
-    so many rows."""
+    """Rows per second by the times of the manifests, from when as many parts as there are workers have ended until the
+    last ones are about to: at both ends as many are under way. Parts are of so many rows."""
     ended = sorted(os.path.getmtime(storage.join(uri, MANIFEST)) for uri in artifact.part_uris)
-    return (len(ended) - workers) * part / (ended[-1] - ended[workers - 1])
+    return (len(ended) - 2 * workers + 1) * part / (ended[-workers] - ended[workers - 1])
 
 
 def main() -> None:

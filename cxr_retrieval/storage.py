@@ -31,7 +31,7 @@ S3 = s3.SCHEME
 MOST_BYTES = s3.MOST_BYTES  # of one file that may lie on object storage
 CHUNK = 1 << 20
 READS_AHEAD = 8  # files read at once: hides the latency of object storage
-READS_AHEAD_LOCALLY = 2  # a disk has little, and what is read long before it is used has left the processor's cache
+WITHOUT_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems that have no hard links answer
 DEEPEST = 100  # folders in folders that are listed
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{8}")  # see _temporary_beside
 
@@ -96,6 +96,19 @@ def check_writing(uri: str) -> None:
     missing is known before the work. Raises UserError with the remedy."""
     if is_s3(uri):
         write_bytes(join(canonical(uri), ".may-write"), b"")
+
+
+def require_conditions(uri: str) -> None:
+    """Refuse object storage that writes whatever the conditions of `create` and `replace` are: of two who publish there
+    both would win. Tried on an empty file that no listing shows. Raises UserError."""
+    if is_s3(uri):
+        probe = join(canonical(uri), ".conditions")
+        write_bytes(probe, b"")
+        if replace(probe, b"", None) or replace(probe, b"", "another"):
+            raise UserError(
+                f"{uri}: this object storage writes over what is there though it is asked not to (If-None-Match,"
+                " If-Match), so two who publish at once would both win: publish to one that heeds conditional writes"
+            )
 
 
 def retries() -> int:
@@ -271,13 +284,34 @@ def create(uri: str, source: Path) -> bool:
                 while chunk := read.read(CHUNK):
                     written.write(chunk)
             _fsync(path)
-            os.link(path, target)  # fails if somebody else was first
+            _move_if_new(path, target)
             _fsync(target.parent)
         except FileExistsError:
             return False
         finally:
             path.unlink(missing_ok=True)
         return True
+
+
+def _move_if_new(path: Path, target: Path) -> None:
+    """Raises FileExistsError if somebody else was first."""
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        with _locked(target.parent / ".create.lock"):
+            if target.exists():
+                raise FileExistsError from None
+            os.replace(path, target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among those who lock this file; no longer when the process ends, however it ends."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read_tagged(uri: str) -> tuple[bytes, str] | None:
@@ -304,8 +338,7 @@ def replace(uri: str, data: bytes, tag: str | None) -> bool:
                 return s3.put(uri, Path(file.name), **condition)
         target = Path(uri)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (target.parent / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+        with _locked(target.parent / f".{target.name}.lock"):
             current = read_tagged(uri)
             if (current[1] if current else None) != tag:
                 return False
@@ -479,11 +512,6 @@ def _explained(uri: str, hint: str = "") -> Iterator[None]:
         if error.errno in remedies:
             raise UserError(f"{uri}: {remedies[error.errno]}{hint}") from error
         raise
-
-
-def reads_ahead(uri: str) -> int:
-    """How many files under a URI to read at once where each is used as it comes."""
-    return READS_AHEAD if is_s3(canonical(uri)) else READS_AHEAD_LOCALLY
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

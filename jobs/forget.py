@@ -22,7 +22,7 @@ import itertools
 from cxr_retrieval import command, console
 from cxr_retrieval.config import Settings
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.removal import images_of, published_in, under_other_keys
+from cxr_retrieval.index.removal import images_of, listed_images, published_in, shared_images, under_other_keys
 from cxr_retrieval.index.versions import list_versions
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.tombstones import RemovedPatients, Tombstones, remove
@@ -40,7 +40,8 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     RemovedPatients.of(settings.workspace, settings.privacy)  # refuses another key
     indexes = indexes_of(settings)
     places = [*indexes, settings.workspace]  # where people search first: a kill in between leaves fewer visible
-    images, damaged = images_of(options.rest, settings.workspace, indexes, pseudonyms)
+    listed = listed_images(options.rest, settings.workspace)
+    images, damaged = images_of(listed, indexes, pseudonyms)
     stones = [Tombstones.at(place) for place in places]
     for patient, theirs in images.items():
         known = theirs or any(pseudonyms.name("patient", patient) in there for there in stones)
@@ -61,6 +62,11 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(f"Removed from {settings.workspace}", ["patient", "state", "images"], rows)
     for place in [*indexes, *late]:
         console.say(f"{place}: {_shown(place, pseudonyms)}")
+    if shared := shared_images(listed, settings.workspace):
+        console.say(
+            f"{len(shared):,} of their images have the pixels of an image of somebody else, which stays: if that is the"
+            f" same person, forget that name too; {min(shared.values())} names both images"
+        )
     for text in damaged:
         console.say(f"not looked into: {text}")
     console.say("their images are still stored: build and publish an index, then jobs.versions gc --purge (see --help)")

@@ -24,7 +24,10 @@ LOSSY = (JPEG[0], JPEG[1], JPEG_LS[1], JPEG_2000[1])
 SYNTAXES = (*JPEG, *JPEG_LS, *JPEG_2000, *RLE)
 
 START, END, SCAN, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
-ALONE = (0x01, *range(0xD0, 0xD8))  # markers without a length: TEM and RST0 to RST7
+RESTARTS = range(0xD0, 0xD8)  # RST0 to RST7
+ALONE = (0x01, *RESTARTS)  # markers without a length: TEM too
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+MOST_SEGMENTS = 100_000  # of a JPEG, and chunks of a PNG: those of 8 KB are 25,000 of a large film
 MOST_SCANS = 100  # of a JPEG: each goes over all pixels again, and programs that write them make ten or so
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, and SOF55 of JPEG-LS
 LOSSLESS = (0xC3, 0xF7)
@@ -89,14 +92,30 @@ def _runs(data: bytes, width: int, height: int, samples: int, bytes_each: int) -
     return values.reshape(height, width) if samples == 1 else values.reshape(samples, height, width).transpose(1, 2, 0)
 
 
-def require_few_scans(data: bytes) -> None:
-    """Raises RejectedImage for a JPEG of so many scans that decoding it takes minutes."""
+def require_few_markers(data: bytes) -> None:
+    """Raises RejectedImage for a JPEG of so many scans that decoding it takes minutes, or of so many segments that what
+    a reader keeps of each fills the memory."""
     if data.count(bytes((0xFF, SCAN))) > MOST_SCANS:
         raise RejectedImage("unsupported", f"a JPEG of more than {MOST_SCANS} scans")
+    values = np.frombuffer(data, np.uint8)
+    markers = values[1:][values[:-1] == 0xFF]
+    # Amid pixels are only these: a value that looks like a marker and is told apart by the 0, and marks of a restart.
+    if np.count_nonzero((markers != 0) & ((markers < RESTARTS.start) | (markers >= RESTARTS.stop))) > MOST_SEGMENTS:
+        raise RejectedImage("unsupported", f"a JPEG of more than {MOST_SEGMENTS:,} segments")
+
+
+def require_few_chunks(data: bytes) -> None:
+    """Raises RejectedImage for a PNG of so many chunks that what a reader keeps of each fills the memory."""
+    place = len(PNG_MAGIC)
+    for _ in range(MOST_SEGMENTS):
+        if place >= len(data):
+            return
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    raise RejectedImage("unsupported", f"a PNG of more than {MOST_SEGMENTS:,} chunks")
 
 
 def _jpeg_header(data: bytes) -> Frame:
-    require_few_scans(data)
+    require_few_markers(data)
     if not data.rstrip(b"\0").endswith(bytes((0xFF, END))):
         raise RejectedImage("damaged", "a JPEG frame without its end mark")
     rgb: bool | None = None

@@ -11,15 +11,16 @@ import imagecodecs
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cxr_retrieval.corpus.codestream import require_few_scans
+from cxr_retrieval.corpus.codestream import PNG_MAGIC, require_few_chunks, require_few_markers
 from cxr_retrieval.corpus.dicom import BARE_TEXT, is_bare_dicom, is_dicom
 from cxr_retrieval.corpus.film import read_film
 from cxr_retrieval.corpus.limits import Limits, RejectedImage, reading
+from cxr_retrieval.errors import UserError
 
 VERSION = 2  # raise it with every change that alters a prepared pixel
 WINDOW = "8 bits as they are, more from minimum to maximum, DICOM first by its VOI LUT or its window"
 FORMATS = ("PNG", "JPEG")
-MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+MAGIC = (PNG_MAGIC, b"\xff\xd8\xff")
 DEPTH, KIND = 24, 25  # the bytes of a PNG that tell the bits of a value, and what there is beside grey
 _TURNS = {  # by the value of EXIF's Orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,6 +64,12 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Recipe":
+        """Raises UserError for a recipe of a later release, which may read images otherwise."""
+        if value["version"] > VERSION:
+            raise UserError(
+                f"images were prepared by version {value['version']} of the decode recipe, and this release knows"
+                f" version {VERSION}: run it with the release that prepared them"
+            )
         return cls(**value)
 
     def placement(self, width: int, height: int, aspect: float = 1.0) -> tuple[float, float, float, float]:
@@ -128,6 +135,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
     """Decode a PNG, JPEG or DICOM file, known by its first bytes. Raises RejectedImage for what cannot be prepared."""
     if not data.startswith(MAGIC) and is_dicom(data):
         return _decode_dicom(data, recipe, limits)
+    if data.startswith(MAGIC):
+        (require_few_chunks if data.startswith(PNG_MAGIC) else require_few_markers)(data)
     with reading("the header of a PNG or JPEG", words=True):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -135,8 +144,6 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
             raise _not_an_image(data) from None
     width, height = image.size
     limits.check(width, height)
-    if image.format == "JPEG":
-        require_few_scans(data)
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise RejectedImage("unsupported", f"{frames} frames in one file")

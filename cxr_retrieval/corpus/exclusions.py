@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from cxr_retrieval import storage
 from cxr_retrieval.corpus.rows import EXCLUSIONS
 
+EXCLUSIONS_FILE = "exclusions.parquet"
 ROWS = 1 << 14  # of exclusions that are told at a time
 TABLES = """
 PRAGMA journal_mode = OFF;

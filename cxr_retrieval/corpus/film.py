@@ -173,7 +173,9 @@ class _Shape:
     def native(self, pixels: bytes, samples: int | None = None) -> np.ndarray:
         """Stored values [H, W], or all in a row for colour, of pixel data that is not compressed."""
         row = self.width * (samples or self.samples) * self.allocated // 8
-        if not row * self.height <= len(pixels) < row * (self.height + 1):
+        surplus = len(pixels) - row * self.height
+        # Of less than a row, or of zeros, it is what some devices fill their blocks with; else a size that lies.
+        if surplus < 0 or (surplus >= row and (surplus >= row * self.height or pixels[-surplus:].strip(b"\0"))):
             raise RejectedImage("damaged", f"{len(pixels):,} bytes for {self.width} x {self.height} pixels")
         if self.words:
             pixels = np.frombuffer(pixels + bytes(len(pixels) % 2), "<u2").byteswap().tobytes()

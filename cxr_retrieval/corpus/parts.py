@@ -28,6 +28,7 @@ from cxr_retrieval.runtime import keep_freed_memory
 PART_KIND = "corpus-part"
 ROWS_FILE, QUARANTINE_FILE = "rows.parquet", "quarantine.parquet"
 BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
+FEWEST_AHEAD = 2  # files: what is read long before it is used has left the processor's cache
 # Of a partition's task, so that three share two cores: between its partitions a task waits, for Ray and for storage.
 TASK_CPUS = 0.66
 # Bytes a pixel of an image that is decoded, its file and what is made of it on the way: of a PNG of 16 bits, 17 of one
@@ -101,7 +102,7 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
     bad: list[dict[str, Any]] = []
     excluded: Counter[str] = Counter()
     burned_in = 0
-    for row, coming in _fetched(rows.to_pylist(), storage.reads_ahead(settings.archive or "")):
+    for row, coming in _fetched(rows.to_pylist()):
         try:
             if row["reason"]:
                 raise RejectedImage(row["reason"], row["text"])
@@ -159,9 +160,10 @@ def _decoded(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         raise RejectedImage(UNREADABLE, "there was not enough memory to decode it") from None
 
 
-def _fetched(rows: Sequence[dict[str, Any]], most: int) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:
-    """Each manifest row with its file's bytes, or RejectedImage, to come. Files that are needed are read ahead, at most
-    so many, those larger than BYTES_AHEAD in their turn."""
+def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:
+    """Each manifest row with its file's bytes, or RejectedImage, to come. Files that are needed are read ahead, those
+    larger than BYTES_AHEAD in their turn: few, and more for each that had to be waited for."""
+    most = FEWEST_AHEAD
     waiting, ahead, held = deque(rows), deque[Future[bytes]](), 0
 
     def size(row: dict[str, Any]) -> int:
@@ -175,12 +177,14 @@ def _fetched(rows: Sequence[dict[str, Any]], most: int) -> Iterator[tuple[dict[s
             return Future()
         return pool.submit(read_listed, row["source_uri"], row["size"])
 
-    with ThreadPoolExecutor(most) as pool:
+    with ThreadPoolExecutor(storage.READS_AHEAD) as pool:
         for row in rows:
             coming = ahead.popleft() if ahead else fetch()
             held -= size(row)
             while waiting and len(ahead) < most and held + size(waiting[0]) <= BYTES_AHEAD:
                 ahead.append(fetch())
+            if not (coming.done() or row["reason"] or row["excluded"]):
+                most = min(most + 1, storage.READS_AHEAD)
             yield row, coming
 
 

@@ -28,8 +28,10 @@ from cxr_retrieval.artifacts import MANIFEST, PLAN, Artifact, CorruptArtifact, D
 from cxr_retrieval.config import CorpusSettings, PrivacySettings
 from cxr_retrieval.corpus.archive import Archive, room
 from cxr_retrieval.corpus.beginning import Beginning, NotToldYet
-from cxr_retrieval.corpus.exclusions import Exclusions, find_duplicates
+from cxr_retrieval.corpus.exclusions import EXCLUSIONS_FILE, Exclusions, find_duplicates
 from cxr_retrieval.corpus.findings import FINDINGS
+from cxr_retrieval.corpus.formats import format_of
+from cxr_retrieval.corpus.formats.labels import HeaderFormat
 from cxr_retrieval.corpus.headers import Headers
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter, read_partition, read_partitions
 from cxr_retrieval.corpus.parts import (
@@ -51,7 +53,6 @@ from cxr_retrieval.runtime import DIED, TRIES, nodes_cpus, reserved_memory
 from cxr_retrieval.tombstones import RemovedPatients
 
 KIND = "corpus"
-EXCLUSIONS_FILE = "exclusions.parquet"
 KEYED = PrivacySettings()  # removed patients are told by a key, unless an archive is said to be public
 LATEST, BEGUN = "latest", "begun"  # beside the corpora of a name
 BEGUN_TOLD = 8  # partitions that are told where one of them cannot be prepared
@@ -82,6 +83,7 @@ def plan_corpus(
     Raises UserError for an archive that cannot be read, and where `privacy` has no key to tell who was removed.
     """
     folder = corpus_folder(settings, workspace)
+    _require_apart(settings, workspace)
     removed = RemovedPatients.of(workspace, privacy)
     headers = Headers(workspace, settings, removed, scans)
     archive = Archive(settings, removed, _partitions_before(folder, settings), headers)
@@ -92,6 +94,17 @@ def plan_corpus(
             parts.append(part_of(folder, rows, shaping))
             writer.write(rows)
     return CorpusPlan(archive, _corpus_of(folder, settings, shaping, parts), parts, manifest)
+
+
+def _require_apart(settings: CorpusSettings, workspace: str) -> None:
+    """Refuse a workspace in an archive of which every file may be an image: it would grow by what is written of it."""
+    layout, archive = format_of(settings), storage.canonical(settings.archive or "")
+    within = f"{storage.canonical(workspace)}/".startswith(f"{archive.rstrip('/')}/")
+    if within and isinstance(layout, HeaderFormat) and "" in layout.endings:
+        raise UserError(
+            f"the workspace {workspace} lies in the archive {archive}, of which every file may be an image: set"
+            " workspace to a folder outside"
+        )
 
 
 def _corpus_of(folder: str, settings: CorpusSettings, shaping: dict[str, Any], parts: Sequence[Draft]) -> Draft:

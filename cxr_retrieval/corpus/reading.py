@@ -15,10 +15,10 @@ from cxr_retrieval import artifacts, storage
 from cxr_retrieval.artifacts import Artifact
 from cxr_retrieval.corpus.census import COLUMNS, Census
 from cxr_retrieval.corpus.decoding import Recipe
-from cxr_retrieval.corpus.exclusions import Exclusions
+from cxr_retrieval.corpus.exclusions import EXCLUSIONS_FILE, Exclusions
 from cxr_retrieval.corpus.findings import label_vector
 from cxr_retrieval.corpus.parts import QUARANTINE_FILE, ROWS_FILE
-from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, KIND
+from cxr_retrieval.corpus.preparation import KIND
 from cxr_retrieval.errors import UserError
 
 CENSUS_ROWS = 4096  # that are counted at a time

@@ -7,7 +7,7 @@ no row of them is anybody's, and only training anew takes out what they have lea
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from cxr_retrieval import storage
 from cxr_retrieval.artifacts import MANIFEST, PLAN, CorruptArtifact, find
+from cxr_retrieval.corpus.exclusions import EXCLUSIONS_FILE
 from cxr_retrieval.corpus.headers import HEADERS_FILE
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, read_partitions
 from cxr_retrieval.corpus.parts import QUARANTINE_FILE, ROWS_FILE
@@ -67,22 +68,50 @@ def published_in(workspace: str) -> list[str]:
     return [storage.join(folder, name) for name in sorted({name for name, *rest in parts if rest[:1] == [VERSIONS]})]
 
 
+def listed_images(patients: Iterable[str], workspace: str) -> dict[str, set[str]]:
+    """The images that the corpora of a workspace list of every patient, both by the names that the archive gives."""
+    found: dict[str, set[str]] = {patient: set() for patient in patients}
+    for uri in _of_corpora(workspace, MANIFEST_FILE):
+        for rows in _named(uri):
+            for patient, image in _pairs(rows.filter(pc.field("patient_id").isin(list(found)))):
+                found[patient].add(image)
+    return found
+
+
+def shared_images(listed: Mapping[str, set[str]], workspace: str) -> dict[str, str]:
+    """Those of these patients' images that have the pixels of an image of somebody else, and a file that names both:
+    that image stays, and may be the same person's under another name."""
+    theirs: set[str] = set().union(*listed.values())
+    names = pa.array(theirs, pa.string())
+    found: dict[str, str] = {}
+    for uri in _of_corpora(workspace, EXCLUSIONS_FILE):
+        with storage.arrow_reader(uri) as file:
+            for rows in pq.ParquetFile(file).iter_batches(columns=["image_id", "kept_image_id", "same_patient"]):
+                left_out, kept = (pc.is_in(rows[column], names) for column in ("image_id", "kept_image_id"))
+                across = rows.filter(pc.and_(pc.xor(left_out, kept), pc.invert(rows["same_patient"])))
+                for pair in _pairs(across.select(["image_id", "kept_image_id"])):
+                    found |= {image: uri for image in pair if image in theirs}
+    return found
+
+
+def _of_corpora(workspace: str, name: str) -> Iterator[str]:
+    """The files of one name in all corpora of a workspace."""
+    for file in _files(storage.join(storage.canonical(workspace), "corpora")):
+        if file.path.endswith(f"/{name}"):
+            yield file.uri
+
+
 def images_of(
-    patients: Iterable[str], workspace: str, places: Iterable[str], pseudonyms: Pseudonyms
+    listed: Mapping[str, set[str]], places: Iterable[str], pseudonyms: Pseudonyms
 ) -> tuple[dict[str, set[str]], list[str]]:
-    """The images of every patient, both by the names that the archive gives: by what all corpora of a workspace list,
-    and by all versions at `places`. Images are named as they are outside the corpus.
+    """The images of every patient, by the name that the archive gives: those that are `listed` in a workspace, and
+    those of all versions at `places`. Images are named as they are outside the corpus.
 
     Then what is wrong with each version that is damaged, and so was not looked into: it keeps nobody from being
     removed.
     """
-    outside = {pseudonyms.name("patient", patient): patient for patient in patients}
-    found: dict[str, set[str]] = {patient: set() for patient in outside.values()}
-    for file in _files(storage.join(storage.canonical(workspace), "corpora")):
-        if file.path.endswith(f"/{MANIFEST_FILE}"):
-            for rows in _named(file.uri):
-                for patient, image in _pairs(rows.filter(pc.field("patient_id").isin(list(found)))):
-                    found[patient].add(pseudonyms.name("image", image))
+    outside = {pseudonyms.name("patient", patient): patient for patient in listed}
+    found = {patient: {pseudonyms.name("image", image) for image in images} for patient, images in listed.items()}
     versions, damaged = _readable(places)
     for uri in {version.object_uri(version.files[name]) for version in versions for name in sidecars(version.files)}:
         try:
@@ -127,7 +156,7 @@ def under_other_keys(to: str, pseudonyms: Pseudonyms) -> list[str]:
     return [version.id for version in versions if version.facts["settings"]["pseudonymised"] != pseudonyms.key_id]
 
 
-def _pairs(table: pa.Table) -> Iterator[tuple[str, str]]:
+def _pairs(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[str, str]]:
     """The rows of a table of two columns."""
     return zip(*(column.to_pylist() for column in table.columns), strict=True)
 

@@ -157,6 +157,8 @@ def publish(
     version, manifest = _version_of(build, files, to)
     seen = read_alias(to, alias)  # before the upload, so that nothing which happens meanwhile is overwritten
     present = listing(storage.join(to, OBJECTS))
+    if not present:
+        storage.require_conditions(to)  # the first time: all that is promised rests on them
     missing = [entry for entry in version.objects if entry.sha256 not in present]
     uploaded = uploaded_bytes = 0
     if progress:

@@ -22,10 +22,10 @@ from cxr_retrieval.artifacts import AccountingError, Artifact
 from cxr_retrieval.assessment import EVALUATION_FILE, REPORT_FILE, evaluate
 from cxr_retrieval.config import CorpusSettings, EmbeddingSettings, EvaluationSettings, IndexSettings, NetworkSettings
 from cxr_retrieval.corpus.decoding import Recipe
-from cxr_retrieval.corpus.exclusions import Exclusions
+from cxr_retrieval.corpus.exclusions import EXCLUSIONS_FILE, Exclusions
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.parts import ROWS_FILE
-from cxr_retrieval.corpus.preparation import EXCLUSIONS_FILE, prepare
+from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
 from cxr_retrieval.embedding.stream import EMBEDDINGS_FILE, embed, read_part
 from cxr_retrieval.errors import UserError

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from cxr_retrieval import artifacts, storage
+from cxr_retrieval import artifacts
 from cxr_retrieval.artifacts import AccountingError, Artifact, Draft
 from cxr_retrieval.config import ColumnSettings, CorpusSettings, PrivacySettings, Settings
 from cxr_retrieval.corpus import parts, preparation
@@ -44,9 +44,9 @@ from cxr_retrieval.corpus.preparation import find_prepared, plan_corpus, prepare
 from cxr_retrieval.corpus.reading import Corpus, labels_of, pixels_of
 from cxr_retrieval.corpus.splits import SPLITS
 from cxr_retrieval.errors import UserError, user_error_in
-from cxr_retrieval.index.removal import images_of
+from cxr_retrieval.index.removal import listed_images
 from cxr_retrieval.privacy import Pseudonyms
-from cxr_retrieval.runtime import nodes_memory
+from cxr_retrieval.runtime import nodes_cpus, nodes_memory
 from jobs import prepare as job
 from tests import commands
 
@@ -255,30 +255,55 @@ def test_a_file_that_grew_after_it_was_listed_is_not_read_to_its_end(archive: Pa
 
 
 @pytest.mark.parametrize(
-    ("archive_uri", "most", "last"), [("s3://films/archive", 8, [0, 1, 3, 2, 1, 0]), ("/films", 2, [0, 1, 2, 2, 1, 0])]
+    ("waits", "most", "last"), [(True, 8, [0, 1, 3, 2, 1, 0]), (False, 2, [0, 1, 2, 2, 1, 0])], ids=["slow", "at once"]
 )
-def test_files_are_read_ahead_as_far_as_their_bytes_go_and_further_where_each_has_a_way_to_come(
-    archive_uri: str, most: int, last: list[int], monkeypatch: pytest.MonkeyPatch
+def test_files_are_read_ahead_as_far_as_their_bytes_go_and_further_where_they_are_waited_for(
+    waits: bool, most: int, last: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
 
-    class AtOnce(ThreadPoolExecutor):
+    class Reading(ThreadPoolExecutor):
         def submit(self, _: Any, /, *what: Any) -> Future[Any]:
             begun.append(what[-1])
-            return Future()
+            coming = Future[Any]()
+            if not waits:
+                coming.set_result(b"")
+            return coming
 
-    monkeypatch.setattr(parts, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(parts, "ThreadPoolExecutor", Reading)
     monkeypatch.setattr(parts, "BYTES_AHEAD", 100)
     sizes = [10] * 20 + [101, 60, 60, 10, 10]
     rows = [{"reason": None, "excluded": None, "source_uri": "", "size": size} for size in sizes]
     rows.insert(3, {"reason": "no_patient", "excluded": None, "source_uri": "", "size": 10**12})
     ahead = []
-    for number, _ in enumerate(parts._fetched(rows, storage.reads_ahead(archive_uri))):
+    for number, _ in enumerate(parts._fetched(rows)):
         taken = sum(before["reason"] is None for before in rows[: number + 1])
         ahead.append(len(begun) - taken)
     assert begun == sizes
+    assert ahead[0] == 2
     assert max(ahead) == most
     assert ahead[20:] == last
+
+
+def test_on_two_cores_three_partitions_are_at_work(
+    phantom_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sum(nodes_cpus()) == 2
+
+    class Meets(PartTask):
+        """Goes on once three of its kind, the first of them in its head start, have begun."""
+
+        def __call__(self, task: dict[str, Any], rows: pa.Table | None = None) -> dict[str, Any]:
+            (tmp_path / f"began-{task['partition']}").touch()
+            end = time.monotonic() + 60
+            while len(list(tmp_path.glob("began-*"))) < 3 and time.monotonic() < end:
+                time.sleep(0.05)
+            assert time.monotonic() < end, "no three were at work at once"
+            return super().__call__(task, rows)
+
+    monkeypatch.setattr(preparation, "PartTask", Meets)
+    made, _ = prepare(corpus_settings(phantom_archive), str(tmp_path / "work"))
+    assert made.counts["prepared"] == IMAGES
 
 
 def test_tasks_that_may_need_more_memory_than_a_node_has_run_one_at_a_time(
@@ -353,9 +378,7 @@ def test_a_wrong_guess_of_the_first_partition_is_of_no_corpus_and_its_patients_a
     (guess,) = set(part_manifests(tmp_path / "work")) - {uri.rpartition("/")[2] for uri in made.part_uris}
     assert {row["image_id"] for row in rows_of_part(tmp_path / "work", guess)} > {film}
     patient = film.partition("_")[0].lstrip("0")
-    with_names = PrivacySettings(pseudonymise=False)
-    told, _ = images_of([patient], str(tmp_path / "work"), [], Pseudonyms.of(with_names))
-    assert film in told[patient]
+    assert film in listed_images([patient], str(tmp_path / "work"))[patient]
 
 
 @pytest.mark.usefixtures("listed_late")
@@ -367,10 +390,7 @@ def test_an_archive_that_is_refused_after_its_head_start_has_told_whose_images_w
     assert "cannot be read" in refused(corpus_settings(archive), tmp_path / "work")
     (guess,) = part_manifests(tmp_path / "work")
     (row, *_) = rows_of_part(tmp_path / "work", guess)
-    told, _ = images_of(
-        [row["patient_id"]], str(tmp_path / "work"), [], Pseudonyms.of(PrivacySettings(pseudonymise=False))
-    )
-    assert row["image_id"] in told[row["patient_id"]]
+    assert row["image_id"] in listed_images([row["patient_id"]], str(tmp_path / "work"))[row["patient_id"]]
 
 
 def test_a_file_that_is_replaced_is_prepared_again_though_its_size_is_the_same(archive: Path, tmp_path: Path) -> None:

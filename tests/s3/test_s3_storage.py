@@ -243,6 +243,23 @@ def test_a_conflict_is_tried_again_and_a_lost_race_is_not(faults: FaultProxy, s3
     assert storage.read_bytes(f"{s3}/alias") == b"one"
 
 
+def test_storage_that_heeds_no_conditions_is_refused_before_anything_is_published(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = s3_door.put
+    storage.require_conditions(s3)
+    for deaf_to in ("IfNoneMatch", "IfMatch"):
+
+        def heedless(uri: str, source: Path, _deaf_to: str = deaf_to, **conditions: str) -> bool:
+            return put(uri, source, **{name: tag for name, tag in conditions.items() if name != _deaf_to})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(s3_door, "put", heedless)
+            with pytest.raises(UserError, match="writes over what is there though it is asked not to"):
+                storage.require_conditions(s3)
+    assert not list(storage.list_files(s3))
+
+
 def test_conflicts_without_end_are_one_clear_line(faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     faults.inject(proxy.CONFLICT, 1000, lambda method, _: method == "PUT")

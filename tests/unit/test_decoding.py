@@ -5,6 +5,7 @@ import io
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zlib
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from PIL import Image
 
 from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
 from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
+from cxr_retrieval.errors import UserError
 
 SIZE = 64
 LETTERBOX, STRETCH = Recipe(SIZE, "letterbox"), Recipe(SIZE, "stretch")
@@ -123,6 +125,31 @@ def test_a_text_file_with_the_name_of_an_image_is_not_an_image() -> None:
     error = rejected(b"Patient moved, see report.\n")
     assert error.reason == "not_an_image"
     assert "27 bytes" in error.text
+
+
+@pytest.mark.parametrize(
+    ("form", "place", "piece", "told"),
+    [
+        ("JPEG", 2, b"\xff\xe5\0\2", "a JPEG of more than 100,000 segments"),
+        ("JPEG", 2, b"\xff", "a JPEG of more than 100,000 segments"),
+        ("PNG", 33, bytes(4) + b"prVt" + zlib.crc32(b"prVt").to_bytes(4, "big"), "a PNG of more than 100,000 chunks"),
+    ],
+    ids=["segments", "fill bytes", "chunks"],
+)
+def test_an_image_of_a_million_pieces_is_refused_before_any_is_kept(
+    form: str, place: int, piece: bytes, told: str
+) -> None:
+    data = encoded(grey(), form)
+    few, many = (data[:place] + times * piece + data[place:] for times in (1000, 1_000_000))
+    assert decoded(few).pixels.tobytes() == decoded(data).pixels.tobytes()
+    tracemalloc.start()
+    try:
+        error = rejected(many)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (error.reason, error.text) == ("unsupported", told)
+    assert peak < 4 * len(many)
 
 
 def test_a_jpeg_of_hundreds_of_scans_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +425,11 @@ def test_png_files_give_the_pixels_that_they_gave_before_dicom_was_read() -> Non
         for recipe in (LETTERBOX, STRETCH, Recipe(200, "letterbox")):
             digest.update(decoded(encoded(image), recipe).pixels.tobytes())
     assert digest.hexdigest()[:16] == "0d02981d31bb811a"
+
+
+def test_a_recipe_of_a_later_release_is_refused_since_that_may_read_images_otherwise() -> None:
+    with pytest.raises(UserError, match="version 99 of the decode recipe, and this release knows"):
+        Recipe.from_json(LETTERBOX.to_json() | {"version": 99})
 
 
 def test_a_recipe_that_went_through_json_has_the_same_id() -> None:

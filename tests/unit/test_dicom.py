@@ -593,6 +593,20 @@ def test_what_cannot_be_shown_rightly_is_refused_by_name(change: dict[str, Any],
     assert told in error.text
 
 
+def test_zeros_behind_the_pixels_are_padding_and_anything_else_is_a_size_that_lies() -> None:
+    whole = dataset(ramp())
+    pixels = whole.PixelData
+    for rows in (1, 2, HEIGHT - 1):
+        padded = dataset(ramp(), PixelData=pixels + bytes(2 * WIDTH * rows))
+        assert decode(written(padded), RECIPE, LIMITS).pixels.tobytes() == (
+            decode(written(whole), RECIPE, LIMITS).pixels.tobytes()
+        )
+    for surplus in (bytes(2 * WIDTH - 1) + b"\1", bytes(2 * WIDTH * HEIGHT)):
+        error = rejected(dataset(ramp(), PixelData=pixels + surplus))
+        assert error.reason == "damaged"
+        assert f"{len(pixels) + len(surplus):,} bytes for {WIDTH} x {HEIGHT} pixels" in error.text
+
+
 def test_an_image_that_a_setting_leaves_out_is_not_damaged() -> None:
     with pytest.raises(ExcludedImage):
         decode(written(dataset(ramp())), RECIPE, replace(LIMITS, source_side=HEIGHT + 1))

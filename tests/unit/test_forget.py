@@ -1,6 +1,7 @@
 """Promises of removing patients by name: it says what that hides and where, and a name that nothing has is refused."""
 
 import os
+import re
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -8,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cxr_retrieval.config import Settings
+from cxr_retrieval.corpus.exclusions import EXCLUSIONS_FILE
 from cxr_retrieval.corpus.manifest import MANIFEST_FILE, ManifestWriter
-from cxr_retrieval.corpus.rows import ARCHIVE
+from cxr_retrieval.corpus.rows import ARCHIVE, EXCLUSIONS
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.files import sidecars
 from cxr_retrieval.index.lifecycle import drop_version, rollback
@@ -60,6 +63,22 @@ def test_the_images_that_it_hides_are_counted_once_each(settings: Settings, caps
     assert "hides 3 images" in said.out + said.err
     assert "hides 1 images" in said.out + said.err
     assert len(Tombstones.at(settings.workspace).digests) == 2
+
+
+def test_an_image_that_somebody_else_has_too_is_told_since_it_stays_under_the_other_name(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = Path(settings.workspace) / "corpora" / "chest" / ("0" * 20)
+    pairs = [("4", "1", False), ("2", "1", True), ("5", "3", False)]
+    rows = [{"image_id": a, "kept_image_id": b, "same_patient": same, "part": 0, "row": 0} for a, b, same in pairs]
+    pq.write_table(pa.Table.from_pylist(rows, schema=EXCLUSIONS), corpus / EXCLUSIONS_FILE)
+    told = f"of their images have the pixels of an image of somebody else, which stays.*{corpus / EXCLUSIONS_FILE}"
+    forget(settings, "B")
+    assert re.search(f"1 {told}", capsys.readouterr().err)
+    forget(settings, "A", "B")
+    assert re.search(f"1 {told}", capsys.readouterr().err)  # the image that they share goes with both
+    forget(settings, "A")
+    assert re.search(f"2 {told}", capsys.readouterr().err)
 
 
 def test_a_name_that_nothing_has_is_refused_before_anybody_is_removed(settings: Settings) -> None:

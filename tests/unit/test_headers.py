@@ -22,6 +22,7 @@ from cxr_retrieval.corpus.archive import WITHOUT_IMAGE, Archive
 from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.headers import HEADERS, HEADERS_FILE, Headers
 from cxr_retrieval.corpus.limits import REMOVED
+from cxr_retrieval.corpus.preparation import plan_corpus
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.removal import workspace_holdings
 from cxr_retrieval.privacy import Pseudonyms
@@ -64,6 +65,16 @@ def test_a_row_says_what_its_header_says_and_nothing_else(export: Export) -> Non
     assert row["findings"] == []
     assert row["unknown"] == list(FINDINGS)
     assert SECRET not in repr(row) + repr(export.kept())
+
+
+@pytest.mark.parametrize("below", ["", "/work/space"])
+def test_a_workspace_in_an_archive_of_which_every_file_may_be_an_image_is_refused(below: str, export: Export) -> None:
+    export.put(IM1=film())
+    settings = CorpusSettings(archive=f"{export.archive}/", format="dicom")
+    with pytest.raises(UserError, match=r"workspace .* lies in the archive .*: set workspace to a folder outside"):
+        plan_corpus(settings, f"{export.archive}{below}", PrivacySettings(pseudonymise=False))
+    beside = plan_corpus(settings, f"{export.archive}-work", PrivacySettings(pseudonymise=False))
+    assert beside.archive.unscanned == 1
 
 
 def test_dicom_is_known_by_its_bytes_and_what_is_no_image_is_left_alone_and_counted(export: Export) -> None:

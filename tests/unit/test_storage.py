@@ -82,7 +82,14 @@ def race_threads(work: Callable[[int], bool]) -> list[int]:
         return [racer for racer, won in enumerate(pool.map(run, range(RACERS))) if won]
 
 
-def test_of_racing_threads_one_creates(tmp_path: Path) -> None:
+def no_links(*_: Any) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "a file system without links"])
+def test_of_racing_threads_one_creates(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     for racer in range(RACERS):
         (tmp_path / f"source{racer}").write_bytes(bytes([racer]) * 10_000)
     target = str(tmp_path / "new" / "folder" / "object")
