@@ -107,6 +107,11 @@ def input_id(kind: str, settings: Mapping[str, Any], inputs: Sequence[str]) -> s
     return _digest({"kind": kind, "schema": SCHEMA_VERSION, "settings": settings, "inputs": list(inputs)})[:20]
 
 
+def content_id(files: Sequence[FileEntry], parts: Sequence[str] = ()) -> str:
+    """The identity of a result by its bytes: its files, in any order, and the content ids of its parts, hashed."""
+    return _digest([_listed(files), list(parts)])[:20]
+
+
 def find(uri: str) -> Artifact | None:
     """The finished artifact at `uri`, or None while there is none. Raises CorruptArtifact if that is no JSON."""
     try:
@@ -184,20 +189,18 @@ class Draft:
 
         Parts are named with their content ids; `facts` are further entries of the manifest.
         """
-        listed_files = [asdict(entry) for entry in sorted(files, key=lambda entry: entry.path)]
         listed_parts = [_part_facts(part) for part in parts]
-        content = _digest([listed_files, [part["content_id"] for part in listed_parts]])[:20]
         manifest = {
             "kind": self.kind,
             "schema": SCHEMA_VERSION,
             "input_id": self.input_id,
-            "content_id": content,
+            "content_id": content_id(files, [part["content_id"] for part in listed_parts]),
             "settings": dict(self.settings),
             "inputs": list(self.inputs),
             "software": software(),
             "counts": dict(counts),
             "equations": [equation.check(counts) for equation in equations],
-            "files": listed_files,
+            "files": _listed(files),
             "parts": listed_parts,
             **facts,
         }
@@ -233,6 +236,10 @@ def software() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # faiss comes as either of two packages
     return versions
+
+
+def _listed(files: Sequence[FileEntry]) -> list[dict[str, Any]]:
+    return [asdict(entry) for entry in sorted(files, key=lambda entry: entry.path)]
 
 
 def _part_facts(part: Artifact) -> dict[str, Any]:

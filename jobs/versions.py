@@ -22,6 +22,7 @@ from collections.abc import Callable
 from cxr_retrieval import artifacts, command, console, storage
 from cxr_retrieval.assessment import EVALUATION_FILE, KIND
 from cxr_retrieval.config import Settings
+from cxr_retrieval.embedding.stream import embeddings_id
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import list_aliases, listing
 from cxr_retrieval.index.lifecycle import (
@@ -185,7 +186,10 @@ def show_purged(settings: Settings, to: str, delete: bool) -> None:
 
 
 def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:
-    """The evaluations in a workspace of the embedding that a version holds."""
+    """The evaluations in a workspace of the embedding that a version holds.
+
+    What an evaluation was of is told by its input, the embeddings, which know their model by its bytes.
+    """
     folder = storage.join(workspace, "reports", "evaluation")
 
     def evaluations(version: Version) -> Evaluations:
@@ -196,13 +200,15 @@ def evaluations_in(workspace: str) -> Callable[[Version], Evaluations]:
                 continue  # only what is finished
             evaluation = artifacts.load(storage.parent(storage.join(folder, path)), KIND)
             figures = json.loads(evaluation.read(EVALUATION_FILE))
-            if figures["model"] != model:
-                continue
+            if evaluation.manifest["inputs"] != [embeddings_id(model, figures["corpus"])]:
+                continue  # of another model, though it may be of the same settings
             cells = figures["embeddings"][embedding][EVALUATED_GALLERY]
             chosen = {"precision@8": cells["precision_at"]["8"], "mAP": cells["map"]}
             if any(cell["low"] is None for cell in chosen.values()):
                 continue  # too few patients for an interval decide nothing
-            judged_on = ", ".join([f"the {figures['split']} patients of corpus {figures['corpus']}", *figures["drawn"]])
+            judged_on = ", ".join(
+                [f"the {figures['split']} patients of corpus {figures['corpus']}", *figures.get("drawn", [])]
+            )
             found[judged_on] = {name: Figure(cell["value"], cell["low"], cell["high"]) for name, cell in chosen.items()}
         return found
 

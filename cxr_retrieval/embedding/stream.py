@@ -58,6 +58,11 @@ def embeddings_draft(workspace: str, model: Artifact, corpus: Corpus) -> Draft:
     return Draft.under(folder, KIND, {}, (model.manifest["content_id"], corpus.artifact.input_id))
 
 
+def embeddings_id(model: str, corpus: str) -> str:
+    """What those embeddings are known by, as an evaluation of them tells: of a model's content id and a corpus' id."""
+    return artifacts.input_id(KIND, {}, (model, corpus))
+
+
 def embed(settings: EmbeddingSettings, workspace: str, model_uri: str, corpus: Corpus) -> tuple[Artifact, bool]:
     """The embeddings of a corpus by a model, and whether anything had to be done.
 

@@ -24,7 +24,7 @@ from cxr_retrieval.artifacts import Artifact, Draft, Equation
 from cxr_retrieval.config import IndexSettings
 from cxr_retrieval.console import say
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.files import SHARD_KIND, SHARD_PART_FILES, located
+from cxr_retrieval.index.files import MODEL, SHARD_KIND, SHARD_PART_FILES, located
 from cxr_retrieval.index.plan import FLOAT_BYTES, IndexPlan, plan_index, shard_bytes, whole_parts
 from cxr_retrieval.index.proof import prove
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, Trained, index_of, list_sizes, train
@@ -103,7 +103,7 @@ def build_index(
         sizes = np.asarray([shard.manifest["list_sizes"] for shard in finished], np.int64).sum(axis=0)
         facts = _facts(plan, source, model, pseudonyms, indexed, len(finished)) | {"list_sizes": _histogram(sizes)}
         files = [
-            draft.write(f"model/{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)
+            draft.write(f"{MODEL}{name}", _model_file(source.model_uri, name)) for name in (MODEL_FILE, WEIGHTS_FILE)
         ]
         if quantizer:
             files.append(draft.write(QUANTIZER_FILE, quantizer.read(QUANTIZER_FILE)))

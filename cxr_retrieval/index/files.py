@@ -21,7 +21,7 @@ SHARD_PART_FILES = {
 
 
 SHARD_KIND = "index-shard"
-SHARDS = "shards/"  # what their names in an index begin with
+SHARDS, MODEL = "shards/", "model/"  # what the names of shards' and of the model's files in an index begin with
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ even later, `verify` tells, and publishing again mends it.
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cxr_retrieval import storage
+from cxr_retrieval.artifacts import content_id
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index.aliases import check_alias, known, list_aliases, read_alias
+from cxr_retrieval.index.files import MODEL
 from cxr_retrieval.index.shards import INDEX_FILE
 from cxr_retrieval.index.versions import (
     OBJECTS,
@@ -98,9 +100,13 @@ def promote(to: str, name: str, alias: str, evaluations: Callable[[Version], Eva
 
 
 def embedded_by(version: Version) -> tuple[str, str]:
-    """The id of the model that a version was embedded by, and the name of its embedding."""
-    facts = json.loads(read_file(version, INDEX_FILE))
-    return facts["model"], facts["embedding"]
+    """The content id of the model that a version was embedded by, and the name of its embedding.
+
+    The model counts by its bytes, as for embeddings: trained anew under the same settings it may be another.
+    """
+    own = [entry for path, entry in version.files.items() if path.startswith(MODEL)]
+    model = content_id([replace(entry, path=entry.path.removeprefix(MODEL)) for entry in own])
+    return model, json.loads(read_file(version, INDEX_FILE))["embedding"]
 
 
 def rollback(to: str, alias: str) -> Moved:

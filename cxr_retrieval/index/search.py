@@ -13,7 +13,7 @@ import torch
 from cxr_retrieval.corpus.decoding import DecodedImage, decode
 from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 from cxr_retrieval.errors import UserError
-from cxr_retrieval.index.files import SHARDS
+from cxr_retrieval.index.files import MODEL, SHARDS
 from cxr_retrieval.index.filters import EVERYTHING, Filters, Vocabulary
 from cxr_retrieval.index.groups import Facts, Holders, InProcess, ShardGroup
 from cxr_retrieval.index.likeness import Likeness, even
@@ -25,7 +25,7 @@ from cxr_retrieval.tombstones import Tombstones
 from cxr_retrieval.training.model import MODEL_FILE, WEIGHTS_FILE, Model
 
 QUERY_LIMITS = Limits(min_side=32, max_pixels=100_000_000)
-MODEL_PATH, WEIGHTS_PATH = f"model/{MODEL_FILE}", f"model/{WEIGHTS_FILE}"
+MODEL_PATH, WEIGHTS_PATH = f"{MODEL}{MODEL_FILE}", f"{MODEL}{WEIGHTS_FILE}"
 LEAST_REGION = 8  # pixels a side, as the model sees the image
 UNLIKE = (
     "nothing similar in this index: the picture does not look like its images, upright chest X-rays of its kind, so the"

@@ -27,19 +27,20 @@ from cxr_retrieval.corpus.findings import FINDINGS
 from cxr_retrieval.corpus.parts import ROWS_FILE
 from cxr_retrieval.corpus.preparation import prepare
 from cxr_retrieval.corpus.reading import Corpus, pixels_of
-from cxr_retrieval.embedding.stream import EMBEDDINGS_FILE, embed, read_part
+from cxr_retrieval.embedding.stream import EMBEDDINGS_FILE, embed, embeddings_id, read_part
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.images import read_images
 from cxr_retrieval.index import build as building
 from cxr_retrieval.index import cache, plan, proof, source
 from cxr_retrieval.index.build import build_index
 from cxr_retrieval.index.files import files_of, shard_files
+from cxr_retrieval.index.lifecycle import embedded_by
 from cxr_retrieval.index.plan import whole_parts
 from cxr_retrieval.index.quantizer import QUANTIZER_FILE, list_sizes
 from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.index.shards import EXACT_BELOW, INDEX_FILE, Shards
 from cxr_retrieval.index.source import SIDECAR, Source
-from cxr_retrieval.index.versions import publish
+from cxr_retrieval.index.versions import publish, resolve
 from cxr_retrieval.network.progressive import embeddings
 from cxr_retrieval.privacy import Pseudonyms, row_id
 from cxr_retrieval.training.model import Model
@@ -485,6 +486,15 @@ def test_an_evaluation_stands_beside_its_page_and_is_done_once(world: World) -> 
     for image in (image for query in shown for image in (query, *query["hits"])):
         assert held_out[image["row"]]["image_id"] in public
         assert held_out[image["row"]]["patient_id"] in public
+
+
+def test_a_version_and_an_evaluation_tell_the_bytes_of_their_model(world: World, built: Artifact) -> None:
+    settings = EvaluationSettings(draws=100)
+    done, _ = evaluate(settings, world.workspace, world.model.uri, world.corpus, world.embedded, names=False)
+    to = str(Path(world.workspace, "published"))
+    model, embedding = embedded_by(resolve(to, publish(built, to, "latest").version))
+    assert (model, embedding) == (world.model.manifest["content_id"], world.source.embedding)
+    assert done.manifest["inputs"] == [embeddings_id(model, world.corpus.artifact.input_id)]
 
 
 def test_an_indexed_image_finds_itself_and_by_default_nobody_of_its_own_patient(world: World, built: Artifact) -> None:
