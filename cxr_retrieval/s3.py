@@ -35,11 +35,11 @@ TRIES = 8  # of one request: about half a minute with the pauses between them
 DENIED_TRIES = 3  # S3 under load has been seen to deny what it allows
 CHECK_TRIES = 4
 READ_TIMEOUT_S = 60.0
-# A body that breaks off while it is read: the request itself had succeeded, so boto3 is done with it.
+# A body that breaks off while it is read: the request itself had succeeded, so boto3 is done with it. Not where no
+# answer came at all (ReadTimeoutError): boto3 has asked as often as it may, a timeout each.
 CUT = (
     botocore.exceptions.ResponseStreamingError,
     botocore.exceptions.IncompleteReadError,
-    botocore.exceptions.ReadTimeoutError,
     urllib3.exceptions.HTTPError,
 )
 MOST_BYTES = 5 * 10**9  # of one PUT
@@ -119,13 +119,18 @@ def _page(uri: str, **asked: str) -> tuple[Any, Iterator[tuple[str, int, float, 
 def get(uri: str) -> tuple[bytes, str]:
     """The whole object and its tag."""
     bucket, key = _bucket_key(uri)
-
-    def once() -> tuple[bytes, str]:
-        answer = client().get_object(Bucket=bucket, Key=key)
-        return answer["Body"].read(), answer["ETag"]
-
     with explained(uri):
-        return _persistently(once)
+        return _persistently(partial(_read, Bucket=bucket, Key=key))
+
+
+def _read(**asked: str) -> tuple[bytes, str]:
+    """An object's bytes and its tag. A body that stalls is told as one that is cut: its error is else the same as where
+    no answer came, which boto3 has tried again."""
+    answer = client().get_object(**asked)
+    try:
+        return answer["Body"].read(), answer["ETag"]
+    except botocore.exceptions.ReadTimeoutError as error:
+        raise botocore.exceptions.ResponseStreamingError(error=error) from error
 
 
 def get_beginning(uri: str, length: int) -> bytes:
@@ -135,12 +140,11 @@ def get_beginning(uri: str, length: int) -> bytes:
 
     def once() -> bytes:
         try:
-            body: bytes = client().get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{length - 1}")["Body"].read()
+            return _read(Bucket=bucket, Key=key, Range=f"bytes=0-{length - 1}")[0]
         except botocore.exceptions.ClientError as error:
             if _status(error) == 416:  # no byte of an empty object is in any range
                 return b""
             raise
-        return body
 
     try:
         with explained(SCHEME + bucket):
@@ -266,7 +270,7 @@ def _sha256(path: Path) -> bytes:
 
 
 def _persistently(request: Callable[[], Result]) -> Result:
-    """What boto3 does not try again by itself: a conflict of writers (409), an answer cut in its middle, a denial, and
+    """What boto3 does not try again by itself: a conflict of writers (409), a body that is cut or stalls, a denial, and
     parts that are known no more (their upload was ended, and the answer lost)."""
     for attempt in range(1, TRIES):
         try:

@@ -14,6 +14,7 @@ SLOW_DOWN = (
 )
 Fault = str
 SLOW, CUT, LOST_ANSWER, HALF_ANSWER, STALL = "slow down", "cut", "lost answer", "half an answer", "stall"
+HALF_STALL = "half an answer, and then nothing"
 HALF_REQUEST = "half a request"  # the connection to the server is cut in the middle of what is sent
 CONFLICT, DENIED, EXPIRED, WRONG_REGION = "conflict", "denied", "expired", "wrong region"
 LOST_RACE, NO_UPLOAD = "lost race", "no such upload"
@@ -122,8 +123,8 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
             headers = answer.getheaders()
             if fault == ELSEWHERE:
                 headers.append(("x-amz-bucket-region", "eu-west-3"))
-            cut_at = len(data) // 2 if fault == HALF_ANSWER else len(data)
-            return self.answer(answer.status, headers, data, cut_at)
+            cut_at = len(data) // 2 if fault in (HALF_ANSWER, HALF_STALL) else len(data)
+            return self.answer(answer.status, headers, data, cut_at, STALL_S if fault == HALF_STALL else 0.0)
 
         def body(self) -> bytes:
             """The body as it came on the wire: what was sent in chunks is passed on in the same chunks."""
@@ -139,7 +140,14 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on
 
-        def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, cut_at: int | None = None) -> None:
+        def answer(
+            self,
+            status: int,
+            headers: list[tuple[str, str]],
+            data: bytes,
+            cut_at: int | None = None,
+            stall_s: float = 0.0,
+        ) -> None:
             self.send_response_only(status)
             kept = [
                 (name, value)
@@ -153,6 +161,7 @@ def fault_proxy(port: int, own_port: int = 0) -> Iterator[FaultProxy]:
             if self.command != "HEAD":
                 self.wfile.write(data[:cut_at])
             if cut_at is not None and cut_at < len(data):
+                threading.Event().wait(stall_s)
                 self.hang_up()
 
         def hang_up(self) -> None:

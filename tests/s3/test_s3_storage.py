@@ -208,17 +208,42 @@ def test_what_passes_by_itself_is_tried_again_and_counted(faults: FaultProxy, s3
     assert len([request for request in faults.seen if request[0] == "GET"]) >= 5
 
 
+@pytest.mark.parametrize("fault", [proxy.STALL, proxy.HALF_STALL])
 def test_a_server_that_does_not_answer_in_time_is_asked_again(
-    faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch
+    faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr(s3_door, "READ_TIMEOUT_S", 0.5)
     storage.forget_clients()
     storage.write_bytes(f"{s3}/object", b"content")
-    faults.inject(proxy.STALL, 2, lambda method, _: method == "GET")
+    faults.inject(fault, 2, lambda method, _: method == "GET")
     before, began = storage.retries(), time.monotonic()
     assert storage.read_bytes(f"{s3}/object") == b"content"
     assert storage.retries() - before == 2
     assert time.monotonic() - began < 2 * proxy.STALL_S, "it waited until the server hung up"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        storage.read_tagged,
+        storage.exists,
+        lambda uri: storage.read_beginning(uri, 4),
+        lambda uri: storage.write_bytes(uri, b"x"),
+        lambda uri: list(storage.list_files(uri)),
+    ],
+    ids=["read", "exists", "beginning", "write", "list"],
+)
+def test_a_server_that_never_answers_is_asked_eight_times_and_told_in_one_line(
+    faults: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object]
+) -> None:
+    monkeypatch.setattr(s3_door, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    storage.forget_clients()
+    faults.inject(proxy.STALL, 1000)
+    before = storage.retries()
+    with pytest.raises(UserError, match=r"no answer from .*: check the network"):
+        ask(f"{s3}/object")
+    assert len(faults.seen) == 1 + storage.retries() - before == s3_door.TRIES
 
 
 def test_the_region_that_a_bucket_is_in_is_named(faults: FaultProxy) -> None:

@@ -25,6 +25,7 @@ from cxr_retrieval.serve import access, api, live
 from cxr_retrieval.serve.api import create_app
 from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.serve.looking import MOST, Looking
+from cxr_retrieval.tombstones import Tombstones
 from jobs.serve import listening
 from tests.indexes import Film, build, films, model_files, published
 from tests.servers import serving, until
@@ -425,6 +426,59 @@ def test_the_server_is_not_ready_when_nobody_looks_at_the_alias(world) -> None:
     client = TestClient(create_app(found, ServeSettings()), base_url=HERE)
     assert client.get("/healthz").status_code == 200
     assert client.get("/readyz").status_code == 503
+
+
+@pytest.mark.parametrize("silent", ["removed patients", "alias silent"])
+def test_a_look_that_is_not_answered_is_told_and_holds_up_neither_the_other_nor_its_count(
+    world, monkeypatch: pytest.MonkeyPatch, silent: str
+) -> None:
+    folder, images, files = world
+    monkeypatch.setattr(live, "LATE_SECONDS", 1.0)
+    answered = threading.Event()
+
+    def never(*_: str) -> None:
+        assert answered.wait(60)
+        raise UserError("the store is back")
+
+    def away(*_: str) -> None:
+        raise UserError("the store cannot be reached")
+
+    with LiveIndex(published(folder, build(folder, images[:20], files), "silent"), 0.02) as found:
+        client = TestClient(create_app(found, ServeSettings()), base_url=HERE)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tombstones, "at", never if silent == "removed patients" else away)
+            patch.setattr(live, "named_version", away if silent == "removed patients" else never)
+            until(lambda: found.failures > 2 and not found.watching)
+            ready = client.get("/readyz")
+            assert (ready.status_code, ready.json()["ready"]) == (503, False)
+            assert f"{silent}: no answer for " in ready.json()["trouble"]
+            assert ready.json()["trouble"].count("the store cannot be reached") == 1
+        answered.set()
+        until(lambda: found.watching and found.trouble is None)
+        assert client.get("/readyz").status_code == 200
+
+
+def test_looks_that_fail_only_after_they_were_late_count_as_unanswered_until_one_ends_in_time(
+    world, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, images, files = world
+    found = LiveIndex(published(folder, build(folder, images[:20], files), "late"), 3600)
+    monkeypatch.setattr(live, "LATE_SECONDS", 0.5)
+    seconds = 0.6
+
+    def away(*_: str) -> None:
+        time.sleep(seconds)
+        raise UserError("the store cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "named_version", away)
+        found.look()
+        assert str(found.trouble).startswith("alias late: no answer for ")
+        seconds = 0.0
+        found.look()
+        assert found.trouble == "alias late: the store cannot be reached"
+    found.look()
+    assert found.trouble is None
 
 
 # ---- who may ask, and what stays behind

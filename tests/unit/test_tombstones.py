@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cxr_retrieval.index.filters import Filters
 from cxr_retrieval.index.groups import ShardGroup
 from cxr_retrieval.index.search import Retriever
 from cxr_retrieval.privacy import KEY_VARIABLE, Pseudonyms
+from cxr_retrieval.serve import live as live_module
 from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.tombstones import FOLDER, NOBODY, RemovedPatients, Tombstones, carry, remove
 from tests.indexes import build, films, model_files, published
@@ -194,6 +196,28 @@ def test_a_removed_patient_is_hidden_while_a_new_version_is_being_opened_and_doe
         go_on.set()
         until(lambda: live.moves == 1)
         assert live.retriever.images == 20 - moving.theirs
+
+
+def test_a_version_that_takes_long_to_be_opened_is_no_look_without_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving = Moving(tmp_path, 0.02)
+    opening, go_on = threading.Event(), threading.Event()
+
+    def slow(reference: str) -> Retriever:
+        opening.set()
+        assert go_on.wait(60)
+        return Retriever.open(reference)
+
+    moving.open = slow
+    with moving.live as live:
+        assert opening.wait(60)
+        with monkeypatch.context() as patch:
+            patch.setattr(live_module, "LATE_SECONDS", 0.0)
+            time.sleep(0.1)
+            assert "alias" not in (live.trouble or "")
+        go_on.set()
+        until(lambda: live.moves == 1)
 
 
 def test_a_removed_patient_does_not_come_back_while_the_folder_of_tombstones_is_away(tmp_path: Path) -> None:
