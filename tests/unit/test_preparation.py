@@ -66,7 +66,7 @@ class Bucket:
 
     def get_object(self, Key: str, **_: Any) -> dict[str, Any]:
         if Key.endswith("good.png"):
-            return {"Body": io.BytesIO(b"bytes")}
+            return {"Body": io.BytesIO(b"bytes"), "ETag": "tag"}
         raise botocore.exceptions.ClientError({"Error": {"Code": self._code}}, "GetObject")
 
 
