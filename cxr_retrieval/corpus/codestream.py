@@ -99,8 +99,10 @@ def require_few_markers(data: bytes) -> None:
         raise RejectedImage("unsupported", f"a JPEG of more than {MOST_SCANS} scans")
     values = np.frombuffer(data, np.uint8)
     markers = values[1:][values[:-1] == 0xFF]
-    # Amid pixels are only these: a value that looks like a marker and is told apart by the 0, and marks of a restart.
-    if np.count_nonzero((markers != 0) & ((markers < RESTARTS.start) | (markers >= RESTARTS.stop))) > MOST_SEGMENTS:
+    # Amid pixels are marks of a restart; and a value that looks like a marker is told apart by what follows, 0 or, in
+    # JPEG-LS, any number below 0x80.
+    segments = (markers >= 0x80) & ((markers < RESTARTS.start) | (markers >= RESTARTS.stop))
+    if np.count_nonzero(segments) > MOST_SEGMENTS:
         raise RejectedImage("unsupported", f"a JPEG of more than {MOST_SEGMENTS:,} segments")
 
 

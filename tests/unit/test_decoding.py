@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cxr_retrieval.corpus.codestream import require_few_markers
 from cxr_retrieval.corpus.decoding import DecodedImage, Recipe, decode
 from cxr_retrieval.corpus.limits import ExcludedImage, Limits, RejectedImage
 from cxr_retrieval.errors import UserError
@@ -150,6 +151,11 @@ def test_an_image_of_a_million_pieces_is_refused_before_any_is_kept(
         tracemalloc.stop()
     assert (error.reason, error.text) == ("unsupported", told)
     assert peak < 4 * len(many)
+
+
+@pytest.mark.parametrize("amid_pixels", [b"\xff\0", b"\xff\x7f", b"\xff\xd0"], ids=["JPEG", "JPEG-LS", "restart"])
+def test_what_looks_like_a_marker_amid_pixels_is_no_segment(amid_pixels: bytes) -> None:
+    require_few_markers(b"\xff\xd8" + 200_000 * amid_pixels + b"\xff\xd9")
 
 
 def test_a_jpeg_of_hundreds_of_scans_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
