@@ -1,4 +1,4 @@
-"""Starting or joining Ray, quietly: a job's own lines are what a person reads."""
+"""Starting or joining Ray, quietly: a job's own lines are what a person reads. And what its processes may take."""
 
 import contextlib
 import ctypes

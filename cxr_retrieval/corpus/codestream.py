@@ -26,8 +26,7 @@ SYNTAXES = (*JPEG, *JPEG_LS, *JPEG_2000, *RLE)
 START, END, SCAN, APP0, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE
 RESTARTS = range(0xD0, 0xD8)  # RST0 to RST7
 ALONE = (0x01, *RESTARTS)  # markers without a length: TEM too
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-MOST_SEGMENTS = 100_000  # of a JPEG, and chunks of a PNG: those of 8 KB are 25,000 of a large film
+MOST_SEGMENTS = 100_000  # of a JPEG: a reader keeps those that it does not know
 MOST_SCANS = 100  # of a JPEG: each goes over all pixels again, and programs that write them make ten or so
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, and SOF55 of JPEG-LS
 LOSSLESS = (0xC3, 0xF7)
@@ -104,16 +103,6 @@ def require_few_markers(data: bytes) -> None:
     segments = (markers >= 0x80) & ((markers < RESTARTS.start) | (markers >= RESTARTS.stop))
     if np.count_nonzero(segments) > MOST_SEGMENTS:
         raise RejectedImage("unsupported", f"a JPEG of more than {MOST_SEGMENTS:,} segments")
-
-
-def require_few_chunks(data: bytes) -> None:
-    """Raises RejectedImage for a PNG of so many chunks that what a reader keeps of each fills the memory."""
-    place = len(PNG_MAGIC)
-    for _ in range(MOST_SEGMENTS):
-        if place >= len(data):
-            return
-        place += 12 + int.from_bytes(data[place : place + 4], "big")
-    raise RejectedImage("unsupported", f"a PNG of more than {MOST_SEGMENTS:,} chunks")
 
 
 def _jpeg_header(data: bytes) -> Frame:

@@ -11,7 +11,7 @@ import imagecodecs
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cxr_retrieval.corpus.codestream import PNG_MAGIC, require_few_chunks, require_few_markers
+from cxr_retrieval.corpus.codestream import require_few_markers
 from cxr_retrieval.corpus.dicom import BARE_TEXT, is_bare_dicom, is_dicom
 from cxr_retrieval.corpus.film import read_film
 from cxr_retrieval.corpus.limits import Limits, RejectedImage, reading
@@ -20,7 +20,8 @@ from cxr_retrieval.errors import UserError
 VERSION = 2  # raise it with every change that alters a prepared pixel
 WINDOW = "8 bits as they are, more from minimum to maximum, DICOM first by its VOI LUT or its window"
 FORMATS = ("PNG", "JPEG")
-MAGIC = (PNG_MAGIC, b"\xff\xd8\xff")
+MAGIC = (PNG, JPEG) = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+MOST_CHUNKS = 100_000  # of a PNG: those of 8 KB are 25,000 of a large film
 DEPTH, KIND = 24, 25  # the bytes of a PNG that tell the bits of a value, and what there is beside grey
 _TURNS = {  # by the value of EXIF's Orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -135,8 +136,10 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
     """Decode a PNG, JPEG or DICOM file, known by its first bytes. Raises RejectedImage for what cannot be prepared."""
     if not data.startswith(MAGIC) and is_dicom(data):
         return _decode_dicom(data, recipe, limits)
-    if data.startswith(MAGIC):
-        (require_few_chunks if data.startswith(PNG_MAGIC) else require_few_markers)(data)
+    if data.startswith(PNG):
+        _require_few_chunks(data)
+    elif data.startswith(JPEG):
+        require_few_markers(data)
     with reading("the header of a PNG or JPEG", words=True):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -153,6 +156,16 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         image.load()
         grey_HW = _grey(image)
     return DecodedImage(recipe.resize(grey_HW), grey_HW.shape[1], grey_HW.shape[0])
+
+
+def _require_few_chunks(data: bytes) -> None:
+    """Raises RejectedImage for a PNG of so many chunks that what a reader keeps of each fills the memory."""
+    place = len(PNG)
+    for _ in range(MOST_CHUNKS):
+        if place >= len(data):
+            return
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    raise RejectedImage("unsupported", f"a PNG of more than {MOST_CHUNKS:,} chunks")
 
 
 def _decode_dicom(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:

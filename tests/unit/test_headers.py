@@ -67,7 +67,7 @@ def test_a_row_says_what_its_header_says_and_nothing_else(export: Export) -> Non
     assert SECRET not in repr(row) + repr(export.kept())
 
 
-@pytest.mark.parametrize("below", ["", "/work/space"])
+@pytest.mark.parametrize("below", ["", "/deep/inside"])
 def test_a_workspace_in_an_archive_of_which_every_file_may_be_an_image_is_refused(below: str, export: Export) -> None:
     export.put(IM1=film())
     settings = CorpusSettings(archive=f"{export.archive}/", format="dicom")
