@@ -213,6 +213,20 @@ class HeadStart:
         return self.part.uri == plan.parts[0].uri
 
 
+def _wake_workers() -> None:
+    """Have the processes that tasks will run in import what these need, seconds of work, while the archive is being
+    listed. Nobody waits for them, and without Ray, which a finished corpus does not take, there are none."""
+    if ray.is_initialized():
+        awake = ray.remote(num_cpus=TASK_CPUS)(_awake)
+        for _ in range(int(sum(nodes_cpus()) / TASK_CPUS)):
+            awake.remote()
+
+
+def _awake() -> str:
+    """Of Ray Data, which imports itself when it is first asked for something."""
+    return ray.data.__name__
+
+
 def _run(task: PartTask, what: dict[str, Any], rows: pa.Table) -> dict[str, Any]:
     return task(what, rows)
 
@@ -227,6 +241,7 @@ def prepare(settings: CorpusSettings, workspace: str, privacy: PrivacySettings =
     Raises UserError for an archive that cannot be read or where more than `max_quarantined` of the images are bad.
     """
     with HeadStart.of(settings, workspace, privacy) as head:
+        _wake_workers()
         plan = plan_corpus(settings, workspace, privacy, scans=True)
         folder = corpus_folder(settings, workspace)
         done = artifacts.find(plan.draft.uri)
