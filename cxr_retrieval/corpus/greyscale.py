@@ -125,14 +125,15 @@ def _window(header: Dataset) -> Dataset | None:
 
 def grey_table(stored_HW: np.ndarray, bits: StoredBits, scale: Scale, inverted: bool) -> np.ndarray:
     """The grey value of everything that 8 or 16 bits can hold: `uint8 [256 or 65536]`, for these stored values."""
-    held = np.arange(1 << 8 * stored_HW.dtype.itemsize, dtype=np.int64)
-    values = bits.values(held)
+    held = np.arange(1 << 8 * stored_HW.dtype.itemsize)
+    fields = held >> bits.shift & (1 << bits.bits) - 1  # of 12 bits a sixteenth as many: what is worked on below
+    values = bits.values(np.arange(1 << bits.bits) << bits.shift)
     padding = np.zeros(len(held), bool)
     if scale.padding is not None:
         whole = 1 << bits.allocated
         # Signed values are sometimes written as unsigned ones.
         ends = [end - whole if bits.signed and whole // 2 <= end < whole else end for end in scale.padding]
-        padding = (values >= min(ends)) & (values <= max(ends))
+        padding = ((values >= min(ends)) & (values <= max(ends)))[fields]
         padding |= held == ends[0] & (whole - 1)  # it may lie outside the bits that are stored
     measured = scale.modality(values) if scale.modality else values * scale.slope + scale.intercept
     if scale.voi:
@@ -143,13 +144,12 @@ def grey_table(stored_HW: np.ndarray, bits: StoredBits, scale: Scale, inverted: 
         if (scale.modality.depth if scale.modality else bits.stored) > 8:
             channels, span = [stored_HW], [0.0, float(len(held))]
             there = cv2.calcHist(channels, [0], None, [len(held)], span).ravel() > 0
-            shown = measured[there & ~padding]
+            shown = measured[fields[there & ~padding]]
         else:  # without a VOI stage nothing is stretched: an 8-bit export has the values that are stored
             shown = np.array((0, 255)) if scale.modality else measured
         low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 0.0)
         grey = (measured - low) * (255.0 / ((high - low) or 1.0))
     table = np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
-    if inverted:
-        table = 255 - table
+    table = (255 - table if inverted else table)[fields]
     table[padding] = 0  # padding is background, and no part of the grey scale (PS3.3 C.7.5.1.1.2)
     return table

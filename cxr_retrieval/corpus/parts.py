@@ -4,9 +4,11 @@ A task needs the memory of one partition, and a restart decodes only partitions 
 """
 
 import hashlib
+import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import cv2
@@ -28,7 +30,8 @@ from cxr_retrieval.runtime import keep_freed_memory
 PART_KIND = "corpus-part"
 ROWS_FILE, QUARANTINE_FILE = "rows.parquet", "quarantine.parquet"
 BYTES_AHEAD = 64 << 20  # of the files that are held while another is decoded
-FEWEST_AHEAD = 2  # files: what is read long before it is used has left the processor's cache
+MOST_WAITING = 1 / 3  # of a task's time: what three tasks on two cores leave no core without work for
+JUDGED_BY = 4  # files
 # Of a partition's task, so that three share two cores: between its partitions a task waits, for Ray and for storage.
 TASK_CPUS = 0.66
 # Bytes a pixel of an image that is decoded, its file and what is made of it on the way: of a PNG of 16 bits, 17 of one
@@ -102,13 +105,13 @@ def prepare_part(part: Draft, rows: pa.Table, settings: CorpusSettings) -> Artif
     bad: list[dict[str, Any]] = []
     excluded: Counter[str] = Counter()
     burned_in = 0
-    for row, coming in _fetched(rows.to_pylist()):
+    for row, read in _fetched(rows.to_pylist()):
         try:
             if row["reason"]:
                 raise RejectedImage(row["reason"], row["text"])
             if row["excluded"]:
                 raise ExcludedImage(row["excluded"])
-            data = coming.result()
+            data = read()
             image = _decoded(data, recipe, limits)
             prepared.append(_prepared_row(row, data, image, recipe, frame))
             burned_in += image.burned_in
@@ -160,32 +163,48 @@ def _decoded(data: bytes, recipe: Recipe, limits: Limits) -> DecodedImage:
         raise RejectedImage(UNREADABLE, "there was not enough memory to decode it") from None
 
 
-def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Future[bytes]]]:
-    """Each manifest row with its file's bytes, or RejectedImage, to come. Files that are needed are read ahead, those
-    larger than BYTES_AHEAD in their turn: few, and more for each that had to be waited for."""
-    most = FEWEST_AHEAD
-    waiting, ahead, held = deque(rows), deque[Future[bytes]](), 0
+def _fetched(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Callable[[], bytes]]]:
+    """Each manifest row, and what gives its file's bytes or raises RejectedImage.
+
+    Local files are read when they are asked for, which another thread would make a sixth slower: what it has read has
+    left the processor's cache. Where that is waited for too long, and from object storage at once, files that are
+    needed are read ahead, those larger than BYTES_AHEAD in their turn.
+    """
+    most = storage.READS_AHEAD if any(storage.is_s3(row["source_uri"] or "") for row in rows) else 0
+    waiting, ahead, held = deque(rows), deque[Callable[[], bytes]](), 0
+    waited, since = 0.0, time.perf_counter()
 
     def size(row: dict[str, Any]) -> int:
         return 0 if row["reason"] or row["excluded"] else row["size"]
 
-    def fetch() -> Future[bytes]:
-        nonlocal held
-        row = waiting.popleft()
-        held += size(row)
-        if row["reason"] or row["excluded"]:
-            return Future()
-        return pool.submit(read_listed, row["source_uri"], row["size"])
+    def begin(row: dict[str, Any]) -> Callable[[], bytes]:
+        read = partial(read_listed, row["source_uri"], row["size"])
+        return read if row["reason"] or row["excluded"] else pool.submit(read).result
+
+    def timed(read: Callable[[], bytes]) -> bytes:
+        nonlocal waited
+        began = time.perf_counter()
+        try:
+            return read()
+        finally:
+            waited += time.perf_counter() - began
 
     with ThreadPoolExecutor(storage.READS_AHEAD) as pool:
-        for row in rows:
-            coming = ahead.popleft() if ahead else fetch()
-            held -= size(row)
+        for number, row in enumerate(rows, 1):
+            if ahead:
+                read = ahead.popleft()
+                held -= size(row)
+            else:
+                waiting.popleft()
+                read = partial(read_listed, row["source_uri"], row["size"])
             while waiting and len(ahead) < most and held + size(waiting[0]) <= BYTES_AHEAD:
-                ahead.append(fetch())
-            if not (coming.done() or row["reason"] or row["excluded"]):
-                most = min(most + 1, storage.READS_AHEAD)
-            yield row, coming
+                held += size(waiting[0])
+                ahead.append(begin(waiting.popleft()))
+            yield row, partial(timed, read)
+            if number % JUDGED_BY == 0:
+                if waited > MOST_WAITING * (time.perf_counter() - since):
+                    most = min(max(1, 2 * most), storage.READS_AHEAD)
+                waited, since = 0.0, time.perf_counter()
 
 
 def _prepared_row(

@@ -10,10 +10,11 @@ import subprocess
 import time
 import tracemalloc
 from argparse import Namespace
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -255,33 +256,55 @@ def test_a_file_that_grew_after_it_was_listed_is_not_read_to_its_end(archive: Pa
 
 
 @pytest.mark.parametrize(
-    ("waits", "most", "last"), [(True, 8, [0, 1, 3, 2, 1, 0]), (False, 2, [0, 1, 2, 2, 1, 0])], ids=["slow", "at once"]
+    ("folder", "read_s", "begun_at", "last"),
+    [
+        ("s3://bucket", 0.1, [7, 8, 8, 8, 4], [0, 1, 3, 2, 1, 0]),
+        ("/archive", 0.4, [0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]),
+        ("/archive", 0.6, [0, 1, 2, 4, 4], [0, 1, 3, 2, 1, 0]),
+    ],
+    ids=["storage", "local", "slow"],
 )
-def test_files_are_read_ahead_as_far_as_their_bytes_go_and_further_where_they_are_waited_for(
-    waits: bool, most: int, last: list[int], monkeypatch: pytest.MonkeyPatch
+def test_files_are_read_ahead_from_storage_and_where_they_are_waited_for_as_far_as_their_bytes_go(
+    folder: str, read_s: float, begun_at: list[int], last: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = 0.0
     begun: list[int] = []
+    read: list[int] = []
+    taken = 0
 
-    class Reading(ThreadPoolExecutor):
-        def submit(self, _: Any, /, *what: Any) -> Future[Any]:
-            begun.append(what[-1])
-            coming = Future[Any]()
-            if not waits:
-                coming.set_result(b"")
-            return coming
+    def read_listed(_: str, size: int) -> bytes:
+        nonlocal now
+        now += read_s
+        read.append(size)
+        return b""
 
-    monkeypatch.setattr(parts, "ThreadPoolExecutor", Reading)
+    def result(reading: Callable[[], bytes]) -> bytes:
+        nonlocal taken
+        taken += 1
+        return reading()
+
+    class InTurn(ThreadPoolExecutor):
+        """Reads what was begun when it is waited for."""
+
+        def submit(self, function: Any, /, *_: Any, **__: Any) -> Any:
+            begun.append(function.args[-1])
+            return SimpleNamespace(result=partial(result, function))
+
+    monkeypatch.setattr(parts, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(parts, "read_listed", read_listed)
+    monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(parts, "BYTES_AHEAD", 100)
     sizes = [10] * 20 + [101, 60, 60, 10, 10]
-    rows = [{"reason": None, "excluded": None, "source_uri": "", "size": size} for size in sizes]
-    rows.insert(3, {"reason": "no_patient", "excluded": None, "source_uri": "", "size": 10**12})
+    rows = [{"reason": None, "excluded": None, "source_uri": f"{folder}/x", "size": size} for size in sizes]
+    rows.insert(3, {"reason": "no_patient", "excluded": None, "source_uri": None, "size": 10**12})
     ahead = []
-    for number, _ in enumerate(parts._fetched(rows)):
-        taken = sum(before["reason"] is None for before in rows[: number + 1])
+    for row, reading in parts._fetched(rows):
+        if row["reason"] is None:
+            reading()
+            now += 1.0
         ahead.append(len(begun) - taken)
-    assert begun == sizes
-    assert ahead[0] == 2
-    assert max(ahead) == most
+    assert read == sizes
+    assert [ahead[number] for number in (0, 4, 8, 12, 16)] == begun_at
     assert ahead[20:] == last
 
 
