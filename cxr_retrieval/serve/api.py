@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Form, Query, Request, Response
+from fastapi import Depends, FastAPI, Form, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
@@ -146,7 +146,15 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         request.state.hits = len(found.cases)
         return Found.of(retriever, query, found)
 
-    @app.post("/v1/search", responses=PROBLEMS)
+    def form_alone(request: Request) -> None:
+        """A filter that is asked for in the address of an upload would be none."""
+        if request.query_params:
+            names = ", ".join(request.query_params)
+            raise HTTPException(422, f"send these as fields of the form, beside the image, not in the address: {names}")
+
+    in_form = [Depends(form_alone)]
+
+    @app.post("/v1/search", responses=PROBLEMS, dependencies=in_form)
     def search(request: Request, form: Annotated[Search, Form(media_type=MULTIPART)]) -> Found:
         """The indexed images that are most like an uploaded one."""
         retriever = retriever_for(request, form)
@@ -165,7 +173,7 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         data = retriever.thumbnail(retriever.case(image_id))
         return Response(data, media_type="image/jpeg")
 
-    @app.post("/v1/images/{image_id:path}/why", responses=PROBLEMS)
+    @app.post("/v1/images/{image_id:path}/why", responses=PROBLEMS, dependencies=in_form)
     def why(request: Request, image_id: str, form: Annotated[Upload, Form(media_type=MULTIPART)]) -> Reason:
         """Why an indexed image is near an uploaded one: the distance of every progressive step, and both crops."""
         retriever = retriever_for(request, form)

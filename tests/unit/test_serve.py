@@ -265,6 +265,14 @@ def test_a_form_without_a_file_is_refused_in_one_sentence(client: TestClient) ->
     assert refusal(rotten, 400) == "Missing boundary in multipart."
 
 
+@pytest.mark.parametrize("path", ["/v1/search", f"/v1/images/{FIRST}/why"])
+def test_a_filter_in_the_address_of_an_upload_is_refused_and_not_passed_over(
+    client: TestClient, world, path: str
+) -> None:
+    answer = client.post(path, params={"sex": "F", "k": 3}, files={"image": world[1][0].png})
+    assert refusal(answer, 422) == "send these as fields of the form, beside the image, not in the address: sex, k"
+
+
 @pytest.mark.parametrize("kind", ["similar", "thumbnail", "why?query=" + FIRST])
 def test_an_image_that_is_not_in_the_index_is_not_found(client: TestClient, kind: str) -> None:
     text = refusal(client.get(f"/v1/images/nobody/{kind}"), 404)
