@@ -50,6 +50,7 @@ def run(
     options = parser.parse_intermixed_args()
     before = storage.retries()
     try:
+        require_text(sys.argv[1:])
         # A path may hold `=` too: no key has a slash.
         keys = [word for word in options.settings if "=" in word and "/" not in word.partition("=")[0]]
         options.rest = [word for word in options.settings if word not in keys]
@@ -85,6 +86,18 @@ def run(
     finally:
         if sent_again := storage.retries() - before:
             console.say(f"storage: {sent_again:,} requests were sent again (throttled, cut off or timed out)")
+
+
+def require_text(words: Sequence[str]) -> None:
+    """Raises UserError for a word of bytes that are no text, which could be neither shown nor stored."""
+    for number, word in enumerate(words, 1):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"word {number} of the command line, {console.printable(word)}, is not UTF-8: rename the file, or give"
+                " the name as it is stored"
+            ) from None
 
 
 def refuse_relative(places: dict[str, str]) -> None:

@@ -220,7 +220,8 @@ def read_beginning(uri: str, length: int) -> bytes:
 
 @contextlib.contextmanager
 def open_text(uri: str) -> Iterator[IO[str]]:
-    """A text file, streamed; one that `is_packed` is decompressed. Bytes that are not UTF-8 become U+FFFD."""
+    """A text file, streamed; one that `is_packed` is decompressed. Bytes that are not UTF-8 become
+    escapes such as `\\xfc`: names that differ stay different."""
     uri = canonical(uri)
     options = {"client": s3.client()} if is_s3(uri) else {}
     with _explained(uri):
@@ -228,7 +229,7 @@ def open_text(uri: str) -> Iterator[IO[str]]:
             _require_file(uri)
         packed = ".gz" if is_packed(uri) else "disable"
         with smart_open.open(
-            uri, encoding="utf-8-sig", errors="replace", compression=packed, transport_params=options
+            uri, encoding="utf-8-sig", errors="backslashreplace", compression=packed, transport_params=options
         ) as stream:
             yield stream
 

@@ -79,7 +79,14 @@ class RemovedPatients:
         pseudonyms = Pseudonyms.of(privacy)
 
         def key_id(digest: str) -> str | None:
-            found: str | None = json.loads(storage.read_bytes(_uri(workspace, digest))).get("key_id", pseudonyms.key_id)
+            uri = _uri(workspace, digest)
+            try:
+                found: str | None = json.loads(storage.read_bytes(uri)).get("key_id", pseudonyms.key_id)
+            except (ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{uri}: a damaged tombstone, of whom it does not tell: restore the file, or forget the patient"
+                    " again after it is deleted"
+                ) from error
             return found
 
         told = storage.read_ahead(key_id, tombstones.digests)

@@ -5,9 +5,9 @@
   python -m jobs.publish --config FILE ...                and put the new version in front
   python -m jobs.versions gc --purge --delete --index URI --config FILE      then delete what still holds them
 
-PATIENT is the name that the archive gives; a name that no image has is refused, unless told `--anyway`: that is for a
-patient whose images are yet to come. Needs no cluster. Servers see it when they look next (`serve.poll_seconds`). The
-archive itself is not touched: what lies there is left out wherever it is prepared.
+PATIENT is the name that the archive gives (`--patient NAME` where it has a `=`); a name that no image has is refused,
+unless told `--anyway`: that is for a patient whose images are yet to come. Needs no cluster. Servers see it when they
+look next (`serve.poll_seconds`). The archive itself is not touched: it is left out wherever it is prepared.
 
 Removed are they from the workspace, from every index that is published in it, and from the one that `publish.to` names.
 An index that is published elsewhere goes on showing them until it is named too: once more, with its own `publish.to=`.
@@ -30,17 +30,21 @@ from jobs.publish import destination
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--patient", action="append", default=[], metavar="NAME", help="a patient whose name has a =; repeatable"
+    )
     parser.add_argument("--anyway", action="store_true", help="also patients of whom there is no image, or not yet")
 
 
 def run(settings: Settings, options: argparse.Namespace) -> None:
-    if not options.rest:
+    patients = [*options.rest, *options.patient]
+    if not patients:
         raise UserError("whom to forget? Name patients as the archive does: python -m jobs.forget PATIENT...")
     pseudonyms = Pseudonyms.of(settings.privacy)
     RemovedPatients.of(settings.workspace, settings.privacy)  # refuses another key
     indexes = indexes_of(settings)
     places = [*indexes, settings.workspace]  # where people search first: a kill in between leaves fewer visible
-    listed = listed_images(options.rest, settings.workspace)
+    listed = listed_images(patients, settings.workspace)
     images, damaged = images_of(listed, indexes, pseudonyms)
     stones = [Tombstones.at(place) for place in places]
     for patient, theirs in images.items():
@@ -94,7 +98,7 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(
         "Plan of forget",
         ["patients", "no more in"],
-        [[len(options.rest), place] for place in (settings.workspace, *indexes_of(settings))],
+        [[len(options.rest) + len(options.patient), place] for place in (settings.workspace, *indexes_of(settings))],
     )
 
 

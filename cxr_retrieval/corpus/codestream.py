@@ -76,6 +76,8 @@ def decoded(
             values = imagecodecs.jpeg8_decode(data, colorspace=stored, outcolorspace="GRAYSCALE")
             samples = 1
     shape = (height, width) if samples == 1 else (height, width, samples)
+    if values.dtype.itemsize > bytes_each:
+        raise RejectedImage("damaged", f"a frame of {frame.precision} bits where its header has {8 * bytes_each}")
     if values.shape != shape or values.dtype.itemsize > 2:
         raise RejectedImage("damaged", f"a compressed frame of {width} x {height} pixels that gives another size")
     return values, frame.precision

@@ -101,6 +101,8 @@ def _aspect(header: Dataset) -> float:
         values = element(header, name)
         if values is None or isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 2:
             continue
+        if not all(str(value).strip(" \0") for value in values):  # blanks tell nothing
+            continue
         high, wide = (float(value) for value in values)
         if not (np.isfinite(high + wide) and high > 0 and wide > 0):
             continue
@@ -195,6 +197,10 @@ class _Shape:
             self.allocated // 8,
             self.photometric in RGB,
         )
+        more = self.high_bit + 1  # where the frame's bits fill their cell, those may be what else is kept there
+        exact = not self.signed and self.syntax not in codestream.LOSSY
+        if exact and bits is not None and more < bits < self.allocated and values.max() >> more:
+            raise RejectedImage("damaged", f"a frame of {bits} bits whose header tells of {more}")
         return values.view(np.dtype(f"u{values.dtype.itemsize}")), bits
 
     def held(self, told: int | None) -> StoredBits:

@@ -134,7 +134,8 @@ def grey_table(stored_HW: np.ndarray, bits: StoredBits, scale: Scale, inverted: 
         # Signed values are sometimes written as unsigned ones.
         ends = [end - whole if bits.signed and whole // 2 <= end < whole else end for end in scale.padding]
         padding = ((values >= min(ends)) & (values <= max(ends)))[fields]
-        padding |= held == ends[0] & (whole - 1)  # it may lie outside the bits that are stored
+        if bits.shift == 0:
+            padding |= held == ends[0] & (whole - 1)  # it may lie outside the bits that are stored
     measured = scale.modality(values) if scale.modality else values * scale.slope + scale.intercept
     if scale.voi:
         grey = scale.voi(measured) * (255.0 / ((1 << scale.voi.depth) - 1))

@@ -67,6 +67,7 @@ class Filters:
 
 
 EVERYTHING = Filters()
+OLDEST = 150  # years that an age may be asked for
 
 
 TELLING = ["view", "sex", "findings", "study_date"]  # columns of a sidecar that a vocabulary is read from
@@ -112,6 +113,9 @@ class Vocabulary:
             for value in wanted:
                 if value not in known:
                     raise UserError(f"no image of this index has {kind} {value!r}: {_nearest(value, known)}")
+        for age in (filters.age_from, filters.age_to):
+            if age is not None and not 0 <= age <= OLDEST:
+                raise UserError(f"an age of {age} years: give one from 0 to {OLDEST}")
         for kind, first, last in (
             ("age", filters.age_from, filters.age_to),
             ("date", filters.date_from, filters.date_to),

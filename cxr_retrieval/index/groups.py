@@ -119,7 +119,11 @@ class ShardGroup:
         return np.asarray(self.shards.shards[shard - self.shards.numbers.start].rows_ND[row], np.float32)
 
     def thumbnail(self, shard: int, row: int) -> bytes:
-        return self.shards.thumbnail(shard, row)
+        """Raises ShardsAway where the files of an open version are deleted under its readers, as a purge does."""
+        try:
+            return self.shards.thumbnail(shard, row)
+        except FileNotFoundError as error:
+            raise ShardsAway("the files of this version are gone: open the one that the alias names now") from error
 
     def thumbnail_groups(self) -> list[int]:
         """How many row groups the thumbnails of every shard lie in."""

@@ -250,8 +250,11 @@ class Retriever:
         of their images.
 
         `exclude_own` leaves out the patient of the indexed image that the query is, if any; `exclude_patient` names a
-        patient, as the index knows them, to leave out too. Raises UserError for a filter that names what no image has.
+        patient, as the index knows them, to leave out too. Raises UserError for a filter that names what no image has,
+        a `k` below 1 and a `skip` below 0.
         """
+        if k < 1 or skip < 0:
+            raise UserError(f"k is {k} and skip is {skip}: k must be at least 1 and skip at least 0")
         same = _any(self.holders.each(ShardGroup.find_pixels, query.pixel_sha256))
         known = _case(same) if same else None
         self.vocabulary.check(filters)

@@ -26,7 +26,18 @@ from cxr_retrieval.serve import access
 from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.serve.looking import Looking
 from cxr_retrieval.serve.metrics import Metrics
-from cxr_retrieval.serve.schema import Asked, Found, IndexFacts, Problem, Ready, Reason, Search, Upload, sentence
+from cxr_retrieval.serve.schema import (
+    Asked,
+    AskedWhy,
+    Found,
+    IndexFacts,
+    Problem,
+    Ready,
+    Reason,
+    Search,
+    Upload,
+    sentence,
+)
 from cxr_retrieval.serve.uploads import UploadLimit
 
 MB = 1 << 20
@@ -181,11 +192,10 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
         return Reason.of(retriever, looking.why(retriever, query, retriever.case(image_id)))
 
     @app.get("/v1/images/{image_id:path}/why", responses=PROBLEMS)
-    def why_indexed(request: Request, image_id: str, query: str) -> Reason:
-        """Why an indexed image is near another one, whose id `query` is."""
+    def why_indexed(request: Request, image_id: str, asked: Annotated[AskedWhy, Query()]) -> Reason:
+        """Why an indexed image is near another one."""
         retriever = retriever_for(request)
-        asked = retriever.query_of(query)
-        return Reason.of(retriever, looking.why(retriever, asked, retriever.case(image_id)))
+        return Reason.of(retriever, looking.why(retriever, retriever.query_of(asked.query), retriever.case(image_id)))
 
     @app.get("/v1/index")
     def index() -> IndexFacts:

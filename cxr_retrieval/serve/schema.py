@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from cxr_retrieval.index.filters import Filters
+from cxr_retrieval.index.filters import OLDEST, Filters
 from cxr_retrieval.index.search import Answer, Query, Retriever, SimilarCase, Why
 from cxr_retrieval.serve.live import LiveIndex
 
@@ -34,8 +34,8 @@ class Asked(BaseModel):
     skip: int = Field(0, ge=0, le=MOST_HITS - 100, description="hits before the first of this page")
     view: list[str] = Field([], description="one of these views")
     sex: str | None = Field(None, description="this sex")
-    age_from: int | None = Field(None, ge=0, le=150, description="at least so many years")
-    age_to: int | None = Field(None, ge=0, le=150, description="at most so many years")
+    age_from: int | None = Field(None, ge=0, le=OLDEST, description="at least so many years")
+    age_to: int | None = Field(None, ge=0, le=OLDEST, description="at most so many years")
     date_from: datetime.date | None = Field(None, description="a study of this date or later")
     date_to: datetime.date | None = Field(None, description="a study of this date or earlier")
     any_of: list[str] = Field([], description="at least one of these findings")
@@ -66,6 +66,14 @@ class Upload(BaseModel):
             return None
         x, y, w, h = map(float, self.region.split(","))
         return x, y, w, h
+
+
+class AskedWhy(BaseModel):
+    """Which other image an indexed one is compared with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    query: str = Field(description="its id")
 
 
 class Search(Upload, Asked):

@@ -82,6 +82,7 @@ def test_plan_runs_the_plan_and_not_the_job(run: Run) -> None:
         (["training.epochs=0"], "error: setting training.epochs=0 in the command line: input should be greater"),
         (["--config", "no.yaml"], "error: config file no.yaml does not exist"),
         (["prepare"], "error: cannot read 'prepare' from the command line: write section.key=value"),
+        (["workspace=/a\udcff"], "error: word 1 of the command line, workspace=/a\\udcff, is not UTF-8: rename"),
         (["workspace=gs://bucket"], "error: gs://bucket: only local paths, file:// and s3:// are supported"),
     ],
 )

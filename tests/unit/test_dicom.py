@@ -365,6 +365,14 @@ def test_padding_outside_the_stored_bits_and_signed_padding_written_as_unsigned_
     assert np.array_equal(grey[20:], from_least_to_most(signed[20:]))
 
 
+def test_a_padding_value_is_none_of_the_cells_whose_values_lie_in_higher_bits() -> None:
+    pixels = ramp()
+    plain, shifted = dataset(pixels, PixelPaddingValue=4000), dataset(pixels << 4, PixelPaddingValue=4000)
+    shifted.BitsStored, shifted.HighBit = 12, 15
+    assert (pixels == 250).any()
+    assert np.array_equal(shown(shifted), shown(plain))
+
+
 def test_an_image_of_padding_alone_is_black() -> None:
     assert not shown(dataset(np.full((40, 40), 7, np.uint16), PixelPaddingValue=7)).any()
 
@@ -474,6 +482,30 @@ def test_values_in_the_high_bits_of_what_is_compressed_are_found_there(
     assert np.array_equal(shown(data), shown(dataset(pixels)))
 
 
+TELL_BITS = [
+    *LOSSLESS[:2],
+    (
+        uid.JPEG2000Lossless,
+        lambda values, bits: imagecodecs.jpeg2k_encode(values, reversible=True, codecformat="j2k", bitspersample=bits),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode", "bits", "stored"),
+    [*((*kind, 8, 8) for kind in LOSSLESS), *((*kind, 16, 10) for kind in TELL_BITS)],
+)
+def test_a_frame_of_more_bits_than_its_header_tells_is_refused_and_not_wrapped_around(
+    syntax: uid.UID, encode: Any, bits: int, stored: int
+) -> None:
+    pixels = ramp()
+    made = dataset(pixels)
+    made.BitsAllocated, made.BitsStored, made.HighBit = bits, stored, stored - 1
+    with pytest.raises(RejectedImage, match=rf"a frame of 1[26] bits .* header .* {stored}$") as refused:
+        shown(compressed(made, syntax, encode(pixels, 12)))
+    assert refused.value.reason == "damaged"
+
+
 LOSSY = [
     (uid.JPEGBaseline8Bit, 8, lambda values: imagecodecs.jpeg8_encode(values, level=95)),
     (uid.JPEGExtended12Bit, 8, lambda values: imagecodecs.jpeg8_encode(values, level=95)),
@@ -563,7 +595,7 @@ def test_pixels_of_absurd_sides_are_refused() -> None:
     assert (error.reason, error.text) == ("unsupported", "pixels 100 times as high as wide")
 
 
-@pytest.mark.parametrize("value", ["", "0\\0", "1", "nan\\1"])
+@pytest.mark.parametrize("value", ["", "0\\0", "1", "nan\\1", " \\ ", "\\"])
 def test_a_spacing_that_is_none_is_passed_over(value: str) -> None:
     assert decoded(raw_element(written(dataset(ramp())), "PixelSpacing", b"DS", value)).aspect == 1.0
 

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -31,7 +33,7 @@ KEY = "a key of sixteen bytes or more"
 
 
 def forget(settings: Settings, *patients: str, anyway: bool = False) -> None:
-    run(settings, Namespace(rest=list(patients), anyway=anyway))
+    run(settings, Namespace(rest=list(patients), patient=[], anyway=anyway))
 
 
 @pytest.fixture(params=[True, False], ids=["pseudonyms", "public"])
@@ -79,6 +81,14 @@ def test_an_image_that_somebody_else_has_too_is_told_since_it_stays_under_the_ot
     assert re.search(f"1 {told}", capsys.readouterr().err)  # the image that they share goes with both
     forget(settings, "A")
     assert re.search(f"2 {told}", capsys.readouterr().err)
+
+
+def test_a_name_with_an_equals_sign_is_given_by_an_option(settings: Settings) -> None:
+    words = [f"workspace={settings.workspace}", f"privacy.pseudonymise={str(settings.privacy.pseudonymise).lower()}"]
+    command = [sys.executable, "-m", "jobs.forget", "--patient", "QUI=", "--patient", "A=B", "--anyway", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert [name in ended.stdout for name in ("QUI=", "A=B")] == [True, True]
 
 
 def test_a_name_that_nothing_has_is_refused_before_anybody_is_removed(settings: Settings) -> None:

@@ -94,9 +94,23 @@ def test_what_would_move_a_terminal_is_told_in_escapes_wherever_a_table_holds_it
     assert rows["b.png"]["text"].isprintable()
 
 
-def test_bytes_that_are_no_text_are_marked_and_the_row_stays(folder: Folder) -> None:
-    (folder.path / TABLE).write_bytes(f"{HEADER}\n".encode() + b"a.png,Mass,0,M\xfcller\xff,58\n")
-    assert folder.rows()["a.png"]["patient_id"] == "M\ufffdller\ufffd"
+def test_bytes_that_are_no_text_are_escaped_and_two_patients_stay_two(folder: Folder) -> None:
+    rows = b"a.png,Mass,0,M\xfcller,58\nb.png,Mass,0,M\xe4ller,58\n"
+    (folder.path / TABLE).write_bytes(f"{HEADER}\n".encode() + rows)
+    found = folder.rows()
+    assert (found["a.png"]["patient_id"], found["b.png"]["patient_id"]) == ("M\\xfcller", "M\\xe4ller")
+
+
+def test_a_row_of_more_cells_than_columns_is_refused_and_not_read_shifted(folder: Folder) -> None:
+    folder.table(line("a.png"), line("b.png", "Mass,Effusion"))
+    assert f"{TABLE}: row 3 has 12 cells, and the table 11 columns: put cells with commas into" in folder.refused()
+    folder.table(line("a.png") + ",, ,", line("b.png"))  # empty ones are nothing
+    assert len(folder.rows()) == 2
+
+
+def test_a_table_that_has_a_column_twice_is_refused(folder: Folder) -> None:
+    (folder.path / TABLE).write_text(f"{HEADER},Patient ID\n{line('a.png')},2\n")
+    assert f"{TABLE}: there are two columns 'Patient ID': leave the one that counts" in folder.refused()
 
 
 @pytest.mark.parametrize(

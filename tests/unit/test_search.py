@@ -3,7 +3,9 @@
 import copy
 import datetime
 import hashlib
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,6 +20,7 @@ from cxr_retrieval.corpus.phantom.radiographs import draw_patient
 from cxr_retrieval.errors import UserError
 from cxr_retrieval.index import cache, filters, groups, search
 from cxr_retrieval.index.filters import EVERYTHING, Filters
+from cxr_retrieval.index.groups import ShardsAway
 from cxr_retrieval.index.quantizer import Lists
 from cxr_retrieval.index.search import Retriever, UnknownImage
 from cxr_retrieval.index.shards import Passing, exact_distances
@@ -244,6 +247,28 @@ def test_a_filter_that_nothing_can_pass_is_refused_in_one_line(flat: Retriever, 
         flat.search(flat.query_of("00000001_000.png"), 3, asked)
     assert text in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("k", "skip"), [(0, 0), (-3, 0), (8, -2)])
+def test_a_page_that_is_none_is_refused(flat: Retriever, images: list[Film], k: int, skip: int) -> None:
+    with pytest.raises(UserError, match=f"k is {k} and skip is {skip}: k must be at least 1 and skip at least 0"):
+        flat.search(flat.query_of(images[0].facts["image_id"]), k, skip=skip)
+
+
+@pytest.mark.parametrize("age", [-1, 151, 10**20])
+def test_an_age_that_nobody_has_is_refused_in_one_line(flat: Retriever, age: int) -> None:
+    for asked in (Filters(age_from=age), Filters(age_to=age)):
+        with pytest.raises(UserError, match=f"an age of {age} years: give one from 0 to 150"):
+            flat.vocabulary.check(asked)
+
+
+def test_a_version_whose_files_are_deleted_under_its_reader_is_told_to_be_away(tmp_path: Path) -> None:
+    images = films(4)
+    made = build(tmp_path, images, model_files(tmp_path, images))
+    retriever = Retriever.open(published(tmp_path, made))
+    shutil.rmtree(tmp_path / "indexes")
+    with pytest.raises(ShardsAway, match="the files of this version are gone: open the one that the alias names now"):
+        retriever.query_of(images[0].facts["image_id"])
 
 
 def test_a_date_is_refused_where_no_image_has_one(world) -> None:

@@ -273,6 +273,11 @@ def test_a_filter_in_the_address_of_an_upload_is_refused_and_not_passed_over(
     assert refusal(answer, 422) == "send these as fields of the form, beside the image, not in the address: sex, k"
 
 
+def test_what_a_question_why_does_not_know_is_refused(client: TestClient) -> None:
+    asked_too = {"query": FIRST, "region": "1,2,3,4"}
+    assert refusal(client.get(f"/v1/images/{FIRST}/why", params=asked_too), 422).startswith("region: ")
+
+
 @pytest.mark.parametrize("kind", ["similar", "thumbnail", "why?query=" + FIRST])
 def test_an_image_that_is_not_in_the_index_is_not_found(client: TestClient, kind: str) -> None:
     text = refusal(client.get(f"/v1/images/nobody/{kind}"), 404)

@@ -89,6 +89,15 @@ def test_nobody_comes_back_under_another_key(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("data", [b"", b"{", b"[]"])
+def test_a_damaged_tombstone_is_told_by_its_name(tmp_path: Path, data: bytes) -> None:
+    remove(str(tmp_path), "7", Pseudonyms(None))
+    (stone,) = (tmp_path / FOLDER).iterdir()
+    stone.write_bytes(data)
+    with pytest.raises(UserError, match=f"{stone}: a damaged tombstone"):
+        RemovedPatients.of(str(tmp_path), PrivacySettings(pseudonymise=False))
+
+
 def test_a_tombstone_that_tells_no_key_counts_as_made_by_the_one_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,10 @@ def test_a_vote_that_is_none_and_a_missing_table_are_refused(vindr: VinDrFolder)
     with pytest.raises(UserError, match=r"corpus.split=official needs annotations/image_labels_test.csv"):
         vindr.read(split="official")
     table = vindr.archive / "annotations" / "image_labels_train.csv"
-    table.write_text(table.read_text().replace("R0,0,1", "R0,0,7"))
+    whole = table.read_text()
+    table.write_text(whole.replace("R0,0,1", "R0,0,"))  # nobody's vote is no vote against
+    with pytest.raises(UserError, match=r"column 'Atelectasis' holds '', which is neither 0 nor 1"):
+        vindr.read()
+    table.write_text(whole.replace("R0,0,1", "R0,0,7"))
     with pytest.raises(UserError, match=r"column 'Atelectasis' holds '7', which is neither 0 nor 1"):
         vindr.read()

@@ -139,15 +139,24 @@ def records(file: StoredFile, columns: Sequence[str], optional: Sequence[str] = 
     """The named columns of a table with a header, row by row, without blanks around them; missing cells are empty, and
     so are `optional` columns that the table lacks.
 
-    Raises UserError for a table that lacks one of the columns or cannot be read.
+    Raises UserError for a table that lacks one of the columns, has one of them twice or cannot be read, and for a row
+    of more cells than there are columns, whose cells nobody can tell the columns of.
     """
     with contextlib.closing(lines(file)) as rows:
-        places = {name: place for place, name in enumerate(next(rows, []))}
+        header = next(rows, [])
+        places = {name: place for place, name in enumerate(header)}
         missing = [name for name in columns if name not in places]
         if missing:
             raise UserError(f"{file.uri}: column {missing[0]!r} is missing; the table must have the archive's columns")
+        if twice := [name for name in (*columns, *optional) if header.count(name) > 1]:
+            raise UserError(f"{file.uri}: there are two columns {twice[0]!r}: leave the one that counts")
         wanted = [places.get(name) for name in (*columns, *optional)]
-        for row in rows:
+        for number, row in enumerate(rows, 2):
+            if any(row[len(header) :]):
+                raise UserError(
+                    f"{file.uri}: row {number:,} has {len(row)} cells, and the table {len(header)} columns: put cells"
+                    " with commas into double quotes"
+                )
             if row:
                 yield tuple("" if place is None or place >= len(row) else row[place] for place in wanted)
 

@@ -181,7 +181,7 @@ def _votes(table: StoredFile | None) -> dict[str, _Votes]:
         votes = found.setdefault(image, _Votes())
         votes.readers.append(cells.pop() if reader else str(number))  # whom no name tells apart, each row is another
         for name, cell in zip(classes, cells, strict=True):
-            if cell not in ("", "0", "1", "0.0", "1.0"):
+            if cell not in ("0", "1", "0.0", "1.0"):
                 raise UserError(
                     f"{table.uri}: column {quoted(name)} holds {quoted(cell)}, which is neither 0 nor 1; copy it again"
                 )
