@@ -84,8 +84,8 @@ class RemovedPatients:
                 found: str | None = json.loads(storage.read_bytes(uri)).get("key_id", pseudonyms.key_id)
             except (ValueError, AttributeError) as error:
                 raise UserError(
-                    f"{uri}: a damaged tombstone, of whom it does not tell: restore the file, or forget the patient"
-                    " again after it is deleted"
+                    f"{uri}: a damaged tombstone: it still hides its patient, and does not tell under which key:"
+                    " restore the file, or write {} into it if that was the key in use; to delete it shows them again"
                 ) from error
             return found
 

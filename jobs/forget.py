@@ -7,7 +7,8 @@
 
 PATIENT is the name that the archive gives (`--patient NAME` where it has a `=`); a name that no image has is refused,
 unless told `--anyway`: that is for a patient whose images are yet to come. Needs no cluster. Servers see it when they
-look next (`serve.poll_seconds`). The archive itself is not touched: it is left out wherever it is prepared.
+look next (`serve.poll_seconds`). The archive itself is not touched: what it has of them is left out wherever it is
+prepared.
 
 Removed are they from the workspace, from every index that is published in it, and from the one that `publish.to` names.
 An index that is published elsewhere goes on showing them until it is named too: once more, with its own `publish.to=`.
@@ -36,9 +37,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anyway", action="store_true", help="also patients of whom there is no image, or not yet")
 
 
+def patients_of(options: argparse.Namespace) -> list[str]:
+    """Whom the command line names."""
+    return [*options.rest, *options.patient]
+
+
 def run(settings: Settings, options: argparse.Namespace) -> None:
-    patients = [*options.rest, *options.patient]
-    if not patients:
+    if not (patients := patients_of(options)):
         raise UserError("whom to forget? Name patients as the archive does: python -m jobs.forget PATIENT...")
     pseudonyms = Pseudonyms.of(settings.privacy)
     RemovedPatients.of(settings.workspace, settings.privacy)  # refuses another key
@@ -98,7 +103,7 @@ def plan(settings: Settings, options: argparse.Namespace) -> None:
     console.show_table(
         "Plan of forget",
         ["patients", "no more in"],
-        [[len(options.rest) + len(options.patient), place] for place in (settings.workspace, *indexes_of(settings))],
+        [[len(patients_of(options)), place] for place in (settings.workspace, *indexes_of(settings))],
     )
 
 

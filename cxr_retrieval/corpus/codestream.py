@@ -78,7 +78,7 @@ def decoded(
     shape = (height, width) if samples == 1 else (height, width, samples)
     if values.dtype.itemsize > bytes_each:
         raise RejectedImage("damaged", f"a frame of {frame.precision} bits where its header has {8 * bytes_each}")
-    if values.shape != shape or values.dtype.itemsize > 2:
+    if values.shape != shape:
         raise RejectedImage("damaged", f"a compressed frame of {width} x {height} pixels that gives another size")
     return values, frame.precision
 
