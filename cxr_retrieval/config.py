@@ -289,8 +289,11 @@ class ServeSettings(Section):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     upload_mb: int = Field(32, ge=1, le=1024, description="largest upload in MB (2**20 bytes)")
     poll_seconds: float = Field(5.0, gt=0, le=3600, description="seconds between two looks at where the alias points")
-    holders: int | None = Field(
-        None, ge=1, description="processes of a Ray cluster that hold the shards; null: one for every node"
+    groups: int | None = Field(
+        None, ge=1, description="groups of shards that a Ray cluster holds apart; null: one for every node"
+    )
+    replicas: int = Field(
+        1, ge=1, description="Ray Serve replicas of every group: with two, no search waits for one that died"
     )
     certificate: str | None = Field(None, description="PEM file of the TLS certificate, with its chain")
     certificate_key: str | None = Field(None, description="PEM file of the certificate's private key")

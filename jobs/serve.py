@@ -7,8 +7,8 @@ Listens on this machine's own address, 127.0.0.1, unless `serve.host` says other
 (CXR_SERVE_TOKEN) and TLS (`serve.certificate`, `serve.certificate_key`). When the alias moves, the new version is
 served without a restart. The API describes itself at /openapi.json; /metrics is for Prometheus.
 
-Needs no cluster. Where RAY_ADDRESS names one, its nodes hold the shards (`serve.holders`): this process has the model
-and the lists, and asks them.
+Needs no cluster. Where RAY_ADDRESS names one, Ray Serve replicas on its nodes hold the shards (`serve.groups`,
+`serve.replicas`): this process has the model and the lists, and asks them.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def opener(serve: ServeSettings, reference: str) -> Callable[[str], Retriever]:
 
     start_ray()
     require_readable("--index", split_reference(reference)[0])
-    return partial(Retriever.open, hold=partial(Spread, holders=serve.holders))
+    return partial(Retriever.open, hold=partial(Spread, groups=serve.groups, replicas=serve.replicas))
 
 
 def listening(serve: ServeSettings) -> socket.socket:

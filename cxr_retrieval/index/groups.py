@@ -21,7 +21,7 @@ from cxr_retrieval.index.quantizer import NearestLists
 from cxr_retrieval.index.shards import INDEX_FILE, Candidates, Found, Passing, Shards, read_facts
 from cxr_retrieval.index.versions import Version, open_files
 from cxr_retrieval.privacy import row_id
-from cxr_retrieval.tombstones import Tombstones
+from cxr_retrieval.tombstones import NO_TOMBSTONES, Tombstones
 
 FILTERS = 16  # what passes the last ones is kept, a bit a row: a search asks how many do, then for the nearest of them
 
@@ -49,12 +49,16 @@ class ShardGroup:
         self._removed: Tombstones | None = None
         self.honour(Tombstones.at(version.to))
 
-    def honour(self, tombstones: Tombstones) -> int:
-        """From now on, nothing of the patients who were removed is found or told; how many images are left."""
-        if tombstones != self._removed:
-            self._there = [~tombstones.mask(table["patient"]) for table in self._sidecars]
+    def honour(self, tombstones: Tombstones) -> None:
+        """From now on, nothing of these patients is found or told, nor of those who were removed before."""
+        removed = tombstones | (self._removed or NO_TOMBSTONES)
+        if removed != self._removed:
+            self._there = [~removed.mask(table["patient"]) for table in self._sidecars]
             self._passing = lru_cache(FILTERS)(partial(_passing, self._sidecars, self._there))
-            self._removed = tombstones
+            self._removed = removed
+
+    def images(self) -> int:
+        """How many there are, of patients who were not removed."""
         return sum(int(np.count_nonzero(there)) for there in self._there)
 
     def rows(self) -> int:
@@ -226,12 +230,18 @@ class Holders(Protocol):
     ) -> T:
         """What the group answers that holds a shard."""
 
+    def honour(self, tombstones: Tombstones) -> None:
+        """`ShardGroup.honour` of every group."""
+
 
 class InProcess:
     """All shards in this process, as one group."""
 
     def __init__(self, version: Version, shards: int) -> None:
         self.group = ShardGroup(version, range(shards))
+
+    def honour(self, tombstones: Tombstones) -> None:
+        self.group.honour(tombstones)
 
     def each(self, method: Callable[Concatenate[ShardGroup, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         return [method(self.group, *args, **kwargs)]

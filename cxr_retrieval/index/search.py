@@ -142,7 +142,7 @@ class Retriever:
         _check_model(self.model, self.facts)
         self._lists = Lists(self.facts, version.path)
         self.removed = Tombstones.at(version.version.to)
-        self.images = sum(holders.each(ShardGroup.honour, self.removed))
+        self.images = self._left(self.removed)
         self._rows = sum(holders.each(ShardGroup.rows))
         places = even([count for counts in holders.each(ShardGroup.thumbnail_groups) for count in counts])
         self._likeness = Likeness.of([part for parts in holders.each(ShardGroup.samples, places) for part in parts])
@@ -161,7 +161,7 @@ class Retriever:
         """From now on, nothing of these patients is found, shown or told, nor of those who were removed before: nobody
         comes back where a folder of tombstones is away for a while."""
         if (removed := self.removed | tombstones) != self.removed:
-            self.images = sum(self.holders.each(ShardGroup.honour, removed))
+            self.images = self._left(removed)
             self.removed = removed
             self.__dict__.pop("vocabulary", None)
 
@@ -299,6 +299,11 @@ class Retriever:
         x, y, w, h = self.model.recipe.to_source(query.crop, width, height, query.source_aspect)
         left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
         return left, top, right - left, bottom - top
+
+    def _left(self, removed: Tombstones) -> int:
+        """How many images are left, where these patients were removed."""
+        self.holders.honour(removed)
+        return sum(self.holders.each(ShardGroup.images))
 
     def _find(self, image_id: str) -> Facts:
         facts = _any(self.holders.each(ShardGroup.find, image_id))

@@ -170,7 +170,7 @@ def test_a_node_lost_with_the_shards_that_it_holds_costs_the_server_nothing(clus
         address = f"{page[1]}/v1/images/00000001_000.png/similar?k=30"
         before = json.loads(urllib.request.urlopen(address).read())
         assert len(before["hits"]) + 1 <= before["passing"] + 1 <= 30
-        holding = hosts(cluster, "ShardHolder")
+        holding = hosts(cluster, "ServeReplica")
         assert holding == {raylet(node) for node in cluster.worker_nodes}
         lose_one(cluster, holding)
         assert json.loads(urllib.request.urlopen(address).read()) == before

@@ -53,13 +53,24 @@ def fresh(world, tmp_path: Path) -> Callable[[int], str]:
     return lambda count: published(tmp_path, build(tmp_path, images[:count], files, shards=SHARDS))
 
 
-def spread_over(reference: str, holders: int = 2) -> Retriever:
-    return Retriever.open(reference, partial(Spread, holders=holders))
+def spread_over(reference: str, groups: int = 2, replicas: int = 1) -> Retriever:
+    return Retriever.open(reference, partial(Spread, groups=groups, replicas=replicas))
 
 
 def pids(retriever: Retriever) -> list[int]:
+    """Of the replicas, group by group."""
     assert isinstance(retriever.holders, Spread)
-    return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in retriever.holders.actors])
+    return [pid for app in retriever.holders.apps for pid in sorted(workers(f"ServeReplica:{app}:"))]
+
+
+def workers(title: str) -> set[int]:
+    """Process ids of Ray's workers whose title begins so."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
+                found.add(int(process.name))
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -70,20 +81,24 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for_the_end(processes: list[int]) -> None:
+def wait_for(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + TIMEOUT_S
-    while any(map(alive, processes)):
+    while not holds():
         assert time.monotonic() < end
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(("lists", "holders"), [(0, 2), (8, 3)], ids=["flat", "ivf"])
-def test_spread_shards_answer_as_one_process_does(world, lists: int, holders: int) -> None:
+def wait_for_the_end(processes: list[int]) -> None:
+    wait_for(lambda: not any(map(alive, processes)))
+
+
+@pytest.mark.parametrize(("lists", "groups"), [(0, 2), (8, 50)], ids=["flat", "ivf"])
+def test_spread_shards_answer_as_one_process_does(world, lists: int, groups: int) -> None:
     folder, images, files = world
     reference = published(folder, build(folder, images, files, lists=lists, shards=SHARDS), f"as-one-{lists}")
-    here, there = Retriever.open(reference), spread_over(reference, holders)
+    here, there = Retriever.open(reference), spread_over(reference, groups)
     assert isinstance(there.holders, Spread)
-    assert [len(group) for group in there.holders.groups] == ([2, 3] if holders == 2 else [1, 2, 2])
+    assert [len(group) for group in there.holders.groups] == ([2, 3] if groups == 2 else [1] * SHARDS)
     assert (there.images, there.vocabulary, there.knows_regions) == (here.images, here.vocabulary, here.knows_regions)
     ids = [film.facts["image_id"] for film in images]
     for number, (asked, words) in enumerate(
@@ -147,6 +162,19 @@ def test_a_search_whose_holder_is_killed_is_answered_as_if_it_were_not(fresh) ->
     assert pids(retriever)[1] != second
 
 
+def test_with_two_replicas_no_search_waits_for_one_that_died(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    retriever = spread_over(fresh(COUNT), groups=1, replicas=2)
+    query = retriever.query_of("00000001_000.png")
+    before = retriever.search(query, k=COUNT)
+    first, second = pids(retriever)
+    monkeypatch.setattr(spread, "PATIENCE", 1.0)  # a process that starts again takes longer
+    for pid in (first, second):
+        os.kill(pid, signal.SIGKILL)
+        for _ in range(5):
+            assert retriever.search(query, k=COUNT) == before
+        wait_for(lambda pid=pid: len(set(pids(retriever)) - {pid}) == 2)
+
+
 def test_shards_that_do_not_answer_are_told_in_one_sentence_and_asked_again_later(
     fresh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +232,7 @@ def test_a_new_version_is_served_by_new_holders_and_the_old_ones_end_with_its_la
 def test_a_removed_patient_is_found_by_no_holder_not_even_by_one_that_was_started_again(fresh) -> None:
     reference = fresh(COUNT)
     to = split_reference(reference)[0]
-    retriever = spread_over(reference)
+    retriever = spread_over(reference, groups=1, replicas=2)
     query = retriever.query_of("00000001_000.png")
     patient = retriever.case("00000001_000.png").patient
     theirs = COUNT - retriever.search(query, COUNT).passing
@@ -214,9 +242,10 @@ def test_a_removed_patient_is_found_by_no_holder_not_even_by_one_that_was_starte
 
     def gone() -> None:
         assert retriever.images == COUNT - theirs
-        answer = retriever.search(query, COUNT)
-        assert (answer.known, answer.passing, len(answer.cases)) == (None, COUNT - theirs, COUNT - theirs)
-        assert patient not in {case.patient for case in answer.cases}
+        for _ in range(10):  # of one replica or the other
+            answer = retriever.search(query, COUNT)
+            assert (answer.known, answer.passing, len(answer.cases)) == (None, COUNT - theirs, COUNT - theirs)
+            assert patient not in {case.patient for case in answer.cases}
         with pytest.raises(UnknownImage):
             retriever.query_of("00000001_000.png")
 
@@ -231,8 +260,8 @@ def test_the_server_spreads_shards_where_there_is_a_cluster(fresh, monkeypatch: 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert isinstance(opener(ServeSettings(), reference)(reference).holders, InProcess)
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    for holders, count in ((None, 1), (3, 3), (50, SHARDS)):  # one node; as asked for; never more than shards
-        found = opener(ServeSettings(holders=holders), reference)(reference).holders
+    for groups, count in ((None, 1), (2, 2)):  # one for every node; as asked for
+        found = opener(ServeSettings(groups=groups), reference)(reference).holders
         assert isinstance(found, Spread)
         assert len(found.groups) == count
 
@@ -240,18 +269,18 @@ def test_the_server_spreads_shards_where_there_is_a_cluster(fresh, monkeypatch: 
 def holders_now() -> set[int]:
     """Process ids of the shard holders of this session's Ray: another session's tests may have some too."""
     raylet = ray.get(ray.remote(num_cpus=0)(lambda: os.getppid()).remote())
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == raylet and (process / "cmdline").read_bytes().startswith(b"ray::ShardHolder"):
-                found.add(int(process.name))
-    return found
+    return {pid for pid in workers("ServeReplica:") if parent(pid) == raylet}
+
+
+def parent(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
 
 
 def test_the_job_asks_holders_on_the_cluster_and_they_end_with_it_however_it_ends(fresh, tmp_path: Path) -> None:
     address, log, before = ray.get_runtime_context().gcs_address, tmp_path / "log", holders_now()
-    words = ["--index", fresh(COUNT), "serve.port=0", "serve.holders=2"]
+    words = ["--index", fresh(COUNT), "serve.port=0", "serve.groups=2"]
     with job("serve", *words, log=log, RAY_ADDRESS=address) as process:
         wait_until(lambda: "search page: " in log.read_text(), process, log)
         page = re.search(r"search page: (\S+)/", log.read_text())
