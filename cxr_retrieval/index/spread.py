@@ -10,7 +10,6 @@ by an actor that ends with it: with the last use of a version, and with the proc
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import secrets
@@ -35,7 +34,8 @@ from cxr_retrieval.runtime import working_nodes
 from cxr_retrieval.tombstones import Tombstones
 
 PATIENCE = 30.0  # seconds that a search waits for a holder, which may be starting again
-PAUSE = 0.5  # seconds before it is asked again
+ATTEMPT = 10.0  # seconds before another replica may be asked: what hangs is noticed by Serve much later
+PAUSE = 0.5  # seconds before asking again
 AT_ONCE = 16  # searches in one replica
 NAMESPACE = "cxr-retrieval"
 logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
@@ -69,8 +69,13 @@ class ShardHolder:
         self._turn = threading.Lock()  # of opening the group, and of telling it who was removed
         self._told = set[str]()  # of whom the group knows that they were removed
         self._threads = ThreadPoolExecutor(AT_ONCE)
-        with contextlib.suppress(UserError):  # Serve would tell it without its type: who asks opens again, and is told
+        self._trouble: UserError | None = None
+        try:
             self._open()
+        except (
+            UserError
+        ) as error:  # Serve would tell it without its type: who asks first is told, then it is tried again
+            self._trouble = error
 
     async def ask(
         self, removed: Sequence[ray.ObjectRef], method: str, args: Sequence[Any], named: dict[str, Any]
@@ -96,6 +101,9 @@ class ShardHolder:
 
     def _open(self) -> ShardGroup:
         with self._turn:
+            if self._trouble is not None:
+                trouble, self._trouble = self._trouble, None
+                raise trouble
             if self._group is None:
                 self._group = ShardGroup(resolve(self._to, self._version), self._numbers)
             return self._group
@@ -133,20 +141,20 @@ class Spread:
                 for number, (app, group) in enumerate(zip(self.apps, self.groups, strict=True))
             ]
         )
-        self._asked(self._handles, ShardGroup.rows, (), {}, None)
+        self._asked(self._handles, ShardGroup.rows, (), {})
 
     def honour(self, tombstones: Tombstones) -> None:
         # Told with every question: what is told once, some replicas do not hear, nor one that starts later.
         self._removed = [ray.put(tombstones)]
 
     def each(self, method: Callable[Concatenate[ShardGroup, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        return self._asked(self._handles, method, args, kwargs, PATIENCE)
+        return self._asked(self._handles, method, args, kwargs)
 
     def of(
         self, shard: int, /, method: Callable[Concatenate[ShardGroup, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         place = next(place for place, group in enumerate(self.groups) if shard in group)
-        return self._asked([self._handles[place]], method, args, kwargs, PATIENCE)[0]
+        return self._asked([self._handles[place]], method, args, kwargs)[0]
 
     def _asked(
         self,
@@ -154,27 +162,27 @@ class Spread:
         method: Callable[Concatenate[ShardGroup, P], T],
         args: tuple[Any, ...],
         named: dict[str, Any],
-        patience: float | None,
     ) -> list[T]:
-        end = None if patience is None else time.monotonic() + patience
-        waiting = [handle.ask.remote(self._removed, method.__name__, args, named) for handle in handles]
-        try:
-            return [
-                answer.result(timeout_s=None if end is None else max(0.0, end - time.monotonic())) for answer in waiting
-            ]
-        except ray.exceptions.RayTaskError as error:
-            mendable = user_error_in(error)
-            if mendable is None:
-                raise
-            raise ShardsAway(str(mendable)) from error
-        except (ray.exceptions.RayActorError, RayServeException, TimeoutError) as error:
-            if end is not None and (left := end - time.monotonic()) > PAUSE:
-                time.sleep(PAUSE)
-                return self._asked(handles, method, args, named, left - PAUSE)
-            raise ShardsAway(
-                "some shards of this index do not answer: the process that holds them is being started again; ask again"
-                " in a minute"
-            ) from error
+        end = time.monotonic() + PATIENCE
+        while True:
+            waiting = [handle.ask.remote(self._removed, method.__name__, args, named) for handle in handles]
+            late = min(end, time.monotonic() + ATTEMPT)
+            try:
+                return [answer.result(timeout_s=max(0.0, late - time.monotonic())) for answer in waiting]
+            except ray.exceptions.RayTaskError as error:
+                mendable = user_error_in(error)
+                if mendable is None:
+                    raise
+                raise ShardsAway(str(mendable)) from error
+            except (ray.exceptions.RayActorError, RayServeException, TimeoutError) as error:
+                for answer in waiting:
+                    answer.cancel()
+                if time.monotonic() + PAUSE > end:
+                    raise ShardsAway(
+                        "some shards of this index do not answer: the process that holds them is being started again;"
+                        " ask again in a minute"
+                    ) from error
+            time.sleep(PAUSE)
 
 
 def _placed(nodes: Sequence[str], number: int, replicas: int) -> dict[str, Any]:

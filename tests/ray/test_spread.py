@@ -162,7 +162,7 @@ def test_a_search_whose_holder_is_killed_is_answered_as_if_it_were_not(fresh) ->
     assert pids(retriever)[1] != second
 
 
-def test_with_two_replicas_no_search_waits_for_one_that_died(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_two_replicas_no_search_waits_for_one_that_died_or_hangs(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     retriever = spread_over(fresh(COUNT), groups=1, replicas=2)
     query = retriever.query_of("00000001_000.png")
     before = retriever.search(query, k=COUNT)
@@ -173,6 +173,15 @@ def test_with_two_replicas_no_search_waits_for_one_that_died(fresh, monkeypatch:
         for _ in range(5):
             assert retriever.search(query, k=COUNT) == before
         wait_for(lambda pid=pid: len(set(pids(retriever)) - {pid}) == 2)
+    monkeypatch.undo()
+    monkeypatch.setattr(spread, "ATTEMPT", 0.5)
+    hung, _ = pids(retriever)
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        for _ in range(5):
+            assert retriever.search(query, k=COUNT) == before
+    finally:
+        os.kill(hung, signal.SIGCONT)
 
 
 def test_shards_that_do_not_answer_are_told_in_one_sentence_and_asked_again_later(
