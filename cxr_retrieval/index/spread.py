@@ -56,10 +56,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Owner:
-    """Lives as long as the Spread that made it: its name is what holders look for."""
-
-
 class ShardHolder:
     """A group of shards in a process of its own. Runs as a Ray Serve replica."""
 
@@ -120,8 +116,8 @@ class Spread:
         self.groups = [range(first, last) for first, last in pairwise(edges)]
         name = f"{version.id}-{secrets.token_hex(4)}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._owner = (
-            ray.remote(Owner)
+        self._owner = (  # an actor of any class that takes no import
+            ray.remote(threading.Event)
             .options(name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, scheduling_strategy=here)
             .remote()
         )
