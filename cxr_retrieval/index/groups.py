@@ -222,6 +222,9 @@ class ShardsAway(UserError):
 class Holders(Protocol):
     """Who holds the groups of an index, and asks them by a method of theirs. Raises ShardsAway where one is away."""
 
+    lost: bool
+    """Whether somebody has ended what held them: they have to be opened again."""
+
     def each(self, method: Callable[Concatenate[ShardGroup, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """What every group answers, in the order of their shards."""
 
@@ -236,6 +239,8 @@ class Holders(Protocol):
 
 class InProcess:
     """All shards in this process, as one group."""
+
+    lost = False
 
     def __init__(self, version: Version, shards: int) -> None:
         self.group = ShardGroup(version, range(shards))

@@ -5,13 +5,17 @@ the server's process, which has the page, the token and the audit line, asks the
 died or hangs, on another node if its own is gone, and sends what is asked to one of a group's replicas that is there.
 What was under way is asked again: it changes nothing.
 
+Serve's controller is the cluster's, and what it starts has the environment of whoever asked for Serve first, as far as
+the server's own says nothing else. A replica of another environment than the server's, and so perhaps with other code,
+answers nothing.
+
 Deployments outlive who made them. These look, whenever Serve asks for their health, whether their Spread still lives,
 by an actor that ends with it: with the last use of a version, and with the process however that ends.
 """
 
 import asyncio
+import contextlib
 import logging
-import math
 import secrets
 import threading
 import time
@@ -23,7 +27,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import ray
 from ray import serve
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.schema import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,11 +39,17 @@ from cxr_retrieval.tombstones import Tombstones
 
 PATIENCE = 30.0  # seconds that a search waits for a holder, which may be starting again
 ATTEMPT = 10.0  # seconds before another replica may be asked: what hangs is noticed by Serve much later
+LOOK = 0.2  # seconds between two looks whether a version's shards are open
 PAUSE = 0.5  # seconds before asking again
 AT_ONCE = 16  # searches in one replica
 NAMESPACE = "cxr-retrieval"
 logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
 QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
+STARTS = 5  # of Serve, which fails where another server starts it at the same time
+FOREIGN = (
+    "Ray Serve of this cluster was started by a job of another runtime environment, which what holds the shards would"
+    " get too: `serve shutdown` ends it, and all that it serves; the next server to look starts it anew"
+)
 DEPLOYMENT: dict[str, Any] = {
     "name": "ShardHolder",
     "max_ongoing_requests": AT_ONCE,
@@ -59,8 +69,9 @@ T = TypeVar("T")
 class ShardHolder:
     """A group of shards in a process of its own. Runs as a Ray Serve replica."""
 
-    def __init__(self, owner: str, to: str, version: str, numbers: range) -> None:
+    def __init__(self, owner: str, environment: dict[str, Any], to: str, version: str, numbers: range) -> None:
         self._owner, self._to, self._version, self._numbers = owner, to, version, numbers
+        self._foreign = _environment() != environment
         self._group: ShardGroup | None = None
         self._turn = threading.Lock()  # of opening the group, and of telling it who was removed
         self._told = set[str]()  # of whom the group knows that they were removed
@@ -97,6 +108,8 @@ class ShardHolder:
 
     def _open(self) -> ShardGroup:
         with self._turn:
+            if self._foreign:
+                raise UserError(FOREIGN)
             if self._trouble is not None:
                 trouble, self._trouble = self._trouble, None
                 raise trouble
@@ -122,22 +135,53 @@ class Spread:
             .remote()
         )
         self._removed: list[ray.ObjectRef] = []
-        serve.start(proxy_location="Disabled", logging_config=QUIET)  # nothing listens: the server asks by handles
+        self.lost = False
+        self._attempt = ATTEMPT if replicas > 1 else PATIENCE
         self.apps = [f"{name}-{number}" for number in range(count)]
-        self._handles = serve.run_many(
-            [
-                serve.RunTarget(
-                    serve.deployment(**DEPLOYMENT, **_placed(nodes, number, replicas))(ShardHolder).bind(
-                        name, version.to, version.id, group
-                    ),
-                    name=app,
-                    route_prefix=None,
-                    logging_config=QUIET,
+        environment = _environment()
+        _start_serve()
+        try:
+            self._handles = serve.run_many(
+                [
+                    serve.RunTarget(
+                        serve.deployment(
+                            num_replicas=replicas,
+                            ray_actor_options=ACTOR | _near(nodes, number, replicas) | {"runtime_env": environment},
+                            **DEPLOYMENT,
+                        )(ShardHolder).bind(name, environment, version.to, version.id, group),
+                        name=app,
+                        route_prefix=None,
+                        logging_config=QUIET,
+                    )
+                    for number, (app, group) in enumerate(zip(self.apps, self.groups, strict=True))
+                ],
+                wait_for_applications_running=False,
+            )
+            self._wait_until_open()
+            self._asked(self._handles, ShardGroup.rows, (), {})
+        except BaseException:
+            # Those that never lived look for nobody.
+            with contextlib.suppress(RayServeException, ray.exceptions.RayError):
+                for app in self.apps:
+                    serve.delete(app, _blocking=False)
+            raise
+
+    def _wait_until_open(self) -> None:
+        """However long it takes, as long as Serve does not give up."""
+        while True:
+            found = serve.status().applications
+            applications = [found[app] for app in self.apps if app in found]
+            if len(applications) == len(self.apps) and all(app.status == "RUNNING" for app in applications):
+                return
+            failed = [app for app in applications if app.status != "RUNNING" and app.status != "DEPLOYING"]
+            if failed or len(applications) < len(self.apps):
+                told = [deployment.message for app in failed for deployment in app.deployments.values()]
+                raise ShardsAway(
+                    "Ray Serve could not start what holds the shards of this index:"
+                    f" {' '.join(' '.join(told).split())[:500] or 'somebody has deleted it'}; look into the logs of"
+                    " its replicas"
                 )
-                for number, (app, group) in enumerate(zip(self.apps, self.groups, strict=True))
-            ]
-        )
-        self._asked(self._handles, ShardGroup.rows, (), {})
+            time.sleep(LOOK)
 
     def honour(self, tombstones: Tombstones) -> None:
         # Told with every question: what is told once, some replicas do not hear, nor one that starts later.
@@ -162,7 +206,7 @@ class Spread:
         end = time.monotonic() + PATIENCE
         while True:
             waiting = [handle.ask.remote(self._removed, method.__name__, args, named) for handle in handles]
-            late = min(end, time.monotonic() + ATTEMPT)
+            late = min(end, time.monotonic() + self._attempt)
             try:
                 return [answer.result(timeout_s=max(0.0, late - time.monotonic())) for answer in waiting]
             except ray.exceptions.RayTaskError as error:
@@ -170,9 +214,16 @@ class Spread:
                 if mendable is None:
                     raise
                 raise ShardsAway(str(mendable)) from error
-            except (ray.exceptions.RayActorError, RayServeException, TimeoutError) as error:
+            except DeploymentUnavailableError as error:
+                self.lost = True
+                raise ShardsAway(
+                    "the shards of this index are held no more: somebody has ended what Ray Serve held; a server opens"
+                    " them again"
+                ) from error
+            except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
                 for answer in waiting:
-                    answer.cancel()
+                    with contextlib.suppress(ray.exceptions.RayError, RayServeException):
+                        answer.cancel()
                 if time.monotonic() + PAUSE > end:
                     raise ShardsAway(
                         "some shards of this index do not answer: the process that holds them is being started again;"
@@ -181,16 +232,29 @@ class Spread:
             time.sleep(PAUSE)
 
 
-def _placed(nodes: Sequence[str], number: int, replicas: int) -> dict[str, Any]:
-    """Options of a group's deployment that put its replicas on as many nodes, group by group on the next ones; on
-    others where those are gone."""
+def _environment() -> dict[str, Any]:
+    """Ray's runtime environment of this process."""
+    return dict(ray.get_runtime_context().runtime_env)
+
+
+def _start_serve() -> None:
+    """Serve of this cluster, without HTTP proxies: the server asks by handles."""
+    for start in range(STARTS):
+        try:
+            serve.start(proxy_location="Disabled", logging_config=QUIET)
+        except ray.exceptions.ActorAlreadyExistsError:
+            if start == STARTS - 1:
+                raise
+            time.sleep(PAUSE)
+        else:
+            return
+
+
+def _near(nodes: Sequence[str], number: int, replicas: int) -> dict[str, Any]:
+    """Options that put a group's replicas on as many nodes, group by group on the next ones; on others where those are
+    gone."""
     mine = [nodes[(number + place) % len(nodes)] for place in range(min(replicas, len(nodes)))]
-    wish = {
+    return {
         "label_selector": {"ray.io/node-id": f"in({','.join(mine)})"},
         "fallback_strategy": [{"label_selector": {}}],
-    }
-    return {
-        "num_replicas": replicas,
-        "max_replicas_per_node": math.ceil(replicas / len(mine)),
-        "ray_actor_options": ACTOR | wish,
     }

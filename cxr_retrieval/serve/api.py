@@ -209,10 +209,11 @@ def create_app(live: LiveIndex, settings: ServeSettings) -> FastAPI:
 
     @app.get("/readyz", responses={503: {"model": Ready}})
     async def ready(response: Response) -> Ready:
-        """A version is open, and it is being looked at where the alias points and who was removed."""
-        response.status_code = 200 if live.watching else 503
+        """A version is open, its shards are held, and where the alias points and who was removed is being looked at."""
         found = live.retriever
-        return Ready(ready=live.watching, version=found.version.version.id, images=found.images, trouble=live.trouble)
+        is_ready = live.watching and not found.holders.lost
+        response.status_code = 200 if is_ready else 503
+        return Ready(ready=is_ready, version=found.version.version.id, images=found.images, trouble=live.trouble)
 
     @app.get("/metrics", response_class=Response)
     async def measured() -> Response:

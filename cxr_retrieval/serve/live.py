@@ -95,7 +95,8 @@ class LiveIndex:
 
     def _follow(self) -> None:
         version = named_version(self.to, self.name)
-        if version == self.retriever.version.version.id:
+        moved = version != self.retriever.version.version.id
+        if not moved and not self.retriever.holders.lost:
             return
         self._waits_since[self._alias] = None  # the look is answered: a large version takes its time
         retriever = self._opened(f"{self.to}@{version}")
@@ -103,8 +104,8 @@ class LiveIndex:
         with self._turn:  # nobody who was removed while it was opened, or before, comes back
             retriever.honour(removed | self.retriever.removed)
             self.retriever = retriever
-        self.moves += 1
-        console.say(f"alias {self.name}: now version {version}")
+        self.moves += moved
+        console.say(f"alias {self.name}: now version {version}" if moved else f"version {version}: opened again")
 
     def _try(self, what: str) -> None:
         began = time.monotonic()

@@ -1,5 +1,6 @@
 """Promises of shards that a cluster holds: the same answers as in one process, and nothing lost with a holder."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import ray
 from fastapi.testclient import TestClient
+from ray import serve
 
 from cxr_retrieval.config import ServeSettings
 from cxr_retrieval.errors import UserError
@@ -22,7 +24,7 @@ from cxr_retrieval.index import cache, spread
 from cxr_retrieval.index.filters import EVERYTHING, Filters
 from cxr_retrieval.index.groups import InProcess, ShardGroup, ShardsAway
 from cxr_retrieval.index.search import Retriever, UnknownImage
-from cxr_retrieval.index.spread import Spread
+from cxr_retrieval.index.spread import ShardHolder, Spread
 from cxr_retrieval.index.versions import resolve, split_reference
 from cxr_retrieval.privacy import Pseudonyms
 from cxr_retrieval.serve.api import create_app
@@ -178,8 +180,10 @@ def test_with_two_replicas_no_search_waits_for_one_that_died_or_hangs(fresh, mon
     hung, _ = pids(retriever)
     os.kill(hung, signal.SIGSTOP)
     try:
+        began = time.monotonic()
         for _ in range(5):
             assert retriever.search(query, k=COUNT) == before
+        assert time.monotonic() - began < spread.PATIENCE
     finally:
         os.kill(hung, signal.SIGCONT)
 
@@ -273,6 +277,47 @@ def test_the_server_spreads_shards_where_there_is_a_cluster(fresh, monkeypatch: 
         found = opener(ServeSettings(groups=groups), reference)(reference).holders
         assert isinstance(found, Spread)
         assert len(found.groups) == count
+
+
+def test_shards_that_somebody_ends_under_a_server_are_opened_again_at_its_next_look(fresh) -> None:
+    with LiveIndex(fresh(COUNT), 3600, partial(spread_over, groups=1)) as live:
+        client = TestClient(create_app(live, ServeSettings()), base_url="http://127.0.0.1")
+        address = "/v1/images/00000001_000.png/similar"
+        before = client.get(address).json()
+        assert isinstance(live.retriever.holders, Spread)
+        serve.delete(live.retriever.holders.apps[0])
+        away = client.get(address)
+        assert (away.status_code, client.get("/readyz").status_code) == (503, 503)
+        assert "somebody has ended what Ray Serve held" in away.json()["detail"]
+        live.look()
+        assert client.get("/readyz").status_code == 200
+        assert client.get(address).json() == before
+
+
+def test_an_opening_that_fails_says_so_and_leaves_nothing_on_the_cluster(
+    fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(serve.status().applications)
+    monkeypatch.setattr(spread, "ShardHolder", DiesAtItsStart)
+    with pytest.raises(ShardsAway, match="Ray Serve could not start what holds the shards of this index"):
+        spread_over(fresh(COUNT), groups=1)
+    wait_for(lambda: set(serve.status().applications) <= before)
+
+
+def test_a_replica_of_another_environment_than_the_servers_answers_nothing(fresh) -> None:
+    version = resolve(*split_reference(fresh(COUNT)))
+    same, other = (
+        ShardHolder("nobody", environment, version.to, version.id, range(SHARDS))
+        for environment in ({}, {"working_dir": "gcs://another.zip"})
+    )
+    assert asyncio.run(same.ask([], "rows", (), {})) == COUNT
+    with pytest.raises(UserError, match="started by a job of another runtime environment"):
+        asyncio.run(other.ask([], "rows", (), {}))
+
+
+class DiesAtItsStart:
+    def __init__(self, *_: object) -> None:
+        os._exit(1)
 
 
 def holders_now() -> set[int]:
