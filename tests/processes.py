@@ -14,6 +14,16 @@ MARK = "CXR_TEST_PROCESSES"  # in the environment, whatever session or group Ray
 TIMEOUT_S = 300
 
 
+def ray_workers(title: str) -> dict[int, int]:
+    """Process ids of all of Ray's workers whose title begins so, and the raylet of each."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
+                found[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
 def marked(mark: str) -> Iterator[int]:
     """Processes that carry the mark, this one left out."""
     wanted = f"{MARK}={mark}".encode()

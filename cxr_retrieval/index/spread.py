@@ -43,7 +43,6 @@ LOOK = 0.2  # seconds between two looks whether a version's shards are open
 PAUSE = 0.5  # seconds before asking again
 AT_ONCE = 16  # searches in one replica
 NAMESPACE = "cxr-retrieval"
-logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
 QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 STARTS = 5  # of Serve, which fails where another server starts it at the same time
 FOREIGN = (
@@ -62,6 +61,8 @@ ACTOR: dict[str, Any] = {
     "memory": 1,  # an actor that wants nothing at all is placed at random, whatever node it is meant for
 }
 
+logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process; of its replicas, QUIET
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -79,10 +80,8 @@ class ShardHolder:
         self._trouble: UserError | None = None
         try:
             self._open()
-        except (
-            UserError
-        ) as error:  # Serve would tell it without its type: who asks first is told, then it is tried again
-            self._trouble = error
+        except UserError as error:
+            self._trouble = error  # Serve would lose its type: who asks first is told it, then it is tried again
 
     async def ask(
         self, removed: Sequence[ray.ObjectRef], method: str, args: Sequence[Any], named: dict[str, Any]
@@ -173,7 +172,7 @@ class Spread:
             applications = [found[app] for app in self.apps if app in found]
             if len(applications) == len(self.apps) and all(app.status == "RUNNING" for app in applications):
                 return
-            failed = [app for app in applications if app.status != "RUNNING" and app.status != "DEPLOYING"]
+            failed = [app for app in applications if app.status not in ("RUNNING", "DEPLOYING")]
             if failed or len(applications) < len(self.apps):
                 told = [deployment.message for app in failed for deployment in app.deployments.values()]
                 raise ShardsAway(

@@ -3,7 +3,6 @@
 The nodes are Ray nodes of one machine: what they share is its disk, what they do not share is their processes.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from cxr_retrieval.index.files import files_of, shard_files
 from cxr_retrieval.privacy import row_id
 from cxr_retrieval.runtime import refuse_unshared
 from tests.indexes import build, films, model_files, published
-from tests.processes import ROOT, TIMEOUT_S, job, wait_until
+from tests.processes import ROOT, TIMEOUT_S, job, ray_workers, wait_until
 
 TINY = [
     "corpus.size=64",
@@ -64,12 +63,7 @@ def cluster() -> Iterator[Cluster]:
 
 def hosts(cluster: Cluster, title: str) -> set[int]:
     """Process ids of the cluster's nodes (their raylets) that run a worker of that name now."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
-                found.add(int((process / "stat").read_text().rpartition(")")[2].split()[1]))
-    return found & {raylet(node) for node in cluster.list_all_nodes()}
+    return set(ray_workers(title).values()) & {raylet(node) for node in cluster.list_all_nodes()}
 
 
 def lose_one(cluster: Cluster, seen: set[int]) -> None:

@@ -1,7 +1,6 @@
 """Promises of shards that a cluster holds: the same answers as in one process, and nothing lost with a holder."""
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -32,7 +31,7 @@ from cxr_retrieval.serve.live import LiveIndex
 from cxr_retrieval.tombstones import Tombstones, remove
 from jobs.serve import opener
 from tests.indexes import Film, build, films, model_files, published
-from tests.processes import TIMEOUT_S, job, wait_until
+from tests.processes import TIMEOUT_S, job, ray_workers, wait_until
 
 COUNT, SHARDS = 60, 5
 
@@ -62,17 +61,7 @@ def spread_over(reference: str, groups: int = 2, replicas: int = 1) -> Retriever
 def pids(retriever: Retriever) -> list[int]:
     """Of the replicas, group by group."""
     assert isinstance(retriever.holders, Spread)
-    return [pid for app in retriever.holders.apps for pid in sorted(workers(f"ServeReplica:{app}:"))]
-
-
-def workers(title: str) -> set[int]:
-    """Process ids of Ray's workers whose title begins so."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cmdline").read_bytes().startswith(f"ray::{title}".encode()):
-                found.add(int(process.name))
-    return found
+    return [pid for app in retriever.holders.apps for pid in sorted(ray_workers(f"ServeReplica:{app}:"))]
 
 
 def alive(pid: int) -> bool:
@@ -323,13 +312,7 @@ class DiesAtItsStart:
 def holders_now() -> set[int]:
     """Process ids of the shard holders of this session's Ray: another session's tests may have some too."""
     raylet = ray.get(ray.remote(num_cpus=0)(lambda: os.getppid()).remote())
-    return {pid for pid in workers("ServeReplica:") if parent(pid) == raylet}
-
-
-def parent(pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return None
+    return {pid for pid, parent in ray_workers("ServeReplica:").items() if parent == raylet}
 
 
 def test_the_job_asks_holders_on_the_cluster_and_they_end_with_it_however_it_ends(fresh, tmp_path: Path) -> None:
